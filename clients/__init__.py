@@ -1,0 +1,1 @@
+"""Flower clients: decode a message, call fedpdm, encode the answer."""

@@ -1,0 +1,353 @@
+"""The PFDM client: keeps images, release and fine model; sends coarse updates and releases.
+
+One `fit` is one round: coarse steps on the stored release from the received weights (federated
+training) or the release itself (server training, first round), and fine steps on raw images. All
+state is in the client's store, so the object is made anew for every message, a replayed round is
+answered from the store, and an interrupted one goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.client import NumPyClient
+from flwr.common import NDArrays, Scalar
+
+from clients.local import LocalClient
+from clients.progress import work_progress
+from clients.samples import measure_images
+from fedpdm import wire
+from fedpdm.build import (
+    ReleasePlan,
+    build_denoiser,
+    build_noise,
+    build_optimizer_settings,
+    build_release_plan,
+    build_schedule,
+    coarse_batch_loss,
+)
+from fedpdm.data import normalize
+from fedpdm.denoisers import Denoiser
+from fedpdm.evaluation import mean_loss
+from fedpdm.mechanism import clip_l2, release, select
+from fedpdm.objectives import denoising_loss, drop_labels
+from fedpdm.rng import Purpose, torch_generator
+from fedpdm.schedule import NoiseSchedule
+from fedpdm.store import Reply, StoreError
+from fedpdm.training import Trainer, class_weights, load_named, select_device
+from fedpdm.types import CoarseUpdate, ReleasedDataset
+
+__all__ = ["PFDMClient"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Worked:
+    """What a stretch of local work left: the trainer's state and the numbers to report."""
+
+    state: dict[str, torch.Tensor]
+    metrics: dict[str, Any]
+
+
+class PFDMClient(NumPyClient):
+    """See the module. Errors in input are reported as an `error` metric, with no payload."""
+
+    def __init__(self, local: LocalClient) -> None:
+        self.local = local
+        self.config = local.config
+        self.schedule: NoiseSchedule = build_schedule(self.config)
+        self.plan: ReleasePlan = build_release_plan(self.config, self.schedule, local.spec)
+        self.device = select_device(self.config.run.device)
+        if self.config.run.threads:
+            torch.set_num_threads(self.config.run.threads)
+
+    # Flower's interface.
+
+    def get_properties(self, config: dict[str, Scalar]) -> dict[str, Scalar]:
+        return {"client_id": self.local.client_id}
+
+    def fit(
+        self, parameters: NDArrays, config: dict[str, Scalar]
+    ) -> tuple[NDArrays, int, dict[str, Scalar]]:
+        try:
+            with self.local.store.lock():
+                reply = self._fit(parameters, int(config["round"]), config)
+        except (ValueError, FloatingPointError, OSError) as error:
+            return [], 0, self._failure(error)
+        message = [np.frombuffer(reply.payload, dtype=np.uint8)] if reply.payload else []
+        metrics = wire.check_metrics(
+            reply.metrics, allow_raw=self.config.run.simulation, who=self._who
+        )
+        return message, reply.num_examples, dict(metrics)
+
+    def evaluate(
+        self, parameters: NDArrays, config: dict[str, Scalar]
+    ) -> tuple[float, int, dict[str, Scalar]]:
+        try:
+            with self.local.store.lock():
+                metrics = self._evaluate(parameters, config)
+        except (ValueError, FloatingPointError, OSError) as error:
+            return 0.0, 0, self._failure(error)
+        checked = wire.check_metrics(
+            metrics, allow_raw=self.config.run.simulation, who=self._who
+        )
+        loss = float(checked.get("heldout_coarse_loss", 0.0))
+        return loss, int(checked["num_heldout"]), dict(checked)
+
+    # The work.
+
+    @property
+    def _who(self) -> str:
+        return f"client {self.local.client_id}"
+
+    def _failure(self, error: Exception) -> dict[str, Scalar]:
+        line = " ".join(str(error).split())[:300]
+        return {"client_id": self.local.client_id, "error": line}
+
+    def _fit(self, parameters: NDArrays, round: int, config: dict[str, Scalar]) -> Reply:
+        store = self.local.store
+        request = wire.fingerprint(parameters)
+        done = store.last_round()
+        if round <= done:
+            reply = store.load_reply(round)
+            if reply is None or reply.request != request:
+                raise StoreError(
+                    f"{store.root}: round {round} was finished before with other coarse weights; "
+                    f"the store is {self._who}'s of another run or a later state of this one"
+                )
+            return Reply(**{**vars(reply), "metrics": {**reply.metrics, "replayed": True}})
+        started = time.perf_counter()
+        released = self.release()
+        train = select(released, torch.from_numpy(self.local.train))
+        state = store.load_state(done)
+        metrics: dict[str, Any] = {
+            "client_id": self.local.client_id,
+            "num_released": len(released),
+        }
+        phase = str(config["phase"])
+        message = wire.encode_nothing()
+        finished: dict[str, dict[str, torch.Tensor]] = {}
+        if phase == "coarse":
+            message, worked = self._train_coarse(parameters, train, round, state, config)
+            metrics |= worked.metrics
+            finished["coarse"] = worked.state
+        elif phase == "release":
+            message = wire.encode_release(train, client_id=self.local.client_id)
+        elif phase != "fine":
+            raise ValueError(f"phase must be coarse, release or fine, got {phase!r}")
+        worked = self._train_fine(round, state.get("fine"))
+        metrics |= worked.metrics
+        finished["fine"] = worked.state
+        metrics["seconds"] = time.perf_counter() - started
+        reply = Reply(
+            round=round,
+            payload=message[0].tobytes() if message else b"",
+            num_examples=len(train),
+            metrics=metrics,
+            request=request,
+        )
+        store.finish_round(reply, finished)
+        return reply
+
+    def release(self) -> ReleasedDataset:
+        """The stored release of all local images; made now if there is none. Call under lock."""
+        local, store = self.local, self.local.store
+        store.claim(
+            {
+                "client_id": local.client_id,
+                "data": local.images.digest(),
+                "t0": self.plan.t0,
+                "clip_norm": self.plan.clip_norm,
+                "shift": self.plan.shift,
+                "schedule": f"{self.schedule.kind}, {self.schedule.num_steps} steps",
+            }
+        )
+        stored = store.load_release()
+        if stored is not None:
+            return stored
+        released = release(
+            normalize(local.images.images, shift=self.plan.shift),
+            torch.from_numpy(local.images.labels.copy()),
+            schedule=self.schedule,
+            t0=self.plan.t0,
+            clip_norm=self.plan.clip_norm,
+            shift=self.plan.shift,
+            noise=build_noise(self.config, client=local.client_id),
+        )
+        store.save_release(released)
+        return released
+
+    def _generator(self, purpose: Purpose, round: int, chunk: int = 0) -> torch.Generator:
+        return torch_generator(
+            self.config.run.seed,
+            purpose,
+            client=self.local.client_id,
+            round=round,
+            chunk=chunk,
+            device=self.device,
+        )
+
+    def _train_coarse(
+        self,
+        parameters: NDArrays,
+        train: ReleasedDataset,
+        round: int,
+        state: dict[str, dict[str, torch.Tensor]],
+        config: dict[str, Scalar],
+    ) -> tuple[NDArrays, _Worked]:
+        """Local coarse steps from the received weights; Adam's moments stay with the client."""
+        received = wire.decode_model(parameters)
+        model = build_denoiser(
+            self.config, "coarse", spec=self.local.spec, schedule=self.schedule
+        )
+        settings = build_optimizer_settings(self.config, "coarse")
+        trainer = Trainer(model, settings, device=self.device)
+        if "coarse" in state:
+            moments = {**trainer.state(), **state["coarse"]}
+            trainer.load_state(moments, what=f"coarse state of {self._who}")
+        trainer.load_weights(received, what="coarse weights from the server")
+        trainer.step = (round - 1) * self.config.coarse.steps_per_round
+        loss = coarse_batch_loss(
+            self.config, model, self.schedule, train, training=True, device=self.device
+        )
+        where = f"{self._who} round {round} coarse"
+        report = trainer.train(
+            loss,
+            sample_weights=class_weights(train.labels, balance=self.config.coarse.class_balance),
+            num_steps=self.config.coarse.steps_per_round,
+            generator=self._generator(Purpose.COARSE_TRAINING, round),
+            anchor=received,
+            proximal_mu=float(config.get("proximal_mu", 0.0)),
+            progress=work_progress(where),
+            what=where,
+        )
+        update = CoarseUpdate(
+            weights=trainer.weights(),
+            num_examples=len(train),
+            client_id=self.local.client_id,
+            round=round,
+        )
+        moments = {k: v for k, v in trainer.state().items() if k.startswith("exp_avg")}
+        metrics = {
+            "coarse_loss": report.loss,
+            "coarse_steps": report.num_steps,
+            "coarse_seconds": report.seconds,
+            "coarse_images": report.num_images,
+        }
+        return wire.encode_update(update), _Worked(state=moments, metrics=metrics)
+
+    def _train_fine(self, round: int, state: dict[str, torch.Tensor] | None) -> _Worked:
+        """Fine steps on raw images, in chunks that are checkpointed and seeded one by one."""
+        local, section = self.local, self.config.fine
+        model = build_denoiser(
+            self.config, "fine", spec=local.spec, schedule=self.schedule, client=local.client_id
+        )
+        trainer = Trainer(model, build_optimizer_settings(self.config, "fine"), device=self.device)
+        partial = local.store.load_partial(round)
+        chunks_done = 0
+        if partial is not None:
+            chunks_done, state = partial
+        if state is not None:
+            trainer.load_state(state, what=f"fine state of {self._who}")
+        pixels = torch.from_numpy(local.images.images[local.train]).to(self.device)
+        labels = torch.from_numpy(local.images.labels[local.train]).to(self.device)
+        t_max = self.schedule.num_steps if section.t_range == "all" else self.plan.t0
+
+        def loss(indices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+            x_0 = normalize(pixels[indices], shift=self.plan.shift)
+            draw = torch.rand(len(indices), generator=generator, device=self.device)
+            clipped = draw < section.clipped_fraction
+            bounded = clip_l2(x_0, clip_norm=self.plan.clip_norm)
+            x_0 = torch.where(clipped.view(-1, 1, 1, 1), bounded, x_0)
+            chosen = drop_labels(
+                labels[indices], probability=section.label_dropout, generator=generator
+            )
+            return denoising_loss(
+                model,
+                self.schedule,
+                x_0,
+                labels=chosen,
+                clipped=clipped,
+                t_max=t_max,
+                weighting=section.weighting,
+                generator=generator,
+            )
+
+        where = f"{self._who} round {round} fine"
+        show = work_progress(where)
+        total, size = section.steps_per_round, section.checkpoint_every
+        losses, images = [], 0
+        for chunk, start in enumerate(range(0, total, size)):
+            if chunk < chunks_done:
+                continue
+            report = trainer.train(
+                loss,
+                sample_weights=class_weights(labels, balance=section.class_balance),
+                num_steps=min(size, total - start),
+                generator=self._generator(Purpose.FINE_TRAINING, round, chunk),
+                progress=lambda done, _, value, at=start: show(at + done, total, value),
+                what=where,
+            )
+            losses.append(report.loss)
+            images += report.num_images
+            if start + size < total:
+                local.store.save_partial(round, chunk + 1, trainer.state())
+        metrics: dict[str, Any] = {"fine_images": images}
+        if losses and self.config.run.simulation:
+            metrics["fine_loss"] = float(np.mean(losses))
+        return _Worked(state=trainer.state(), metrics=metrics)
+
+    def _evaluate(self, parameters: NDArrays, config: dict[str, Scalar]) -> dict[str, Any]:
+        received = wire.decode_model(parameters)
+        coarse = build_denoiser(
+            self.config, "coarse", spec=self.local.spec, schedule=self.schedule
+        ).to(self.device)
+        load_named(dict(coarse.unet.named_parameters()), received, what="coarse weights")
+        coarse.eval()
+        heldout = self.local.heldout if len(self.local.heldout) else self.local.train
+        released = select(self.release(), torch.from_numpy(heldout))
+        loss = coarse_batch_loss(
+            self.config, coarse, self.schedule, released, training=False, device=self.device
+        )
+        value = mean_loss(
+            loss,
+            num_examples=len(released),
+            generator=self._generator(Purpose.EVALUATION, 0),
+        )
+        metrics: dict[str, Any] = {
+            "client_id": self.local.client_id,
+            "heldout_coarse_loss": value,
+            "num_heldout": len(released),
+        }
+        if bool(config.get("final", False)):
+            metrics |= self._final_images(coarse)
+        return metrics
+
+    def _final_images(self, coarse: Denoiser) -> dict[str, float]:
+        """Sample with the finished models; the pictures stay in the client's store."""
+        store = self.local.store
+        last = store.last_round()
+        if last == 0:
+            return {}  # never selected for training
+        fine = build_denoiser(
+            self.config,
+            "fine",
+            spec=self.local.spec,
+            schedule=self.schedule,
+            client=self.local.client_id,
+        )
+        trainer = Trainer(fine, build_optimizer_settings(self.config, "fine"), device=self.device)
+        trainer.load_state(store.load_state(last)["fine"], what=f"fine state of {self._who}")
+        load_named(trainer.weights(), trainer.ema(), what="EMA of the fine model")
+        fine.eval()
+        return measure_images(
+            self.local,
+            coarse=coarse,
+            fine=fine,
+            schedule=self.schedule,
+            plan=self.plan,
+            generator=self._generator(Purpose.SAMPLING, last),
+        )

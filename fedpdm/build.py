@@ -1,0 +1,294 @@
+"""From a run configuration to the objects that do the work."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedpdm.accountant import epsilon_bound, epsilon_spent
+from fedpdm.config import CoarseConfig, ConfigError, FineConfig, RunConfig
+from fedpdm.data import DATASETS, ImageSet, load_image_set
+from fedpdm.denoisers import PRESETS, Denoiser, DenoiserSpec
+from fedpdm.mechanism import (
+    NoiseSource,
+    SeededNoise,
+    SystemNoise,
+    calibrate_t0,
+    release_event,
+)
+from fedpdm.objectives import denoising_loss, drop_labels, truncated_loss
+from fedpdm.partition import ClientPartition, partition
+from fedpdm.rng import Purpose, numpy_rng, seed_sequence
+from fedpdm.schedule import NoiseSchedule, make_schedule
+from fedpdm.training import BatchLoss, OptimizerSettings
+from fedpdm.types import ReleasedDataset
+
+__all__ = [
+    "ImageSpec",
+    "ReleasePlan",
+    "build_denoiser",
+    "build_image_spec",
+    "build_noise",
+    "build_optimizer_settings",
+    "build_partitions",
+    "build_release_plan",
+    "build_schedule",
+    "coarse_batch_loss",
+    "load_split",
+    "privacy_statement",
+    "sampler_options",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSpec:
+    """Shape of the images, and the public shift: all that the server needs to know of the data."""
+
+    channels: int
+    resolution: int
+    num_classes: int
+    shift: float
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return (self.channels, self.resolution, self.resolution)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReleasePlan:
+    """How each client's images are to be released."""
+
+    t0: int
+    clip_norm: float
+    shift: float
+    epsilon_exact: float
+    epsilon_paper: float
+
+
+def build_schedule(config: RunConfig) -> NoiseSchedule:
+    section = config.schedule
+    return make_schedule(
+        section.kind,
+        num_steps=section.num_steps,
+        beta_start=section.beta_start,
+        beta_end=section.beta_end,
+    )
+
+
+def load_split(config: RunConfig, split: str, *, root: Path | None = None) -> ImageSet:
+    """The configured data set's `train` or `test` split, from `root` or the configured place."""
+    data = config.data
+    configured = data.root or os.environ.get("FEDPDM_DATA")
+    if root is None and configured:
+        root = Path(configured)
+    return load_image_set(
+        data.name,
+        split=split,
+        root=root,
+        resolution=data.resolution,
+        coloring=data.coloring,
+        max_images=data.max_images if split == "train" else None,
+        download=data.download,
+    )
+
+
+def build_image_spec(config: RunConfig, images: ImageSet | None = None) -> ImageSpec:
+    """Shape and shift, from the registry where it knows the set, else from the images."""
+    info = DATASETS[config.data.name]
+    known = info.num_classes is not None and info.channels is not None
+    if images is None and not known:
+        images = load_split(config, "train")
+    if images is not None:
+        channels, height, width = images.images.shape[1:]
+        if height != width:
+            raise ConfigError(
+                f"data.resolution: images are {height}x{width}, not square; set data.resolution"
+            )
+        num_classes, background = images.num_classes, images.background
+    else:
+        assert info.channels is not None and info.num_classes is not None
+        channels = 3 if config.data.coloring else info.channels
+        num_classes, background = info.num_classes, info.background
+        height = config.data.resolution or info.resolution or 0
+    shift = config.privacy.shift
+    return ImageSpec(
+        channels=channels,
+        resolution=height,
+        num_classes=num_classes,
+        shift=background if shift is None else shift,
+    )
+
+
+def build_partitions(config: RunConfig, images: ImageSet) -> tuple[ClientPartition, ...]:
+    section = config.partition
+    return partition(
+        images.labels,
+        kind=section.kind,
+        num_clients=section.num_clients,
+        num_classes=images.num_classes,
+        alpha=section.alpha,
+        majority_classes=section.majority_classes,
+        majority_ratio=section.majority_ratio,
+        rng=numpy_rng(config.run.seed, Purpose.PARTITION),
+    )
+
+
+def build_release_plan(
+    config: RunConfig, schedule: NoiseSchedule, spec: ImageSpec
+) -> ReleasePlan:
+    """t0 from the budget, or the budget from t0."""
+    section = config.privacy
+    if section.t0 is not None:
+        t0 = section.t0
+    else:
+        assert section.epsilon is not None
+        t0 = calibrate_t0(
+            schedule,
+            clip_norm=section.clip_norm,
+            epsilon=section.epsilon,
+            delta=section.delta,
+            accounting=section.accounting,
+        )
+    if config.coarse.objective == "truncated" and t0 >= schedule.num_steps:
+        raise ConfigError(
+            f"coarse.objective: truncated needs t0 < T, got t0 = T = {t0}; lower "
+            "privacy.clip_norm, raise privacy.epsilon, or use noise_to_noise"
+        )
+    event = release_event(schedule, t0=t0, clip_norm=section.clip_norm)
+    return ReleasePlan(
+        t0=t0,
+        clip_norm=section.clip_norm,
+        shift=spec.shift,
+        epsilon_exact=epsilon_spent([event], delta=section.delta),
+        epsilon_paper=epsilon_bound(event, delta=section.delta),
+    )
+
+
+def build_noise(config: RunConfig, *, client: int) -> NoiseSource:
+    """Seeded noise in simulation, operating-system noise everywhere else."""
+    if config.run.simulation:
+        return SeededNoise(seed_sequence(config.run.seed, Purpose.RELEASE_NOISE, client=client))
+    return SystemNoise()
+
+
+def build_denoiser(
+    config: RunConfig, role: str, *, spec: ImageSpec, schedule: NoiseSchedule, client: int = 0
+) -> Denoiser:
+    """A freshly initialised coarse or fine denoiser, its weights drawn from the run's seed."""
+    section: CoarseConfig | FineConfig = config.coarse if role == "coarse" else config.fine
+    denoiser_spec = DenoiserSpec(
+        preset=section.preset,
+        resolution=spec.resolution,
+        channels=spec.channels,
+        num_classes=spec.num_classes,
+        prediction=section.prediction or PRESETS[section.preset].prediction,
+        knows_clipping=role == "fine",
+    )
+    purpose = Purpose.COARSE_INIT if role == "coarse" else Purpose.FINE_INIT
+    seed = int(seed_sequence(config.run.seed, purpose, client=client).generate_state(1)[0])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Denoiser(denoiser_spec, schedule)
+
+
+def server_steps_per_round(config: RunConfig) -> int:
+    """Coarse steps that the server takes per round in server training: as many as all clients
+    together would."""
+    chosen = config.aggregation.server_steps_per_round
+    return chosen or config.coarse.steps_per_round * config.partition.num_clients
+
+
+def build_optimizer_settings(config: RunConfig, role: str, *, at_server: bool = False) -> OptimizerSettings:
+    section: CoarseConfig | FineConfig = config.coarse if role == "coarse" else config.fine
+    per_round = server_steps_per_round(config) if at_server else section.steps_per_round
+    return OptimizerSettings(
+        lr=section.lr,
+        batch_size=section.batch_size,
+        total_steps=max(1, per_round * config.run.rounds),
+        warmup_steps=section.warmup_steps,
+        decay=section.decay,
+        weight_decay=section.weight_decay,
+        grad_clip=section.grad_clip,
+        ema_decay=section.ema_decay,
+        precision=config.run.precision,
+    )
+
+
+def coarse_batch_loss(
+    config: RunConfig,
+    denoiser: Denoiser,
+    schedule: NoiseSchedule,
+    released: ReleasedDataset,
+    *,
+    training: bool,
+    device: torch.device,
+) -> BatchLoss:
+    """The configured coarse objective on a release, as loss of a batch of indices."""
+    x_tilde, labels = released.x_tilde.to(device), released.labels.to(device)
+    dropout = config.coarse.label_dropout if training else 0.0
+
+    def loss(indices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        chosen = drop_labels(labels[indices], probability=dropout, generator=generator)
+        if config.coarse.objective == "truncated":
+            return truncated_loss(
+                denoiser,
+                schedule,
+                x_tilde[indices],
+                labels=chosen,
+                t0=released.parameters.t0,
+                generator=generator,
+            )
+        return denoising_loss(
+            denoiser,
+            schedule,
+            x_tilde[indices],
+            labels=chosen,
+            t_max=schedule.num_steps,
+            weighting=config.coarse.weighting,
+            generator=generator,
+        )
+
+    return loss
+
+
+def sampler_options(config: RunConfig, schedule: NoiseSchedule, plan: ReleasePlan) -> dict[str, Any]:
+    """Keyword arguments of `sampling.sample` that the config decides."""
+    return {
+        "schedule": schedule,
+        "t0": plan.t0,
+        "scheduler": config.sampling.scheduler,
+        "num_steps": config.sampling.num_steps,
+        "guidance": config.sampling.guidance,
+        "chain": config.coarse.objective,
+    }
+
+
+def privacy_statement(config: RunConfig, plan: ReleasePlan, *, noise_source: str) -> dict[str, Any]:
+    """What is promised, in numbers and words: the content of `privacy.json`."""
+    return {
+        "guarantee": "local differential privacy per image, replace-one, one release per image",
+        "epsilon": plan.epsilon_exact,
+        "epsilon_requested": config.privacy.epsilon,
+        "epsilon_paper_bound": plan.epsilon_paper,
+        "accounting": config.privacy.accounting,
+        "delta": config.privacy.delta,
+        "t0": plan.t0,
+        "clip_norm": plan.clip_norm,
+        "shift": plan.shift,
+        "schedule": dataclasses.asdict(config.schedule),
+        "releases_per_image": 1,
+        "noise_source": noise_source,
+        "simulation": config.run.simulation,
+        "protects": "each image, against whoever sees everything that its client sends",
+        "does_not_protect": [
+            "labels, which are public",
+            "the number of images a client holds",
+            "metrics computed on raw data (sent in simulation only)",
+            "a client's own images if it publishes its fine model",
+        ],
+    }

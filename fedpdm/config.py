@@ -1,0 +1,430 @@
+"""Run configuration: frozen, typed, read from YAML, strict.
+
+Every key has a type, a default and a check. Unknown keys and wrong types are refused with the
+path of the key (`privacy.clipnorm: unknown key; did you mean clip_norm?`). This is the only
+module that reads YAML. Science functions never see these classes; `fedpdm.build` translates.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+__all__ = [
+    "AggregationConfig",
+    "CoarseConfig",
+    "ConfigError",
+    "DataConfig",
+    "EvaluationConfig",
+    "FineConfig",
+    "PartitionConfig",
+    "PrivacyConfig",
+    "RunConfig",
+    "RunSection",
+    "SamplingConfig",
+    "ScheduleConfig",
+    "apply_overrides",
+    "config_from_json",
+    "config_from_mapping",
+    "config_to_json",
+    "config_to_yaml",
+    "load_config",
+]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message is one line and names the key."""
+
+
+def _key(default: Any, doc: str, **checks: Any) -> Any:
+    """A config key: default, one-line description and checks (low, high, above, below, choices)."""
+    return field(default=default, metadata={"doc": doc, **checks})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSection:
+    """Who, how long, where."""
+
+    seed: int = _key(0, "everything but deployed privacy noise derives from it", low=0)
+    rounds: int = _key(10, "federated rounds", low=1)
+    simulation: bool = _key(True, "one party holds all data; allows seeded noise and raw metrics")
+    device: str = _key("auto", "auto, cpu, cuda, cuda:1, ...")
+    precision: str = _key("auto", "number format", choices=("auto", "float32", "bfloat16"))
+    threads: int = _key(1, "torch threads per client process; 0 leaves torch's default", low=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which images."""
+
+    name: str = _key(
+        "digits",
+        "data set",
+        choices=(
+            "digits", "mnist", "colored_mnist", "fashion_mnist", "cifar10", "celeba",
+            "image_folder", "npz",
+        ),
+    )  # fmt: skip
+    root: str | None = _key(None, "data directory (or .npz file); default: FEDPDM_DATA")
+    download: bool = _key(False, "let torchvision download what is missing")
+    resolution: int | None = _key(None, "resize to this many pixels; default: native", low=4)
+    coloring: str | None = _key(
+        None, "colours for one-channel sets", choices=("by_label", "independent")
+    )
+    max_images: int | None = _key(None, "use a class-stratified subset of this size", low=1)
+    holdout_fraction: float = _key(
+        0.1, "share of a client's images kept for evaluation", low=0.0, below=1.0
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartitionConfig:
+    """How the data set is split over simulated clients."""
+
+    kind: str = _key(
+        "majority_minority",
+        "split",
+        choices=("iid", "dirichlet", "majority_minority", "own"),
+    )
+    num_clients: int = _key(4, "clients", low=1)
+    alpha: float | None = _key(None, "dirichlet concentration", above=0.0)
+    majority_classes: int | None = _key(None, "majority classes per client", low=1)
+    majority_ratio: float | None = _key(
+        None, "images of a majority class for one of a minority class", low=1.0
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivacyConfig:
+    """The release. Give epsilon (t0 follows) or t0 (epsilon follows), not both."""
+
+    epsilon: float | None = _key(10.0, "local DP budget per image", above=0.0)
+    delta: float = _key(1e-5, "failure probability of the guarantee", above=0.0, below=1.0)
+    clip_norm: float = _key(10.0, "L2 bound C of a shifted image in [-1, 1] units", above=0.0)
+    t0: int | None = _key(None, "noising steps of the release; set epsilon: null to use it", low=1)
+    shift: float | None = _key(
+        None, "public constant subtracted before clipping; default: the set's background",
+        low=-1.0, high=1.0,
+    )  # fmt: skip
+    accounting: str = _key("exact", "how epsilon is computed", choices=("exact", "paper"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """The diffusion chain."""
+
+    kind: str = _key("linear", "noise schedule", choices=("linear", "cosine"))
+    num_steps: int = _key(1000, "T", low=2)
+    beta_start: float = _key(1e-4, "first beta (linear)", above=0.0, below=1.0)
+    beta_end: float = _key(0.02, "last beta (linear)", above=0.0, below=1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ModelConfig:
+    """What coarse and fine training have in common."""
+
+    preset: str = _key("tiny", "U-Net", choices=("micro", "tiny", "small", "paper"))
+    prediction: str | None = _key(
+        None, "network output; default: the preset's", choices=("sample", "epsilon", "v")
+    )
+    steps_per_round: int = _key(100, "gradient steps per client and round", low=0)
+    batch_size: int = _key(32, "images per step", low=1)
+    lr: float = _key(2e-3, "peak learning rate", above=0.0)
+    warmup_steps: int = _key(100, "linear warm-up", low=0)
+    decay: str = _key("cosine", "learning rate after warm-up", choices=("constant", "cosine"))
+    weight_decay: float = _key(0.0, "AdamW", low=0.0)
+    grad_clip: float = _key(1.0, "L2 bound on the gradient", above=0.0)
+    ema_decay: float = _key(0.999, "limit of the weight average", low=0.0, below=1.0)
+    class_balance: float = _key(
+        1.0, "0: images equally often; 1: classes equally often", low=0.0, high=1.0
+    )
+    label_dropout: float = _key(
+        0.1, "share of unlabelled examples (for guidance)", low=0.0, below=1.0
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoarseConfig(_ModelConfig):
+    """The shared model, trained on releases only."""
+
+    training: str = _key(
+        "federated", "where: federated averaging, or at the server on uploads (Algorithm 1)",
+        choices=("federated", "server"),
+    )  # fmt: skip
+    objective: str = _key(
+        "truncated", "METHOD.md section 3", choices=("truncated", "noise_to_noise")
+    )
+    weighting: str = _key(
+        "v", "noise_to_noise only: loss weight", choices=("snr", "v", "min_snr", "uniform")
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineConfig(_ModelConfig):
+    """The private model of each client, trained on its raw images."""
+
+    t_range: str = _key(
+        "all", "all: t in [1, T], which is also training alone; below_t0: t in [1, t0]",
+        choices=("all", "below_t0"),
+    )  # fmt: skip
+    weighting: str = _key("v", "loss weight", choices=("snr", "v", "min_snr", "uniform"))
+    clipped_fraction: float = _key(
+        0.1, "share of examples that are clipped and flagged so", low=0.0, below=1.0
+    )
+    checkpoint_every: int = _key(500, "steps between checkpoints inside a round", low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AggregationConfig:
+    """The server's side of federated coarse training (Flower's own strategies)."""
+
+    method: str = _key(
+        "fedavg", "server optimiser", choices=("fedavg", "fedavgm", "fedadam", "fedprox")
+    )
+    server_lr: float | None = _key(None, "fedavgm (default 1) and fedadam (default 0.01)", above=0.0)
+    momentum: float = _key(0.9, "fedavgm, and beta_1 of fedadam", low=0.0, below=1.0)
+    proximal_mu: float = _key(0.01, "fedprox", low=0.0)
+    ema_decay: float = _key(0.5, "average of the coarse model over rounds", low=0.0, below=1.0)
+    fraction_fit: float = _key(1.0, "share of clients per round", above=0.0, high=1.0)
+    min_clients: int | None = _key(None, "clients that must be there; default: all", low=1)
+    on_failure: str = _key("raise", "a failed client", choices=("raise", "skip"))
+    round_timeout: float | None = _key(None, "seconds a round may take", above=0.0)
+    server_steps_per_round: int | None = _key(
+        None, "server training: steps per round; default: coarse steps x clients", low=1
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How samples are drawn."""
+
+    scheduler: str = _key("dpm_solver", "ddpm, ddim, dpm_solver or a diffusers scheduler class")
+    num_steps: int = _key(25, "denoiser calls per sample", low=1)
+    guidance: float = _key(1.0, "classifier-free guidance weight, 1: none", low=0.0)
+    batch_size: int = _key(256, "images at a time", low=1)
+    per_class: int = _key(8, "images per class in the picture", low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """What clients measure and report."""
+
+    every: int = _key(1, "rounds between coarse-loss evaluations", low=1)
+    image_metrics: bool = _key(
+        True, "image metrics on raw data, in the last round (simulation only)"
+    )
+    num_images: int = _key(500, "samples per group and method for image metrics", low=2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A whole run. `name` also names its directory."""
+
+    name: str = "run"
+    run: RunSection = RunSection()
+    data: DataConfig = DataConfig()
+    partition: PartitionConfig = PartitionConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    coarse: CoarseConfig = CoarseConfig()
+    fine: FineConfig = FineConfig()
+    aggregation: AggregationConfig = AggregationConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    def __post_init__(self) -> None:
+        privacy = self.privacy
+        if (privacy.epsilon is None) == (privacy.t0 is None):
+            raise ConfigError("privacy: give exactly one of epsilon and t0 (set the other to null)")
+        if privacy.t0 is not None and privacy.t0 > self.schedule.num_steps:
+            raise ConfigError(
+                f"privacy.t0: must be at most schedule.num_steps = {self.schedule.num_steps}, "
+                f"got {privacy.t0}"
+            )
+        if self.schedule.beta_start > self.schedule.beta_end:
+            raise ConfigError(
+                f"schedule.beta_start: must be at most beta_end = {self.schedule.beta_end}, "
+                f"got {self.schedule.beta_start}"
+            )
+        if self.partition.kind == "own" and self.run.simulation and self.partition.num_clients > 1:
+            raise ConfigError("partition.kind: own has one client in simulation; set num_clients: 1")
+        if not self.run.simulation and self.evaluation.image_metrics:
+            raise ConfigError(
+                "evaluation.image_metrics: measured on raw data, so it needs run.simulation: true"
+            )
+        if not self.name or any(c in self.name for c in "/\\\0") or self.name.startswith("."):
+            raise ConfigError(f"name: must be usable as a directory name, got {self.name!r}")
+
+
+def _describe(annotation: Any) -> str:
+    return str(getattr(annotation, "__name__", annotation)).replace("NoneType", "null")
+
+
+def _coerce(annotation: Any, value: Any, path: str) -> Any:
+    """`value` as `annotation` (int, float, str, bool, or one of them or None); strict."""
+    if isinstance(annotation, types.UnionType):
+        if value is None:
+            return None
+        annotation = next(a for a in typing.get_args(annotation) if a is not type(None))
+    if annotation is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if annotation is float and isinstance(value, str):
+        try:  # YAML 1.1 reads 1e-5 as text
+            value = float(value)
+        except ValueError:
+            pass
+    wrong_bool = isinstance(value, bool) and annotation is not bool
+    if not isinstance(value, annotation) or wrong_bool:
+        raise ConfigError(f"{path}: must be {_describe(annotation)}, got {value!r}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{path}: must be finite, got {value}")
+    return value
+
+
+def _check(value: Any, checks: Mapping[str, Any], path: str) -> None:
+    if value is None:
+        return
+    if (choices := checks.get("choices")) and value not in choices:
+        near = difflib.get_close_matches(str(value), choices, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"{path}: must be one of {', '.join(choices)}, got {value!r}{hint}")
+    for name, holds, words in (
+        ("low", lambda v, b: v >= b, "at least"),
+        ("high", lambda v, b: v <= b, "at most"),
+        ("above", lambda v, b: v > b, "greater than"),
+        ("below", lambda v, b: v < b, "less than"),
+    ):
+        if name in checks and not holds(value, checks[name]):
+            raise ConfigError(f"{path}: must be {words} {checks[name]:g}, got {value!r}")
+
+
+def _build(cls: type[Any], mapping: Any, path: str) -> Any:
+    """A config dataclass from a nested mapping; every error names the key's path."""
+    if not isinstance(mapping, Mapping):
+        raise ConfigError(f"{path or 'config'}: must be a mapping, got {mapping!r}")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    values = {}
+    for key, value in mapping.items():
+        full = f"{path}.{key}" if path else str(key)
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"{full}: unknown key{hint}")
+        if dataclasses.is_dataclass(hints[key]):
+            values[key] = _build(typing.cast(type[Any], hints[key]), value or {}, full)
+        else:
+            values[key] = _coerce(hints[key], value, full)
+            _check(values[key], fields[key].metadata, full)
+    return cls(**values)
+
+
+def config_from_mapping(mapping: Mapping[str, Any]) -> RunConfig:
+    """A `RunConfig` from nested plain data. `ConfigError` as described in the module."""
+    config = _build(RunConfig, mapping, "")
+    assert isinstance(config, RunConfig)
+    return config
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        line = " ".join(str(error).split())
+        raise ConfigError(f"{where}: not valid YAML: {line}") from None
+
+
+def apply_overrides(mapping: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """`mapping` with `section.key=value` overrides applied; values are parsed as YAML."""
+    result: dict[str, Any] = json.loads(json.dumps(mapping))
+    for override in overrides:
+        path, separator, text = override.partition("=")
+        if not separator or not path.strip():
+            raise ConfigError(f"--set {override!r}: must have the form section.key=value")
+        keys = path.strip().split(".")
+        node = result
+        for key in keys[:-1]:
+            child = node.get(key)
+            if child is None:
+                child = node[key] = {}
+            if not isinstance(child, dict):
+                raise ConfigError(f"{path}: {key} is not a section")
+            node = child
+        node[keys[-1]] = _parse_yaml(text, path)
+    return result
+
+
+def load_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """Read an experiment file and apply overrides.
+
+    A file may say `base: other.yaml` (relative to itself): sections are merged over the base's.
+    The run's default name is the file's stem.
+    """
+    mapping = _read_mapping(path)
+    mapping.setdefault("name", path.stem)
+    return config_from_mapping(apply_overrides(mapping, overrides))
+
+
+def _read_mapping(path: Path, depth: int = 0) -> dict[str, Any]:
+    if depth > 8:
+        raise ConfigError(f"{path}: base files nest deeper than 8 levels")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: is not UTF-8 text") from None
+    mapping = _parse_yaml(text, str(path)) or {}
+    if not isinstance(mapping, dict):
+        raise ConfigError(f"{path}: must hold a mapping, got {type(mapping).__name__}")
+    base = mapping.pop("base", None)
+    if base is None:
+        return mapping
+    merged = _read_mapping(path.parent / str(base), depth + 1)
+    merged.pop("name", None)
+    for key, value in mapping.items():
+        if isinstance(value, dict) and isinstance(merged.get(key), dict):
+            merged[key] = {**merged[key], **value}
+        else:
+            merged[key] = value
+    return merged
+
+
+def config_to_json(config: RunConfig) -> str:
+    """The resolved config as one line of JSON; `config_from_json` is its inverse."""
+    return json.dumps(dataclasses.asdict(config), sort_keys=True)
+
+
+def config_from_json(text: str) -> RunConfig:
+    return config_from_mapping(json.loads(text))
+
+
+def config_to_yaml(config: RunConfig) -> str:
+    """The resolved config as YAML, every key written out."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+
+
+def config_reference() -> str:
+    """Every key with its default and meaning, as a Markdown table (docs are made from it)."""
+    lines = ["| key | default | meaning |", "|---|---|---|", "| `name` | file name | of the run |"]
+    for section in dataclasses.fields(RunConfig):
+        default = section.default
+        if not dataclasses.is_dataclass(default):
+            continue
+        for key in dataclasses.fields(default):
+            value = json.dumps(getattr(default, key.name))
+            meaning = key.metadata["doc"]
+            if choices := key.metadata.get("choices"):
+                meaning += f" ({', '.join(choices)})"
+            lines.append(f"| `{section.name}.{key.name}` | `{value}` | {meaning} |")
+    return "\n".join(lines)

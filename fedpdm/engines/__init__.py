@@ -1,0 +1,1 @@
+"""Engines run the same client and strategy objects: in this process, or through `flwr run`."""

@@ -1,0 +1,97 @@
+"""The in-process engine: Flower's own server loop over clients that live in this process.
+
+For tests, debugging and machines without Ray. `server_fn` and `client_fn` are the very functions
+that `flwr run` calls; only the transport differs: a client's method is called instead of sending
+a message. One client works at a time, in the order of client ids.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from flwr.client import Client
+from flwr.common import (
+    Context,
+    DisconnectRes,
+    EvaluateIns,
+    EvaluateRes,
+    FitIns,
+    FitRes,
+    GetParametersIns,
+    GetParametersRes,
+    GetPropertiesIns,
+    GetPropertiesRes,
+    ReconnectIns,
+    RecordDict,
+)
+from flwr.server import Server, SimpleClientManager
+from flwr.server.client_proxy import ClientProxy
+
+from clients.client_app import client_fn
+from fedpdm.config import RunConfig, config_to_json
+from strategies.server_app import server_fn
+
+__all__ = ["run_in_process"]
+
+
+class _LocalProxy(ClientProxy):
+    """A client of this process; made anew for each message, as Flower does."""
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(str(context.node_id))
+        self._context = context
+
+    def _client(self) -> Client:
+        return client_fn(self._context)
+
+    def get_properties(
+        self, ins: GetPropertiesIns, timeout: float | None, group_id: int | None
+    ) -> GetPropertiesRes:
+        return self._client().get_properties(ins)
+
+    def get_parameters(
+        self, ins: GetParametersIns, timeout: float | None, group_id: int | None
+    ) -> GetParametersRes:
+        return self._client().get_parameters(ins)
+
+    def fit(self, ins: FitIns, timeout: float | None, group_id: int | None) -> FitRes:
+        return self._client().fit(ins)
+
+    def evaluate(
+        self, ins: EvaluateIns, timeout: float | None, group_id: int | None
+    ) -> EvaluateRes:
+        return self._client().evaluate(ins)
+
+    def reconnect(
+        self, ins: ReconnectIns, timeout: float | None, group_id: int | None
+    ) -> DisconnectRes:
+        return DisconnectRes(reason="")
+
+
+def run_in_process(config: RunConfig, out: Path, *, resume: bool = False) -> None:
+    """Run a whole federation here; results are under `out` when it returns.
+
+    Raises what the server raises: `ConfigError` for a run directory of another config,
+    `ClientFailure` for a failed client.
+    """
+    flat: dict[str, Any] = {
+        "resolved-config": config_to_json(config),
+        "run-dir": str(out.absolute()),
+        "resume": resume,
+    }
+
+    def context(node_id: int, node_config: dict[str, Any]) -> Context:
+        return Context(
+            run_id=0, node_id=node_id, node_config=node_config, state=RecordDict(), run_config=flat
+        )
+
+    components = server_fn(context(0, {}))
+    assert components.config is not None
+    manager = SimpleClientManager()
+    for index in range(config.partition.num_clients):
+        node = {"partition-id": index, "num-partitions": config.partition.num_clients}
+        manager.register(_LocalProxy(context(index + 1, node)))
+    server = Server(client_manager=manager, strategy=components.strategy)
+    server.set_max_workers(1)
+    server.fit(components.config.num_rounds, components.config.round_timeout)

@@ -1,0 +1,270 @@
+"""Share the images of one set out to the clients of a simulated federation.
+
+Four kinds, of increasing skew:
+
+* `own`: one client, everything (a real client that reads its own folder).
+* `iid`: a random permutation cut into parts whose sizes differ by at most one.
+* `dirichlet`: for each class, shares over the clients drawn from `Dir(alpha)` (Hsu, Qi and
+  Brown 2019, "Measuring the effects of non-identical data distribution", with the roles of
+  class and client exchanged as in Yurochkin et al. 2019). Small alpha: few clients per class.
+* `majority_minority`: each client has its majority classes, of which it gets `majority_ratio`
+  times as many images as a client for which the class is minority (the split of PFDM's
+  experiments, METHOD.md section 5; its ratios are not published).
+
+Every image goes to exactly one client, and every client gets at least one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["KINDS", "ClientPartition", "PartitionKind", "partition", "partition_table"]
+
+PartitionKind = Literal["iid", "dirichlet", "majority_minority", "own"]
+
+KINDS: Final[tuple[str, ...]] = ("iid", "dirichlet", "majority_minority", "own")
+
+_PARAMETERS: Final[dict[str, tuple[str, ...]]] = {
+    "iid": (),
+    "dirichlet": ("alpha",),
+    "majority_minority": ("majority_classes", "majority_ratio"),
+    "own": (),
+}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ClientPartition:
+    """What one client holds.
+
+    Attributes:
+        client_id: 0 to num_clients - 1.
+        indices: (n,) int64 positions in the labels that were shared out, ascending, n >= 1,
+            read-only.
+        majority: classes that the client is rich in, ascending.
+        minority: all other classes, ascending, those of which it holds no image included.
+    """
+
+    client_id: int
+    indices: NDArray[np.int64]
+    majority: tuple[int, ...]
+    minority: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        indices = np.sort(np.asarray(self.indices, dtype=np.int64))
+        indices.flags.writeable = False
+        object.__setattr__(self, "indices", indices)
+
+    def __len__(self) -> int:
+        """Number of images n."""
+        return len(self.indices)
+
+
+def partition(
+    labels: NDArray[np.int64],
+    *,
+    kind: PartitionKind,
+    num_clients: int,
+    num_classes: int,
+    rng: np.random.Generator,
+    alpha: float | None = None,
+    majority_classes: int | None = None,
+    majority_ratio: float | None = None,
+) -> tuple[ClientPartition, ...]:
+    """Share out N images.
+
+    Args:
+        labels: (N,) integers in [0, num_classes).
+        kind: one of `KINDS`, see the module.
+        num_clients: M, in [1, N]; exactly 1 for `own`.
+        num_classes: K >= 1.
+        rng: decides which images go where; equal states give equal partitions.
+        alpha: for `dirichlet` alone: concentration > 0, finite.
+        majority_classes: for `majority_minority` alone: classes per client, in [1, K]. Client
+            m has the classes (m * majority_classes + j) mod K, so that the numbers of clients
+            for which a class is majority differ by at most one between classes.
+        majority_ratio: for `majority_minority` alone: >= 1, finite.
+
+    Returns:
+        M partitions in order of client_id. For `iid` and `own` every class is majority; for
+        `dirichlet` those are of which the client holds at least its mean count, n / K.
+
+    Raises:
+        ValueError: for a parameter that is missing, out of bounds or not of this kind.
+    """
+    labels = _check_labels(labels, num_classes=num_classes)
+    _check_num_clients(num_clients, num_images=len(labels), kind=kind)
+    given = {
+        "alpha": alpha,
+        "majority_classes": majority_classes,
+        "majority_ratio": majority_ratio,
+    }
+    _check_parameters(given, kind=kind, num_classes=num_classes)
+
+    everything = tuple(range(num_classes))
+    majorities = [everything] * num_clients
+    if kind == "own":
+        owners = np.zeros(len(labels), dtype=np.int64)
+    elif kind == "iid":
+        owners = rng.permutation(np.arange(len(labels)) % num_clients)
+    elif kind == "dirichlet":
+        shares = rng.dirichlet(np.full(num_clients, alpha), size=num_classes)  # (K, M)
+        owners = _assign(labels, shares, rng=rng)
+    else:
+        assert majority_classes is not None  # _check_parameters
+        assert majority_ratio is not None
+        majorities = [
+            tuple(sorted((m * majority_classes + j) % num_classes for j in range(majority_classes)))
+            for m in range(num_clients)
+        ]
+        shares = np.ones((num_classes, num_clients))
+        for m, majority in enumerate(majorities):
+            shares[list(majority), m] = majority_ratio
+        owners = _assign(labels, shares, rng=rng)
+    _give_each_one(owners, num_clients=num_clients, rng=rng)
+
+    if kind == "dirichlet":
+        counts = _class_counts(owners, labels, num_clients=num_clients, num_classes=num_classes)
+        majorities = [
+            tuple(np.flatnonzero(row * num_classes >= row.sum()).tolist()) for row in counts
+        ]
+    return tuple(
+        ClientPartition(
+            client_id=m,
+            indices=np.flatnonzero(owners == m),
+            majority=majority,
+            minority=tuple(k for k in everything if k not in majority),
+        )
+        for m, majority in enumerate(majorities)
+    )
+
+
+def _assign(
+    labels: NDArray[np.int64], shares: NDArray[np.float64], *, rng: np.random.Generator
+) -> NDArray[np.int64]:
+    """(N,) owner of each image, class by class in proportion to `shares` (K, M).
+
+    Whole numbers by largest remainder; of equal remainders, clients with fewer images so far
+    come first, then chance, so that no client collects the leftovers of all classes.
+    """
+    num_classes, num_clients = shares.shape
+    owners = np.empty(len(labels), dtype=np.int64)
+    totals = np.zeros(num_clients, dtype=np.int64)
+    for label in range(num_classes):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        quota = shares[label] / shares[label].sum() * len(members)
+        counts = np.floor(quota).astype(np.int64)
+        left = len(members) - int(counts.sum())
+        chance = rng.permutation(num_clients)
+        order = np.lexsort((chance, totals, counts - quota))
+        counts[order[:left]] += 1
+        totals += counts
+        owners[members] = np.repeat(np.arange(num_clients), counts)
+    return owners
+
+
+def _give_each_one(
+    owners: NDArray[np.int64], *, num_clients: int, rng: np.random.Generator
+) -> None:
+    """Give each client without an image one, drawn from the client with most; in place."""
+    totals = np.bincount(owners, minlength=num_clients)
+    for empty in np.flatnonzero(totals == 0):
+        richest = int(np.argmax(totals))
+        owners[rng.choice(np.flatnonzero(owners == richest))] = empty
+        totals[richest] -= 1
+        totals[empty] += 1
+
+
+def _class_counts(
+    owners: NDArray[np.int64], labels: NDArray[np.int64], *, num_clients: int, num_classes: int
+) -> NDArray[np.int64]:
+    """(M, K) images of each class at each client."""
+    cells = np.bincount(owners * num_classes + labels, minlength=num_clients * num_classes)
+    return cells.reshape(num_clients, num_classes)
+
+
+def partition_table(
+    partitions: Sequence[ClientPartition],
+    labels: NDArray[np.int64],
+    class_names: Sequence[str],
+) -> str:
+    """Text table of clients x classes: numbers of images, majority classes marked with *.
+
+    Args:
+        partitions: of `labels`.
+        labels: (N,) integers in [0, K).
+        class_names: K names for the columns.
+
+    Returns:
+        Lines of one width without a newline at the end; the last row and column are totals.
+        The counts are raw-data statistics and are not covered by the privacy guarantee.
+
+    Raises:
+        ValueError: if a label has no name.
+    """
+    labels = _check_labels(labels, num_classes=len(class_names))
+    total = np.zeros(len(class_names), dtype=np.int64)
+    rows = [["client", *class_names, "total"]]
+    for part in partitions:
+        counts = np.bincount(labels[part.indices], minlength=len(class_names))
+        total += counts
+        marks = ["*" if k in part.majority else " " for k in range(len(class_names))]
+        cells = [f"{count}{mark}" for count, mark in zip(counts, marks, strict=True)]
+        rows.append([str(part.client_id), *cells, str(counts.sum())])
+    rows.append(["total", *(f"{count} " for count in total), str(total.sum())])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(map(str.rjust, row, widths)) for row in rows]
+    rule = "  ".join("-" * width for width in widths)
+    return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
+
+
+def _check_labels(labels: NDArray[np.int64], *, num_classes: int) -> NDArray[np.int64]:
+    labels = np.asarray(labels)
+    if num_classes < 1:
+        raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+        raise ValueError(
+            f"labels must be integers of shape (N,), got {labels.dtype} of shape {labels.shape}"
+        )
+    outside = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if outside.size:
+        at = int(outside[0])
+        raise ValueError(f"labels[{at}] must be in [0, {num_classes}), got {labels[at]}")
+    return labels.astype(np.int64)
+
+
+def _check_num_clients(num_clients: int, *, num_images: int, kind: str) -> None:
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    if num_clients < 1:
+        raise ValueError(f"num_clients must be at least 1, got {num_clients}")
+    if num_clients > num_images:
+        raise ValueError(
+            f"num_clients must be at most the number of images, {num_images}, got {num_clients}"
+        )
+    if kind == "own" and num_clients != 1:
+        raise ValueError(f"num_clients must be 1 for kind own, got {num_clients}")
+
+
+def _check_parameters(given: dict[str, float | None], *, kind: str, num_classes: int) -> None:
+    """`given` maps each parameter of any kind to its value or None."""
+    for name, value in given.items():
+        if name not in _PARAMETERS[kind]:
+            if value is not None:
+                raise ValueError(f"{name} must be left out for kind {kind}, got {value}")
+            continue
+        if value is None:
+            raise ValueError(f"{name} must be given for kind {kind}")
+        if name == "alpha" and not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"alpha must be greater than 0 and finite, got {value}")
+        if name == "majority_ratio" and not (value >= 1 and math.isfinite(value)):
+            raise ValueError(f"majority_ratio must be at least 1 and finite, got {value}")
+        if name == "majority_classes" and not (
+            isinstance(value, int) and 1 <= value <= num_classes
+        ):
+            raise ValueError(f"majority_classes must be in [1, {num_classes}], got {value}")

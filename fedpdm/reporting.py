@@ -1,0 +1,185 @@
+"""What a run tells: its log, its pictures and its closing summary."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedpdm.build import ReleasePlan, build_noise, privacy_statement
+from fedpdm.config import RunConfig
+from fedpdm.data import ImageSet
+from fedpdm.partition import ClientPartition, partition_table
+from fedpdm.pictures import draw_image_grid, draw_partition
+from fedpdm.runs import RunDirectory
+from fedpdm.store import ClientStore, write_tensors
+
+__all__ = ["RunLog", "draw_samples", "draw_split", "finish_run", "summarise"]
+
+ROW_NAMES = {
+    "coarse": "coarse output",
+    "pfdm": "coarse, then fine",
+    "alone": "training alone",
+}
+COLUMNS = 20
+CLIENTS_SHOWN = 4
+
+
+class RunLog:
+    """Lines to standard output and, with the time of day, to the run's `log.txt`."""
+
+    def __init__(self, run: RunDirectory) -> None:
+        self._path = run.root / "log.txt"
+
+    def say(self, line: str) -> None:
+        print(line, flush=True)
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n")
+        sys.stdout.flush()
+
+
+def draw_split(
+    run: RunDirectory, partitions: Sequence[ClientPartition], images: ImageSet
+) -> None:
+    """`partition.png` and `partition.txt`: who holds how many images of which class."""
+    names = images.class_names
+    draw_partition(run.root / "partition.png", partitions, images.labels, names)
+    run.write_text("partition.txt", partition_table(partitions, images.labels, names) + "\n")
+
+
+def draw_samples(run: RunDirectory, config: RunConfig) -> bool:
+    """`samples.png` from the clients' stored samples (simulation: one party holds them all).
+
+    A group of rows per client: coarse output, coarse then fine, training alone; columns go
+    through the classes. Returns whether there was anything to draw.
+    """
+    rows: list[np.ndarray] = []
+    labels: list[str] = []
+    groups: list[str] = []
+    columns: list[str] = []
+    for client in range(min(CLIENTS_SHOWN, config.partition.num_clients)):
+        samples = ClientStore(run.client_path(client)).load_samples()
+        if samples is None:
+            continue
+        chosen = _columns(samples["labels"])
+        columns = [str(label) for label in samples["labels"][chosen]]
+        for method, name in ROW_NAMES.items():
+            if method in samples:
+                rows.append(samples[method][chosen])
+                labels.append(name)
+                groups.append(f"client {client}")
+    if not rows:
+        return False
+    draw_image_grid(
+        run.root / "samples.png",
+        rows,
+        row_labels=labels,
+        row_groups=groups,
+        column_labels=columns,
+        title=f"{config.name}: samples per class",
+    )
+    return True
+
+
+def _columns(labels: np.ndarray) -> np.ndarray:
+    """Positions of an equal number of samples of each class, about `COLUMNS` in all."""
+    classes = np.unique(labels)
+    each = max(1, COLUMNS // len(classes))
+    return np.concatenate([np.flatnonzero(labels == k)[:each] for k in classes])
+
+
+def finish_run(
+    run: RunDirectory,
+    config: RunConfig,
+    plan: ReleasePlan,
+    log: RunLog,
+    ema: Mapping[str, torch.Tensor],
+    history: Mapping[str, Any],
+) -> None:
+    """Write what a finished run leaves behind and say where it is."""
+    write_tensors(run.root / "coarse.safetensors", ema)
+    noise_source = build_noise(config, client=0).description
+    run.write_json("privacy.json", privacy_statement(config, plan, noise_source=noise_source))
+    run.write_json("metrics.json", history)
+    if config.run.simulation:
+        draw_samples(run, config)
+    for line in summarise(run).splitlines():
+        log.say(line)
+
+
+def summarise(run: RunDirectory) -> str:
+    """The closing summary of a finished run: places, privacy statement, metrics table."""
+    privacy = run.read_json("privacy.json")
+    final = run.read_json("metrics.json")["final"]
+    lines = [
+        "",
+        f"Run directory  {run.root}",
+    ]
+    for name, what in (
+        ("samples.png", "samples of each class: coarse output, coarse then fine, training alone"),
+        ("partition.png", "who holds what"),
+        ("metrics.json", "losses, bytes and metrics per round and client"),
+        ("coarse.safetensors", "the shared coarse model"),
+    ):
+        if (run.root / name).exists():
+            lines.append(f"  {name:<19} {what}")
+    lines += ["", *_privacy_lines(privacy), ""]
+    table = metrics_table(final["clients"])
+    lines += table if table else ["No image metrics: they need raw data, and simulation."]
+    lines.append("")
+    lines.append(f"Coarse loss on held-out releases: {final['heldout_coarse_loss']:.4f}")
+    return "\n".join(lines)
+
+
+def _privacy_lines(privacy: Mapping[str, Any]) -> list[str]:
+    lines = [
+        f"Privacy  each image is ({privacy['epsilon']:.4g}, {privacy['delta']:g})-locally "
+        "differentially private, by exact accounting (analytic Gaussian);",
+        f"         t0 = {privacy['t0']}, clip norm {privacy['clip_norm']:g} around "
+        f"{privacy['shift']:g}, one release per image; the paper's bound would say "
+        f"{privacy['epsilon_paper_bound']:.4g}.",
+        "         Not covered: labels, counts, metrics on raw data, fine models once published.",
+    ]
+    if privacy["simulation"]:
+        lines.append(
+            "         SIMULATION: the noise is seeded, so nothing is hidden from who knows the seed."
+        )
+    return lines
+
+
+def metrics_table(clients: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Image metrics per client and class group; empty if there are none."""
+    rows = []
+    for metrics in clients:
+        for group in ("majority", "minority", "all"):
+            if f"{group}_pfdm_frechet" not in metrics:
+                continue
+            cells = [
+                metrics.get(f"{group}_{method}_{metric}", float("nan"))
+                for metric in ("frechet", "class_fidelity")
+                for method in ("pfdm", "alone", "own")
+            ]
+            rows.append((f"client {metrics['client_id']}", group, cells))
+    if not rows:
+        return []
+    for group in ("majority", "minority"):
+        values = [cells for _, name, cells in rows if name == group]
+        if len(values) > 1:
+            rows.append(("mean", group, list(np.mean(values, axis=0))))
+    lines = [
+        "Metrics                  Frechet distance (pixel PCA)    class fidelity",
+        "                         PFDM    alone   own images      PFDM   alone  own images",
+    ]
+    for who, group, cells in rows:
+        numbers = "  ".join(f"{value:6.2f}" for value in cells[:3])
+        shares = "  ".join(f"{value:5.2f}" for value in cells[3:])
+        lines.append(f"  {who:<10} {group:<9} {numbers}        {shares}")
+    lines.append(
+        "  Lower Frechet distance is better; against test images that no client holds. It is not "
+        "FID.\n  own images: the client's real training images by the same measure."
+    )
+    return lines

@@ -1,0 +1,138 @@
+"""The run directory: what a run leaves behind, and the server's checkpoint.
+
+    config.yaml          the resolved configuration
+    privacy.json         what is promised
+    metrics.json         per round and final
+    coarse.safetensors   the shared model (EMA), when the run has finished
+    samples.png  partition.png
+    log.txt
+    server/checkpoint.safetensors   to resume from
+    server/releases/     what clients uploaded (server training only)
+    clients/<id>/        each client's store (`fedpdm.store`); the server never reads it, except
+                         for pictures in simulation
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedpdm.config import ConfigError, RunConfig, config_to_yaml, load_config
+from fedpdm.mechanism import release_metadata, restore_release
+from fedpdm.store import StoreError, read_tensors, write_atomic, write_tensors
+from fedpdm.types import ReleasedDataset
+
+__all__ = ["RunDirectory"]
+
+
+class RunDirectory:
+    """Reads and writes one run's files; every write is atomic."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    @property
+    def checkpoint_path(self) -> Path:
+        return self.root / "server" / "checkpoint.safetensors"
+
+    def client_path(self, client_id: int) -> Path:
+        return self.root / "clients" / str(client_id)
+
+    def open(self, config: RunConfig, *, resume: bool) -> None:
+        """Claim the directory for `config`.
+
+        `ConfigError` if it holds another config's run, or a run and `resume` is not set; nothing
+        is overwritten.
+        """
+        path = self.root / "config.yaml"
+        if path.exists():
+            known = load_config(path)
+            if known != config:
+                raise ConfigError(
+                    f"{self.root}: holds a run of another config "
+                    f"({', '.join(differing_keys(known, config))}); choose another --out"
+                )
+            if not resume and self.checkpoint_path.exists():
+                raise ConfigError(
+                    f"{self.root}: holds this run already; --resume continues it, or choose "
+                    "another --out"
+                )
+        elif self.root.exists() and not self.root.is_dir():
+            raise ConfigError(f"{self.root}: exists and is not a directory")
+        elif resume:
+            raise ConfigError(f"{self.root}: no run to resume (config.yaml is missing)")
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(f"{self.root}: cannot be created: {error.strerror}") from None
+        if not path.exists():
+            write_atomic(path, config_to_yaml(config).encode())
+
+    def config(self) -> RunConfig:
+        path = self.root / "config.yaml"
+        if not path.exists():
+            raise ConfigError(f"{self.root}: is not a run directory (config.yaml is missing)")
+        return load_config(path)
+
+    def write_json(self, name: str, value: Any) -> None:
+        write_atomic(self.root / name, (json.dumps(value, indent=1) + "\n").encode())
+
+    def write_text(self, name: str, text: str) -> None:
+        write_atomic(self.root / name, text.encode())
+
+    def read_json(self, name: str) -> Any:
+        path = self.root / name
+        if not path.exists():
+            raise ConfigError(f"{path}: is missing; the run has not got that far")
+        return json.loads(path.read_text())
+
+    def save_release(self, client_id: int, released: ReleasedDataset) -> None:
+        """Keep what a client uploaded (server training)."""
+        write_tensors(
+            self.root / "server" / "releases" / f"{client_id:06d}.safetensors",
+            {"x_tilde": released.x_tilde, "labels": released.labels},
+            release_metadata(released),
+        )
+
+    def load_releases(self) -> list[ReleasedDataset]:
+        """All uploads in the order of client ids."""
+        parts = []
+        for path in sorted((self.root / "server" / "releases").glob("*.safetensors")):
+            tensors, metadata = read_tensors(path)
+            parts.append(restore_release(tensors["x_tilde"], tensors["labels"], metadata))
+        return parts
+
+    def save_checkpoint(
+        self, round: int, tensors: Mapping[str, torch.Tensor], history: Mapping[str, Any]
+    ) -> None:
+        """Server state after `round`, with the metrics so far, in one file."""
+        write_tensors(
+            self.checkpoint_path, tensors, {"round": str(round), "history": json.dumps(history)}
+        )
+
+    def load_checkpoint(self) -> tuple[int, dict[str, torch.Tensor], dict[str, Any]] | None:
+        """(rounds done, server state, metrics so far), or None before the first round."""
+        if not self.checkpoint_path.exists():
+            return None
+        tensors, metadata = read_tensors(self.checkpoint_path)
+        try:
+            return int(metadata["round"]), tensors, json.loads(metadata["history"])
+        except (KeyError, ValueError) as error:
+            raise StoreError(f"{self.checkpoint_path}: header is damaged: {error}") from None
+
+
+def differing_keys(a: RunConfig, b: RunConfig) -> list[str]:
+    """`section.key` of every key in which two configs differ."""
+    first, second = dataclasses.asdict(a), dataclasses.asdict(b)
+    differing = []
+    for section, values in first.items():
+        if isinstance(values, dict):
+            differing += [f"{section}.{k}" for k in values if values[k] != second[section][k]]
+        elif values != second[section]:
+            differing.append(section)
+    return differing

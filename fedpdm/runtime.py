@@ -1,0 +1,58 @@
+"""What Flower's flat run configuration means: the `RunConfig` and the run directory.
+
+Server and clients are handed the same flat mapping (`[tool.flwr.app.config]` with overrides), in
+other processes and other directories. Both read it here, so that they agree.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import fedpdm
+from fedpdm.config import ConfigError, RunConfig, config_from_json, load_config
+
+__all__ = ["experiments_root", "is_resumed", "run_config_of", "run_root"]
+
+
+def experiments_root() -> Path:
+    """Where the bundled `experiments/` lie: beside the package, in a checkout and in a FAB."""
+    return Path(fedpdm.__file__).resolve().parent.parent / "experiments"
+
+
+def run_config_of(flat: Mapping[str, Any]) -> RunConfig:
+    """The run's configuration.
+
+    `resolved-config` (JSON, as `fedpdm run` passes it) wins; else `experiment`, a YAML file of
+    `experiments/` or an absolute path, with `set`, overrides separated by blanks.
+    """
+    if text := str(flat.get("resolved-config", "")):
+        return config_from_json(text)
+    name = str(flat.get("experiment", "digits"))
+    path = Path(name)
+    if not path.is_absolute():
+        relative = path if path.suffix else path.with_suffix(".yaml")
+        if relative.parts and relative.parts[0] == "experiments":
+            relative = Path(*relative.parts[1:])
+        path = experiments_root() / relative
+    if not path.exists():
+        known = sorted(p.stem for p in experiments_root().glob("*.yaml"))
+        raise ConfigError(f"experiment: {name!r} not found; there are {', '.join(known)}")
+    return load_config(path, shlex.split(str(flat.get("set", ""))))
+
+
+def run_root(flat: Mapping[str, Any], config: RunConfig, run_id: int) -> Path:
+    """The run directory: `run-dir` where given, else `runs/NAME-RUNID` under `FEDPDM_RUNS` or
+    the current directory."""
+    if chosen := str(flat.get("run-dir", "")):
+        return Path(chosen).expanduser().absolute()
+    base = Path(os.environ.get("FEDPDM_RUNS", "runs")).expanduser().absolute()
+    return base / f"{config.name}-{run_id}"
+
+
+def is_resumed(flat: Mapping[str, Any]) -> bool:
+    """Whether the run continues the one in `run-dir`."""
+    return bool(flat.get("resume", False))

@@ -1,0 +1,117 @@
+"""Noise schedules and the forward process.
+
+With betas b_1..b_T, `abar_t = prod_{s<=t} (1 - b_s)` and `abar_0 = 1`, the forward process is
+
+    q(x_t | x_0) = N( sqrt(abar_t) x_0, (1 - abar_t) I )                          (DDPM Eq. 4)
+    q(x_t | x_s) = N( sqrt(abar_t / abar_s) x_s, (1 - abar_t / abar_s) I ),  s <= t.
+
+`t` counts the noising steps that were applied: 0 is clean, T is the end. diffusers counts from 0
+for one step; that conversion is made in `fedpdm.sampling` and `fedpdm.denoisers` alone.
+Coefficients are kept in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+__all__ = ["NoiseSchedule", "make_schedule", "q_sample", "q_sample_from"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class NoiseSchedule:
+    """A variance-preserving schedule of T steps.
+
+    `betas` is float64 (T,) with `betas[t - 1]` the variance added by step t; `alphas_cumprod` is
+    float64 (T + 1,) indexed by t, with `alphas_cumprod[0] == 1`.
+    """
+
+    kind: str
+    betas: np.ndarray
+    alphas_cumprod: np.ndarray
+
+    @property
+    def num_steps(self) -> int:
+        """T."""
+        return len(self.betas)
+
+    def alpha_bar(self, t: int) -> float:
+        """abar_t for t in [0, T]; `ValueError` outside."""
+        if not 0 <= t <= self.num_steps:
+            raise ValueError(f"t must be in [0, {self.num_steps}], got {t}")
+        return float(self.alphas_cumprod[t])
+
+    def noise_to_signal(self, t: int) -> float:
+        """sigma_t = sqrt((1 - abar_t) / abar_t): the noise in units of the clean image."""
+        abar = self.alpha_bar(t)
+        return math.sqrt((1.0 - abar) / abar)
+
+    def gather(self, t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """abar_t per example as float64 (B, 1, ..., 1) on `like`'s device; t is int (B,)."""
+        table = torch.tensor(self.alphas_cumprod)
+        values = table[t.to("cpu", torch.int64)].to(like.device)
+        return values.view(-1, *([1] * (like.ndim - 1)))
+
+
+def make_schedule(
+    kind: str,
+    *,
+    num_steps: int = 1000,
+    beta_start: float = 1e-4,
+    beta_end: float = 0.02,
+) -> NoiseSchedule:
+    """`linear` (DDPM section 4) or `cosine` (Nichol and Dhariwal 2021, Eq. 17) schedule.
+
+    `ValueError` for another kind, for num_steps < 2 and for betas outside (0, 1).
+    """
+    if num_steps < 2:
+        raise ValueError(f"schedule.num_steps must be at least 2, got {num_steps}")
+    if kind == "linear":
+        if not 0.0 < beta_start <= beta_end < 1.0:
+            raise ValueError(
+                "schedule.beta_start and beta_end must satisfy 0 < start <= end < 1, "
+                f"got {beta_start} and {beta_end}"
+            )
+        betas = np.linspace(beta_start, beta_end, num_steps, dtype=np.float64)
+    elif kind == "cosine":
+        offset = 0.008
+        grid = np.arange(num_steps + 1, dtype=np.float64) / num_steps
+        f = np.cos((grid + offset) / (1.0 + offset) * np.pi / 2.0) ** 2
+        betas = np.minimum(1.0 - f[1:] / f[:-1], 0.999)
+    else:
+        raise ValueError(f"schedule.kind must be linear or cosine, got {kind!r}")
+    alphas_cumprod = np.concatenate([[1.0], np.cumprod(1.0 - betas)])
+    betas.setflags(write=False)
+    alphas_cumprod.setflags(write=False)
+    return NoiseSchedule(kind=kind, betas=betas, alphas_cumprod=alphas_cumprod)
+
+
+def q_sample(
+    schedule: NoiseSchedule, x_0: torch.Tensor, t: torch.Tensor, *, noise: torch.Tensor
+) -> torch.Tensor:
+    """x_t given clean x_0: (B, *), t int (B,) in [0, T], noise (B, *) -> (B, *). DDPM Eq. 4."""
+    abar = schedule.gather(t, x_0)
+    return abar.sqrt().to(x_0.dtype) * x_0 + (1.0 - abar).sqrt().to(x_0.dtype) * noise
+
+
+def q_sample_from(
+    schedule: NoiseSchedule,
+    x_s: torch.Tensor,
+    *,
+    s: torch.Tensor | int,
+    t: torch.Tensor,
+    noise: torch.Tensor,
+) -> torch.Tensor:
+    """x_t given x_s for s <= t: adds only the noise between s and t.
+
+    Post-processing of x_s: applied to a stored release it spends no privacy. Shapes as in
+    `q_sample`; `ValueError` if any s > t.
+    """
+    s = torch.full_like(t, s) if isinstance(s, int) else s
+    if bool((s > t).any()):
+        raise ValueError(f"s must be at most t, got s={int(s.max())}, t={int(t.min())}")
+    ratio = schedule.gather(t, x_s) / schedule.gather(s, x_s)
+    return ratio.sqrt().to(x_s.dtype) * x_s + (1.0 - ratio).sqrt().to(x_s.dtype) * noise

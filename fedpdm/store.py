@@ -1,0 +1,241 @@
+"""A client's disk: the stored release, the training state and the replies already given.
+
+    identity.json             whose store this is: the data digest and the release settings
+    release.safetensors       x_tilde and labels with their parameters; written once
+    rounds/000007/            one directory per finished round, renamed into place when complete
+        coarse.safetensors    optimiser moments of the coarse model
+        fine.safetensors      fine model, EMA, moments, step
+        reply.safetensors     the coarse update that was sent (a replayed round sends it again)
+        reply.json            its metrics, and the fingerprint of the weights it answered
+    samples.npz               pictures drawn with the finished models
+    partial/                  fine-model checkpoints inside a round
+
+Every file is written under a temporary name, flushed to disk and renamed, so a crash leaves the
+old state or the new one. One Ray actor serves several clients: all state is here, none in the
+process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+
+from fedpdm.mechanism import release_metadata, restore_release
+from fedpdm.types import ReleasedDataset
+
+__all__ = ["ClientStore", "Reply", "StoreError", "read_tensors", "write_atomic", "write_tensors"]
+
+
+class StoreError(ValueError):
+    """A store that cannot be used as asked; one line that names the path."""
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file so that it appears complete or not at all; `StoreError` if it cannot be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        reason = "no space left on the device" if error.errno == errno.ENOSPC else error.strerror
+        raise StoreError(f"{path}: cannot be written: {reason}") from None
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write named tensors as safetensors, atomically."""
+    data = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    write_atomic(path, safetensors.torch.save(data, metadata=dict(metadata or {})))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Named tensors and metadata of a safetensors file; `StoreError` if it is damaged."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(  # noqa: SIM118
+                file.metadata() or {}
+            )
+    except (OSError, safetensors.SafetensorError) as error:
+        raise StoreError(f"{path}: cannot be read: {error}") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """What a client answered in a round: `payload` (empty for nothing), metrics, and the
+    fingerprint of the message it answered."""
+
+    round: int
+    payload: bytes
+    num_examples: int
+    metrics: dict[str, Any]
+    request: str
+
+
+class ClientStore:
+    """One client's directory. Use inside `with store.lock():` for anything that writes."""
+
+    KEEP_ROUNDS = 2
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Exclusive access to the store across processes; waits for the other holder."""
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            handle = open(self.root / ".lock", "w")  # noqa: SIM115
+        except OSError as error:
+            raise StoreError(f"{self.root}: store cannot be written: {error.strerror}") from None
+        with handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+
+    def claim(self, identity: Mapping[str, Any]) -> None:
+        """Bind the store to `identity` on first use; `StoreError` if it belongs to another."""
+        path = self.root / "identity.json"
+        text = json.dumps(dict(identity), sort_keys=True, indent=1)
+        if not path.exists():
+            write_atomic(path, text.encode())
+            return
+        known = json.loads(path.read_text())
+        for key, value in identity.items():
+            if known.get(key) != value:
+                raise StoreError(
+                    f"{self.root}: this store was made with {key} = {known.get(key)!r}, "
+                    f"now {value!r}; noising the same images again would be a second release: "
+                    "use another directory or restore the old setting"
+                )
+
+    # The release.
+
+    @property
+    def release_path(self) -> Path:
+        return self.root / "release.safetensors"
+
+    def load_release(self) -> ReleasedDataset | None:
+        """The stored release, or None if this store has none yet."""
+        if not self.release_path.exists():
+            return None
+        tensors, metadata = read_tensors(self.release_path)
+        try:
+            return restore_release(tensors["x_tilde"], tensors["labels"], metadata)
+        except (KeyError, ValueError) as error:
+            raise StoreError(f"{self.release_path}: {error}") from None
+
+    def save_release(self, released: ReleasedDataset) -> None:
+        """Store the release; refuses to replace one."""
+        if self.release_path.exists():
+            raise StoreError(f"{self.release_path}: a release is stored already")
+        write_tensors(
+            self.release_path,
+            {"x_tilde": released.x_tilde, "labels": released.labels},
+            release_metadata(released),
+        )
+
+    # Rounds.
+
+    def _round_path(self, round: int) -> Path:
+        return self.root / "rounds" / f"{round:06d}"
+
+    def last_round(self) -> int:
+        """The last finished round, 0 before the first."""
+        folder = self.root / "rounds"
+        done = [int(p.name) for p in folder.glob("[0-9]*")] if folder.is_dir() else []
+        return max(done, default=0)
+
+    def load_state(self, round: int) -> dict[str, dict[str, torch.Tensor]]:
+        """Training state after `round`: model name -> named tensors; empty before the first."""
+        folder = self._round_path(round)
+        return {
+            name: read_tensors(folder / f"{name}.safetensors")[0]
+            for name in ("coarse", "fine")
+            if (folder / f"{name}.safetensors").exists()
+        }
+
+    def load_reply(self, round: int) -> Reply | None:
+        """The reply given in `round`, or None if it is not there (any more)."""
+        folder = self._round_path(round)
+        if not (folder / "reply.json").exists():
+            return None
+        record = json.loads((folder / "reply.json").read_text())
+        payload = folder / "reply.safetensors"
+        return Reply(round=round, payload=payload.read_bytes(), **record)
+
+    def finish_round(
+        self, reply: Reply, state: Mapping[str, Mapping[str, torch.Tensor]]
+    ) -> None:
+        """Make `round` durable in one step: state and reply appear together."""
+        final = self._round_path(reply.round)
+        temporary = final.with_name(f".{final.name}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        for name, tensors in state.items():
+            write_tensors(temporary / f"{name}.safetensors", tensors)
+        write_atomic(temporary / "reply.safetensors", reply.payload)
+        record = {
+            "num_examples": reply.num_examples,
+            "metrics": reply.metrics,
+            "request": reply.request,
+        }
+        write_atomic(temporary / "reply.json", json.dumps(record, indent=1).encode())
+        os.replace(temporary, final)
+        self.drop_partial()
+        for old in sorted((self.root / "rounds").glob("[0-9]*"))[: -self.KEEP_ROUNDS]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    # Inside a round.
+
+    def save_partial(self, round: int, chunk: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Fine-model state after `chunk` chunks of `round`."""
+        write_tensors(
+            self.root / "partial" / "fine.safetensors",
+            tensors,
+            {"round": str(round), "chunk": str(chunk)},
+        )
+
+    def load_partial(self, round: int) -> tuple[int, dict[str, torch.Tensor]] | None:
+        """(chunks done, state) of an interrupted `round`, or None."""
+        path = self.root / "partial" / "fine.safetensors"
+        if not path.exists():
+            return None
+        tensors, metadata = read_tensors(path)
+        if metadata.get("round") != str(round):
+            return None
+        return int(metadata["chunk"]), tensors
+
+    def save_samples(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Store pictures: `labels` int64 (N,) and one uint8 (N, C, H, W) per method."""
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
+        write_atomic(self.root / "samples.npz", buffer.getvalue())
+
+    def load_samples(self) -> dict[str, np.ndarray] | None:
+        """The arrays of `save_samples`, or None."""
+        path = self.root / "samples.npz"
+        if not path.exists():
+            return None
+        with np.load(path) as file:
+            return dict(file)
+
+    def drop_partial(self) -> None:
+        shutil.rmtree(self.root / "partial", ignore_errors=True)

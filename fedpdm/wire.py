@@ -1,0 +1,231 @@
+"""What travels: named tensors in, named tensors out, and nothing else.
+
+Flower's NumPyClient moves a list of arrays. Every message here is one uint8 array that holds a
+safetensors file: names, shapes and dtypes travel with the values, and a header says what kind of
+message it is. Only three kinds can be encoded: the coarse model (server to client), a
+`CoarseUpdate` and a `ReleasedDataset` (client to server); metrics pass `check_metrics`, a fixed
+list of scalars. Anything else raises `WireError`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+
+from fedpdm.mechanism import release_metadata, restore_release
+from fedpdm.types import CoarseUpdate, ReleasedDataset
+
+__all__ = [
+    "FIT_METRICS",
+    "RAW_METRICS",
+    "WireError",
+    "check_metrics",
+    "decode_model",
+    "decode_release",
+    "decode_update",
+    "encode_model",
+    "encode_nothing",
+    "encode_release",
+    "encode_update",
+    "fingerprint",
+    "message_bytes",
+]
+
+VERSION = "1"
+Message = list[np.ndarray]
+
+# Counts and times, and losses of the coarse model on releases: functions of the release alone.
+FIT_METRICS: Mapping[str, type] = {
+    "client_id": int,
+    "num_released": int,
+    "coarse_loss": float,
+    "coarse_steps": int,
+    "coarse_seconds": float,
+    "seconds": float,
+    "coarse_images": int,
+    "fine_images": int,
+    "replayed": bool,
+    "heldout_coarse_loss": float,
+    "num_heldout": int,
+}
+
+# Computed on raw data: not covered by the guarantee, sent in simulation only.
+RAW_METRICS: Mapping[str, type] = {
+    "fine_loss": float,
+    **{
+        f"{group}_{method}_{metric}": float
+        for group in ("majority", "minority", "all")
+        for method in ("pfdm", "alone", "own")
+        for metric in ("frechet", "class_fidelity")
+    },
+}
+
+
+class WireError(ValueError):
+    """A message that may not be sent, or cannot be accepted; one line."""
+
+
+def _pack(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> Message:
+    data = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    payload = safetensors.torch.save(data, metadata={"fedpdm": VERSION, **metadata})
+    return [np.frombuffer(payload, dtype=np.uint8)]
+
+
+def _unpack(message: Message, kind: str, who: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    if len(message) != 1 or message[0].dtype != np.uint8 or message[0].ndim != 1:
+        raise WireError(f"expected one uint8 array from {who}, got {len(message)} arrays")
+    payload = message[0].tobytes()
+    try:
+        header = int.from_bytes(payload[:8], "little")
+        if header > len(payload):
+            raise ValueError("header longer than the message")
+        tensors = safetensors.torch.load(payload)
+        metadata = _metadata(payload, header)
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise WireError(f"malformed message from {who}: {error}") from None
+    if metadata.get("fedpdm") != VERSION or metadata.get("kind") != kind:
+        raise WireError(
+            f"expected a {kind} message (version {VERSION}) from {who}, got "
+            f"{metadata.get('kind')!r} (version {metadata.get('fedpdm')!r})"
+        )
+    return tensors, metadata
+
+
+def _metadata(payload: bytes, header: int) -> dict[str, str]:
+    values = json.loads(payload[8 : 8 + header])["__metadata__"]
+    return {str(key): str(value) for key, value in values.items()}
+
+
+def fingerprint(message: Message) -> str:
+    """SHA-256 of a message's payload, hexadecimal."""
+    digest = hashlib.sha256()
+    for array in message:
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def message_bytes(message: Message) -> int:
+    """Payload bytes of a message."""
+    return sum(array.nbytes for array in message)
+
+
+def encode_nothing() -> Message:
+    """The empty message: a client that has nothing to send."""
+    return []
+
+
+def encode_model(weights: Mapping[str, torch.Tensor]) -> Message:
+    """Server to client: the coarse model's weights by name."""
+    return _pack(weights, {"kind": "coarse-model"})
+
+
+def decode_model(message: Message, *, who: str = "the server") -> dict[str, torch.Tensor]:
+    """Inverse of `encode_model`; names and shapes are checked where the weights are loaded."""
+    return _unpack(message, "coarse-model", who)[0]
+
+
+def encode_update(update: CoarseUpdate) -> Message:
+    """Client to server: coarse weights that came from a release. `WireError` for anything else."""
+    if not isinstance(update, CoarseUpdate):
+        raise WireError(f"only a CoarseUpdate may leave here, got {type(update).__name__}")
+    return _pack(
+        update.weights,
+        {
+            "kind": "coarse-update",
+            "num_examples": str(update.num_examples),
+            "client_id": str(update.client_id),
+            "round": str(update.round),
+        },
+    )
+
+
+def decode_update(
+    message: Message, *, like: Mapping[str, torch.Tensor], round: int, who: str
+) -> CoarseUpdate:
+    """A client's update, checked against the coarse model `like`.
+
+    `WireError` naming `who` for wrong names, shapes, dtypes, round, or values that are not finite.
+    """
+    tensors, metadata = _unpack(message, "coarse-update", who)
+    if missing := like.keys() - tensors.keys():
+        raise WireError(f"update of {who}: missing {sorted(missing)[0]}")
+    if unexpected := tensors.keys() - like.keys():
+        raise WireError(f"update of {who}: unexpected {sorted(unexpected)[0]}")
+    for name, reference in like.items():
+        value = tensors[name]
+        if value.shape != reference.shape or value.dtype != reference.dtype:
+            raise WireError(
+                f"update of {who}: {name} must be {reference.dtype} {tuple(reference.shape)}, "
+                f"got {value.dtype} {tuple(value.shape)}"
+            )
+        if not bool(torch.isfinite(value).all()):
+            raise WireError(f"update of {who}: {name} has values that are not finite")
+    try:
+        update = CoarseUpdate(
+            weights=tensors,
+            num_examples=int(metadata["num_examples"]),
+            client_id=int(metadata["client_id"]),
+            round=int(metadata["round"]),
+        )
+    except (KeyError, ValueError) as error:
+        raise WireError(f"update of {who}: malformed header: {error}") from None
+    if update.num_examples < 1:
+        raise WireError(f"update of {who}: num_examples must be at least 1")
+    if update.round != round:
+        raise WireError(f"update of {who}: made for round {update.round}, expected {round}")
+    return update
+
+
+def encode_release(released: ReleasedDataset, *, client_id: int) -> Message:
+    """Client to server, server-trained mode: the stored release. `WireError` for anything else."""
+    if not isinstance(released, ReleasedDataset):
+        raise WireError(f"only a ReleasedDataset may leave here, got {type(released).__name__}")
+    return _pack(
+        {"x_tilde": released.x_tilde, "labels": released.labels},
+        {"kind": "release", "client_id": str(client_id), **release_metadata(released)},
+    )
+
+
+def decode_release(message: Message, *, who: str) -> ReleasedDataset:
+    """A client's release; `WireError` if it is malformed or contradicts itself."""
+    tensors, metadata = _unpack(message, "release", who)
+    if tensors.keys() != {"x_tilde", "labels"}:
+        raise WireError(f"release of {who}: expected x_tilde and labels, got {sorted(tensors)}")
+    try:
+        return restore_release(tensors["x_tilde"], tensors["labels"], metadata)
+    except ValueError as error:
+        raise WireError(f"release of {who}: {error}") from None
+
+
+def check_metrics(
+    metrics: Mapping[str, Any], *, allow_raw: bool, who: str
+) -> dict[str, bool | int | float]:
+    """The metrics mapping that may leave a client: known names, scalars of the listed type.
+
+    `allow_raw` admits `RAW_METRICS`, which are computed on raw data (simulation only). Values
+    that are not finite are left out. `WireError` for any other name or type.
+    """
+    allowed = {**FIT_METRICS, **(RAW_METRICS if allow_raw else {})}
+    checked: dict[str, bool | int | float] = {}
+    for name, value in metrics.items():
+        if name not in allowed:
+            why = "computed on raw data" if name in RAW_METRICS else "not on the list"
+            raise WireError(f"metric {name} of {who} may not leave the client: {why}")
+        if allowed[name] is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if type(value) is not allowed[name]:
+            raise WireError(
+                f"metric {name} of {who} must be {allowed[name].__name__}, "
+                f"got {type(value).__name__}"
+            )
+        if not isinstance(value, float) or math.isfinite(value):
+            checked[name] = value
+    return checked

@@ -1,0 +1,1 @@
+"""Flower strategies and the server app: only the shared coarse model is aggregated."""

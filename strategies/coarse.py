@@ -1,0 +1,369 @@
+"""What every strategy of this project shares: only the coarse model is the server's business.
+
+A `CoarseStrategy` holds the coarse weights by name, asks clients for a phase of work, refuses
+malformed answers naming the client, writes a checkpoint after each round and goes on from it.
+How answers become new weights is the subclasses' part (`absorb`).
+"""
+
+from __future__ import annotations
+
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.common import (
+    EvaluateIns,
+    EvaluateRes,
+    FitIns,
+    FitRes,
+    GetPropertiesIns,
+    NDArrays,
+    Parameters,
+    Scalar,
+    ndarrays_to_parameters,
+    parameters_to_ndarrays,
+)
+from flwr.server.client_manager import ClientManager
+from flwr.server.client_proxy import ClientProxy
+from flwr.server.strategy import Strategy
+
+from fedpdm import wire
+from fedpdm.rng import Purpose, numpy_rng
+from fedpdm.runs import RunDirectory
+
+__all__ = ["ClientAnswer", "ClientFailure", "CoarseStrategy", "ServerSettings"]
+
+Weights = dict[str, torch.Tensor]
+
+
+class ClientFailure(RuntimeError):
+    """A client failed and the config says to stop; names every failed client and why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings:
+    """The server's part of the configuration. `min_clients` nodes are waited for."""
+
+    rounds: int
+    min_clients: int
+    fraction_fit: float
+    on_failure: str
+    evaluate_every: int
+    ema_decay: float
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientAnswer:
+    """One client's answer to a fit request, decoded as far as Flower does it."""
+
+    client_id: int
+    message: NDArrays
+    num_examples: int
+    metrics: Mapping[str, Scalar]
+
+
+class CoarseStrategy(Strategy):
+    """See the module. `finish` is called once, with the final EMA weights and all metrics."""
+
+    def __init__(
+        self,
+        *,
+        settings: ServerSettings,
+        weights: Weights,
+        run: RunDirectory,
+        announce: Callable[[str], None],
+        finish: Callable[[Weights, dict[str, Any]], None],
+    ) -> None:
+        self.settings = settings
+        self.weights = {name: tensor.detach().clone() for name, tensor in weights.items()}
+        self.ema = {name: tensor.clone() for name, tensor in self.weights.items()}
+        self.history: dict[str, Any] = {"rounds": []}
+        self.rounds_done = 0
+        self._run = run
+        self._announce = announce
+        self._finish = finish
+        self._client_ids: dict[str, int] = {}
+        self._first_round = 1
+        self._started = time.perf_counter()
+        self._round_started = self._started
+
+    # What subclasses decide.
+
+    @abstractmethod
+    def phase(self, round: int) -> str:
+        """What clients do in this round besides fine training: coarse, release or fine."""
+
+    @abstractmethod
+    def absorb(self, round: int, answers: Sequence[ClientAnswer]) -> dict[str, float]:
+        """Turn the answers, sorted by client, into new `self.weights` and `self.ema`.
+
+        Returns metrics. Raises `wire.WireError` for a malformed answer.
+        """
+
+    @abstractmethod
+    def check(self, round: int, answer: ClientAnswer) -> None:
+        """`wire.WireError` if the answer cannot be absorbed."""
+
+    def extra_state(self) -> Weights:
+        """Further tensors of a checkpoint."""
+        return {}
+
+    def load_extra_state(self, tensors: Weights) -> None:
+        """Inverse of `extra_state`."""
+
+    def fit_config(self) -> dict[str, Scalar]:
+        """Further entries of the request to clients."""
+        return {}
+
+    # Resuming.
+
+    def resume(self) -> None:
+        """Go on from the run's checkpoint, if there is one."""
+        checkpoint = self._run.load_checkpoint()
+        if checkpoint is None:
+            return
+        self.rounds_done, tensors, self.history = checkpoint
+        for prefix, target in (("weights.", self.weights), ("ema.", self.ema)):
+            for name in target:
+                target[name] = tensors[prefix + name]
+        rest = {
+            name.removeprefix("extra."): tensor
+            for name, tensor in tensors.items()
+            if name.startswith("extra.")
+        }
+        self.load_extra_state(rest)
+        self._announce(f"resumed after round {self.rounds_done} of {self.settings.rounds}")
+        self._first_round = self.rounds_done + 1
+
+    @property
+    def finished(self) -> bool:
+        return "final" in self.history
+
+    def rounds_left(self) -> int:
+        """Flower rounds still to run: at least one, for the final evaluation."""
+        return max(1, self.settings.rounds - self.rounds_done)
+
+    def _checkpoint(self) -> None:
+        tensors = {f"weights.{name}": tensor for name, tensor in self.weights.items()}
+        tensors |= {f"ema.{name}": tensor for name, tensor in self.ema.items()}
+        tensors |= {f"extra.{name}": tensor for name, tensor in self.extra_state().items()}
+        self._run.save_checkpoint(self.rounds_done, tensors, self.history)
+        self._run.write_json("metrics.json", self.history)
+
+    # Flower's interface.
+
+    def initialize_parameters(self, client_manager: ClientManager) -> Parameters:
+        return self._message(self.weights)
+
+    def evaluate(
+        self, server_round: int, parameters: Parameters
+    ) -> tuple[float, dict[str, Scalar]] | None:
+        return None  # the server holds no images
+
+    def configure_fit(
+        self, server_round: int, parameters: Parameters, client_manager: ClientManager
+    ) -> list[tuple[ClientProxy, FitIns]]:
+        round = self._round(server_round)
+        self._round_started = time.perf_counter()
+        if round > self.settings.rounds:
+            return []  # only the final evaluation was missing
+        config: dict[str, Scalar] = {
+            "round": round,
+            "phase": self.phase(round),
+            **self.fit_config(),
+        }
+        chosen = self._participants(round, client_manager)
+        message = self._message(self.weights)
+        self._sent = sum(len(tensor) for tensor in message.tensors) * len(chosen)
+        return [(client, FitIns(message, dict(config))) for client in chosen]
+
+    def aggregate_fit(
+        self,
+        server_round: int,
+        results: list[tuple[ClientProxy, FitRes]],
+        failures: list[tuple[ClientProxy, FitRes] | BaseException],
+    ) -> tuple[Parameters | None, dict[str, Scalar]]:
+        round = self._round(server_round)
+        answers, problems = [], [self._describe_failure(failure) for failure in failures]
+        received = 0
+        for proxy, result in results:
+            client_id = self._client_ids.get(proxy.cid, -1)
+            message = parameters_to_ndarrays(result.parameters)
+            received += sum(len(tensor) for tensor in result.parameters.tensors)
+            answer = ClientAnswer(
+                client_id=client_id,
+                message=message,
+                num_examples=result.num_examples,
+                metrics=result.metrics,
+            )
+            if error := result.metrics.get("error"):
+                problems.append(f"client {client_id}: {error}")
+                continue
+            try:
+                wire.check_metrics(result.metrics, allow_raw=True, who=f"client {client_id}")
+                self.check(round, answer)
+            except wire.WireError as error:
+                problems.append(f"client {client_id}: {error}")
+                continue
+            answers.append(answer)
+        self._report_problems(round, "fit", problems, num_good=len(answers))
+        answers.sort(key=lambda answer: answer.client_id)
+        metrics = self.absorb(round, answers)
+        self.rounds_done = round
+        self.history["rounds"].append(
+            {
+                "round": round,
+                **self._means(answers),
+                **metrics,
+                "bytes_down": self._sent,
+                "bytes_up": received,
+                "clients": [dict(answer.metrics) for answer in answers],
+                "failed": problems,
+            }
+        )
+        self._checkpoint()
+        return self._message(self.weights), {}
+
+    def configure_evaluate(
+        self, server_round: int, parameters: Parameters, client_manager: ClientManager
+    ) -> list[tuple[ClientProxy, EvaluateIns]]:
+        round = min(self._round(server_round), self.settings.rounds)
+        final = round == self.settings.rounds
+        if not final and round % self.settings.evaluate_every:
+            self._tell(self.history["rounds"][-1])
+            return []
+        config: dict[str, Scalar] = {"round": round, "final": final}
+        message = self._message(self.ema)
+        clients = self._participants(round, client_manager, everyone=True)
+        return [(client, EvaluateIns(message, dict(config))) for client in clients]
+
+    def aggregate_evaluate(
+        self,
+        server_round: int,
+        results: list[tuple[ClientProxy, EvaluateRes]],
+        failures: list[tuple[ClientProxy, EvaluateRes] | BaseException],
+    ) -> tuple[float | None, dict[str, Scalar]]:
+        round = min(self._round(server_round), self.settings.rounds)
+        problems = [self._describe_failure(failure) for failure in failures]
+        good = []
+        for proxy, result in results:
+            client_id = self._client_ids.get(proxy.cid, -1)
+            if error := result.metrics.get("error"):
+                problems.append(f"client {client_id}: {error}")
+            else:
+                good.append((client_id, result))
+        self._report_problems(round, "evaluate", problems, num_good=len(good))
+        good.sort(key=lambda pair: pair[0])
+        counts = np.array([result.num_examples for _, result in good], dtype=np.float64)
+        losses = np.array([result.loss for _, result in good], dtype=np.float64)
+        loss = float((counts * losses).sum() / counts.sum())
+        record = self.history["rounds"][-1]
+        record["heldout_coarse_loss"] = loss
+        record["seconds"] = time.perf_counter() - self._round_started
+        self._tell(record)
+        if round == self.settings.rounds:
+            self.history["final"] = {
+                "heldout_coarse_loss": loss,
+                "clients": [dict(result.metrics) for _, result in good],
+            }
+            self._checkpoint()
+            self._finish(self.ema, self.history)
+        else:
+            self._run.write_json("metrics.json", self.history)
+        return loss, {}
+
+    # Within.
+
+    def _round(self, server_round: int) -> int:
+        """Flower counts rounds of this process; the run's rounds go on from the checkpoint."""
+        return self._first_round - 1 + server_round
+
+    def _message(self, weights: Weights) -> Parameters:
+        return ndarrays_to_parameters(wire.encode_model(weights))
+
+    def _participants(
+        self, round: int, manager: ClientManager, *, everyone: bool = False
+    ) -> list[ClientProxy]:
+        """Clients of this round in the order of their ids, drawn from the run's seed."""
+        if not manager.wait_for(self.settings.min_clients):
+            raise ClientFailure(
+                f"round {round}: {manager.num_available()} clients are connected, "
+                f"{self.settings.min_clients} are needed (aggregation.min_clients)"
+            )
+        proxies = dict(manager.all())
+        for cid, proxy in proxies.items():
+            if cid not in self._client_ids:
+                answer = proxy.get_properties(GetPropertiesIns({}), timeout=None, group_id=round)
+                self._client_ids[cid] = int(answer.properties["client_id"])
+        ids = {cid: self._client_ids[cid] for cid in proxies}
+        if len(set(ids.values())) < len(ids):
+            raise ClientFailure(
+                f"round {round}: two nodes have the same client id ({sorted(ids.values())}); "
+                "give each node its own partition-id"
+            )
+        ordered = [proxies[cid] for cid in sorted(proxies, key=lambda cid: ids[cid])]
+        if everyone or self.settings.fraction_fit >= 1.0:
+            return ordered
+        count = max(1, round_half_up(self.settings.fraction_fit * len(ordered)))
+        rng = numpy_rng(self.settings.seed, Purpose.CLIENT_SELECTION, round=round)
+        picked = sorted(rng.choice(len(ordered), size=count, replace=False))
+        return [ordered[index] for index in picked]
+
+    def _describe_failure(self, failure: Any) -> str:
+        if isinstance(failure, BaseException):
+            return " ".join(str(failure).split())[:500]
+        proxy, result = failure
+        return f"client {self._client_ids.get(proxy.cid, -1)}: {result.status.message}"
+
+    def _report_problems(
+        self, round: int, what: str, problems: Sequence[str], *, num_good: int
+    ) -> None:
+        for problem in problems:
+            self._announce(f"round {round} {what} failed: {problem}")
+        if problems and (self.settings.on_failure == "raise" or num_good == 0):
+            raise ClientFailure(f"round {round} {what}: {'; '.join(problems)}")
+
+    def _means(self, answers: Sequence[ClientAnswer]) -> dict[str, float]:
+        """Losses averaged over clients (weighted by examples), images per second in all."""
+        means = {}
+        total = sum(answer.num_examples for answer in answers)
+        for name in ("coarse_loss", "fine_loss"):
+            values = [a for a in answers if name in a.metrics]
+            if values:
+                weighted = sum(float(a.metrics[name]) * a.num_examples for a in values)
+                means[name] = weighted / max(1, total)
+        images = sum(
+            int(a.metrics.get(name, 0)) for a in answers for name in ("coarse_images", "fine_images")
+        )
+        elapsed = time.perf_counter() - self._round_started
+        means["images_per_second"] = images / elapsed if elapsed > 0 else 0.0
+        return means
+
+    def _tell(self, record: Mapping[str, Any]) -> None:
+        rounds_here = self.rounds_done - self._first_round + 1
+        elapsed = time.perf_counter() - self._started
+        left = elapsed / max(1, rounds_here) * (self.settings.rounds - self.rounds_done)
+        parts = [f"round {record['round']}/{self.settings.rounds}"]
+        for name, label in (
+            ("coarse_loss", "coarse loss"),
+            ("heldout_coarse_loss", "held-out"),
+            ("fine_loss", "fine loss"),
+        ):
+            if name in record:
+                parts.append(f"{label} {record[name]:.4f}")
+        parts.append(f"{record['images_per_second']:.0f} images/s")
+        parts.append(
+            f"{record['bytes_down'] / 1e6:.1f} MB down, {record['bytes_up'] / 1e6:.1f} MB up"
+        )
+        parts.append(f"{left:.0f} s left")
+        self._announce("  ".join(parts))
+
+
+def round_half_up(value: float) -> int:
+    """Nearest integer, halves up (Python's `round` goes to even)."""
+    return int(np.floor(value + 0.5))

@@ -1,0 +1,83 @@
+"""Flower's entry point on the server."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from flwr.common import Context
+from flwr.server import ServerApp, ServerAppComponents, ServerConfig
+
+from fedpdm.build import (
+    ImageSpec,
+    build_denoiser,
+    build_image_spec,
+    build_partitions,
+    build_release_plan,
+    build_schedule,
+    load_split,
+)
+from fedpdm.config import ConfigError, RunConfig
+from fedpdm.reporting import RunLog, draw_split, finish_run
+from fedpdm.runs import RunDirectory
+from fedpdm.runtime import is_resumed, run_config_of, run_root
+from strategies.coarse import CoarseStrategy, ServerSettings
+from strategies.fedavg import CoarseFedAvg
+from strategies.server_training import CoarseServerTraining
+
+__all__ = ["app", "build_strategy", "server_fn"]
+
+
+def build_strategy(config: RunConfig, run: RunDirectory, *, resume: bool) -> CoarseStrategy:
+    """The strategy that a config asks for, started or resumed; claims the run directory."""
+    images = load_split(config, "train") if config.run.simulation else None
+    spec: ImageSpec = build_image_spec(config, images)
+    schedule = build_schedule(config)
+    plan = build_release_plan(config, schedule, spec)
+    run.open(config, resume=resume)
+    log = RunLog(run)
+    if images is not None:
+        draw_split(run, build_partitions(config, images), images)
+    model = build_denoiser(config, "coarse", spec=spec, schedule=schedule)
+    section = config.aggregation
+    options: dict[str, Any] = {
+        "settings": ServerSettings(
+            rounds=config.run.rounds,
+            min_clients=section.min_clients or config.partition.num_clients,
+            fraction_fit=section.fraction_fit,
+            on_failure=section.on_failure,
+            evaluate_every=config.evaluation.every,
+            ema_decay=section.ema_decay,
+            seed=config.run.seed,
+        ),
+        "weights": {name: p.detach() for name, p in model.unet.named_parameters()},
+        "run": run,
+        "announce": log.say,
+        "finish": functools.partial(finish_run, run, config, plan, log),
+    }
+    strategy: CoarseStrategy
+    if config.coarse.training == "server":
+        strategy = CoarseServerTraining(config=config, spec=spec, **options)
+    else:
+        strategy = CoarseFedAvg(aggregation=section, **options)
+    if resume:
+        strategy.resume()
+        if strategy.finished:
+            raise ConfigError(f"{run.root}: this run has finished; nothing to resume")
+    return strategy
+
+
+def server_fn(context: Context) -> ServerAppComponents:
+    """Strategy and number of rounds for this run."""
+    config = run_config_of(context.run_config)
+    run = RunDirectory(run_root(context.run_config, config, context.run_id))
+    strategy = build_strategy(config, run, resume=is_resumed(context.run_config))
+    return ServerAppComponents(
+        strategy=strategy,
+        config=ServerConfig(
+            num_rounds=strategy.rounds_left(), round_timeout=config.aggregation.round_timeout
+        ),
+    )
+
+
+app = ServerApp(server_fn=server_fn)

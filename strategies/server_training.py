@@ -1,0 +1,126 @@
+"""The paper's Algorithm 1: clients upload their releases once, the server trains the coarse model.
+
+The releases are already private, so training on them is post-processing. They are kept under the
+run directory so that a resumed run need not ask for them again. To keep progress and checkpoints
+alike in both modes, the server's steps are spread over the rounds in which clients train their
+fine models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from fedpdm import wire
+from fedpdm.build import (
+    ImageSpec,
+    build_denoiser,
+    build_optimizer_settings,
+    build_release_plan,
+    build_schedule,
+    coarse_batch_loss,
+    server_steps_per_round,
+)
+from fedpdm.config import RunConfig
+from fedpdm.rng import Purpose, torch_generator
+from fedpdm.training import Trainer, class_weights, select_device
+from fedpdm.types import ReleasedDataset
+from strategies.coarse import ClientAnswer, CoarseStrategy, Weights
+
+__all__ = ["CoarseServerTraining"]
+
+
+class CoarseServerTraining(CoarseStrategy):
+    """Collects `ReleasedDataset`s in the first round and trains on them in every round."""
+
+    def __init__(self, *, config: RunConfig, spec: ImageSpec, **options: Any) -> None:
+        super().__init__(**options)
+        self._config = config
+        self._schedule = build_schedule(config)
+        self._plan = build_release_plan(config, self._schedule, spec)
+        self._spec = spec
+        self._device = select_device(config.run.device)
+        model = build_denoiser(config, "coarse", spec=spec, schedule=self._schedule)
+        settings = build_optimizer_settings(config, "coarse", at_server=True)
+        self._trainer = Trainer(model, settings, device=self._device)
+        self._trainer.load_weights(self.weights, what="initial coarse weights")
+
+    def phase(self, round: int) -> str:
+        return "release" if round == 1 else "fine"
+
+    def check(self, round: int, answer: ClientAnswer) -> None:
+        if self.phase(round) == "fine":
+            if answer.message:
+                raise wire.WireError(
+                    f"client {answer.client_id} sent a message where none was asked for"
+                )
+            return
+        released = wire.decode_release(answer.message, who=f"client {answer.client_id}")
+        plan, parameters = self._plan, released.parameters
+        got = (parameters.t0, parameters.clip_norm, parameters.shift, parameters.schedule)
+        wanted = (plan.t0, plan.clip_norm, plan.shift, self._schedule.kind)
+        if got != wanted or tuple(released.x_tilde.shape[1:]) != self._spec.shape:
+            raise wire.WireError(
+                f"release of client {answer.client_id}: t0, clip norm, shift, schedule are {got} "
+                f"with images {tuple(released.x_tilde.shape[1:])}, expected {wanted} with "
+                f"{self._spec.shape}"
+            )
+        labels = released.labels
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self._spec.num_classes:
+            raise wire.WireError(
+                f"release of client {answer.client_id}: labels must be in "
+                f"[0, {self._spec.num_classes - 1}]"
+            )
+
+    def absorb(self, round: int, answers: Sequence[ClientAnswer]) -> dict[str, float]:
+        if self.phase(round) == "release":
+            for answer in answers:
+                released = wire.decode_release(answer.message, who=f"client {answer.client_id}")
+                self._run.save_release(answer.client_id, released)
+        released = self._collected()
+        loss = coarse_batch_loss(
+            self._config,
+            self._trainer.model,
+            self._schedule,
+            released,
+            training=True,
+            device=self._device,
+        )
+        section = self._config.coarse
+        report = self._trainer.train(
+            loss,
+            sample_weights=class_weights(released.labels, balance=section.class_balance),
+            num_steps=server_steps_per_round(self._config),
+            generator=torch_generator(
+                self._config.run.seed, Purpose.SERVER_TRAINING, round=round, device=self._device
+            ),
+            what=f"server round {round} coarse",
+        )
+        self.weights = {k: v.cpu().clone() for k, v in self._trainer.weights().items()}
+        self.ema = {k: v.cpu().clone() for k, v in self._trainer.ema().items()}
+        return {"coarse_loss": report.loss, "server_steps": report.num_steps}
+
+    def extra_state(self) -> Weights:
+        return self._trainer.state()
+
+    def load_extra_state(self, tensors: Weights) -> None:
+        self._trainer.load_state(tensors, what="server checkpoint")
+
+    def _collected(self) -> ReleasedDataset:
+        """All clients' releases as one, in the order of client ids."""
+        parts = self._run.load_releases()
+        if not parts:
+            raise wire.WireError("server training: no release was collected")
+        return join_releases(parts)
+
+
+def join_releases(parts: Sequence[ReleasedDataset]) -> ReleasedDataset:
+    """Several clients' releases as one data set, for training; parameters are the first's."""
+    return replace(
+        parts[0],
+        x_tilde=torch.cat([part.x_tilde for part in parts]),
+        labels=torch.cat([part.labels for part in parts]),
+    )
