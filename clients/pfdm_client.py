@@ -8,6 +8,7 @@ answered from the store, and an interrupted one goes on from its last checkpoint
 
 from __future__ import annotations
 
+import functools
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -38,7 +39,7 @@ from fedpdm.objectives import denoising_loss, drop_labels
 from fedpdm.rng import Purpose, torch_generator
 from fedpdm.schedule import NoiseSchedule
 from fedpdm.store import Reply, StoreError
-from fedpdm.training import Trainer, class_weights, load_named, select_device
+from fedpdm.training import Progress, Trainer, class_weights, load_named, select_device
 from fedpdm.types import CoarseUpdate, ReleasedDataset
 
 __all__ = ["PFDMClient"]
@@ -50,6 +51,11 @@ class _Worked:
 
     state: dict[str, torch.Tensor]
     metrics: dict[str, Any]
+
+
+def _show_from(show: Progress, start: int, total: int, done: int, _: int, loss: float) -> None:
+    """Progress of a chunk that began at step `start` of `total`."""
+    show(start + done, total, loss)
 
 
 class PFDMClient(NumPyClient):
@@ -91,9 +97,7 @@ class PFDMClient(NumPyClient):
                 metrics = self._evaluate(parameters, config)
         except (ValueError, FloatingPointError, OSError) as error:
             return 0.0, 0, self._failure(error)
-        checked = wire.check_metrics(
-            metrics, allow_raw=self.config.run.simulation, who=self._who
-        )
+        checked = wire.check_metrics(metrics, allow_raw=self.config.run.simulation, who=self._who)
         loss = float(checked.get("heldout_coarse_loss", 0.0))
         return loss, int(checked["num_heldout"]), dict(checked)
 
@@ -200,9 +204,7 @@ class PFDMClient(NumPyClient):
     ) -> tuple[NDArrays, _Worked]:
         """Local coarse steps from the received weights; Adam's moments stay with the client."""
         received = wire.decode_model(parameters)
-        model = build_denoiser(
-            self.config, "coarse", spec=self.local.spec, schedule=self.schedule
-        )
+        model = build_denoiser(self.config, "coarse", spec=self.local.spec, schedule=self.schedule)
         settings = build_optimizer_settings(self.config, "coarse")
         trainer = Trainer(model, settings, device=self.device)
         if "coarse" in state:
@@ -230,7 +232,8 @@ class PFDMClient(NumPyClient):
             client_id=self.local.client_id,
             round=round,
         )
-        moments = {k: v for k, v in trainer.state().items() if k.startswith("exp_avg")}
+        kept = ("exp_avg", "step")  # Adam's moments and their age; the weights are the server's
+        moments = {k: v for k, v in trainer.state().items() if k.startswith(kept)}
         metrics = {
             "coarse_loss": report.loss,
             "coarse_steps": report.num_steps,
@@ -288,7 +291,7 @@ class PFDMClient(NumPyClient):
                 sample_weights=class_weights(labels, balance=section.class_balance),
                 num_steps=min(size, total - start),
                 generator=self._generator(Purpose.FINE_TRAINING, round, chunk),
-                progress=lambda done, _, value, at=start: show(at + done, total, value),
+                progress=functools.partial(_show_from, show, start, total),
                 what=where,
             )
             losses.append(report.loss)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 from tqdm.auto import tqdm
 
@@ -17,12 +18,10 @@ def work_progress(title: str) -> Callable[[int, int, float], None]:
     """A callback (steps done, steps in all, loss) that shows how far `title` is."""
     started = time.perf_counter()
     if sys.stderr.isatty():
-        bar: tqdm[None] | None = None
+        bar: Any = tqdm(desc=title, leave=False, unit="step")
 
         def advance(done: int, total: int, loss: float) -> None:
-            nonlocal bar
-            if bar is None:
-                bar = tqdm(total=total, desc=title, leave=False, unit="step")
+            bar.total = total
             bar.update(done - bar.n)
             bar.set_postfix(loss=f"{loss:.4f}")
             if done >= total:

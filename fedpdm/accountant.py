@@ -38,11 +38,10 @@ def _check_budget(*, epsilon: float | None = None, delta: float) -> None:
 
 def compose(events: Sequence[GaussianEvent]) -> GaussianEvent:
     """The single Gaussian event that all `events` on one image amount to."""
-    if any(event.noise_multiplier <= 0 for event in events):
+    if not all(event.noise_multiplier > 0 for event in events):  # NaN counts as no noise
         return GaussianEvent(noise_multiplier=0.0)
-    mu_squared = sum(event.noise_multiplier**-2 for event in events)
-    multiplier = math.inf if mu_squared == 0 else mu_squared**-0.5
-    return GaussianEvent(noise_multiplier=multiplier)
+    mu = math.hypot(*(1.0 / event.noise_multiplier for event in events))
+    return GaussianEvent(noise_multiplier=1.0 / mu if mu > 0 else math.inf)
 
 
 def epsilon_spent(events: Sequence[GaussianEvent], *, delta: float) -> float:
@@ -55,7 +54,7 @@ def epsilon_spent(events: Sequence[GaussianEvent], *, delta: float) -> float:
 def epsilon_bound(event: GaussianEvent, *, delta: float) -> float:
     """The paper's upper bound (Theorem 5.1): 2 C^2/s^2 + C sqrt(8 ln(1/delta) / s^2)."""
     _check_budget(delta=delta)
-    if event.noise_multiplier <= 0:
+    if not event.noise_multiplier > 0:  # NaN counts as no noise
         return math.inf
     mu = 1.0 / event.noise_multiplier  # = 2 C / sigma
     return mu**2 / 2.0 + mu * math.sqrt(2.0 * math.log(1.0 / delta))
@@ -71,5 +70,5 @@ def multiplier_for_bound(*, epsilon: float, delta: float) -> float:
     """Smallest noise multiplier whose `epsilon_bound` is at most `epsilon` (closed form)."""
     _check_budget(epsilon=epsilon, delta=delta)
     root = math.sqrt(2.0 * math.log(1.0 / delta))
-    mu = math.sqrt(root**2 + 2.0 * epsilon) - root
-    return 1.0 / mu
+    # mu solves mu^2 / 2 + mu root = epsilon; written without the difference that cancels.
+    return (math.sqrt(root**2 + 2.0 * epsilon) + root) / (2.0 * epsilon)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,10 +89,10 @@ def load_split(config: RunConfig, split: str, *, root: Path | None = None) -> Im
         root = Path(configured)
     return load_image_set(
         data.name,
-        split=split,
+        split=typing.cast(Any, split),
         root=root,
         resolution=data.resolution,
-        coloring=data.coloring,
+        coloring=typing.cast(Any, data.coloring),
         max_images=data.max_images if split == "train" else None,
         download=data.download,
     )
@@ -111,8 +112,10 @@ def build_image_spec(config: RunConfig, images: ImageSet | None = None) -> Image
             )
         num_classes, background = images.num_classes, images.background
     else:
-        assert info.channels is not None and info.num_classes is not None
-        channels = 3 if config.data.coloring else info.channels
+        assert info.channels is not None
+        assert info.num_classes is not None
+        coloring = config.data.coloring
+        channels = info.channels if coloring is None else (1 if coloring == "none" else 3)
         num_classes, background = info.num_classes, info.background
         height = config.data.resolution or info.resolution or 0
     shift = config.privacy.shift
@@ -125,22 +128,22 @@ def build_image_spec(config: RunConfig, images: ImageSet | None = None) -> Image
 
 
 def build_partitions(config: RunConfig, images: ImageSet) -> tuple[ClientPartition, ...]:
+    """The split over clients; keys that another kind of split needs are left aside."""
     section = config.partition
+    by_alpha, by_majority = section.kind == "dirichlet", section.kind == "majority_minority"
     return partition(
         images.labels,
-        kind=section.kind,
+        kind=typing.cast(Any, section.kind),
         num_clients=section.num_clients,
         num_classes=images.num_classes,
-        alpha=section.alpha,
-        majority_classes=section.majority_classes,
-        majority_ratio=section.majority_ratio,
+        alpha=section.alpha if by_alpha else None,
+        majority_classes=section.majority_classes if by_majority else None,
+        majority_ratio=section.majority_ratio if by_majority else None,
         rng=numpy_rng(config.run.seed, Purpose.PARTITION),
     )
 
 
-def build_release_plan(
-    config: RunConfig, schedule: NoiseSchedule, spec: ImageSpec
-) -> ReleasePlan:
+def build_release_plan(config: RunConfig, schedule: NoiseSchedule, spec: ImageSpec) -> ReleasePlan:
     """t0 from the budget, or the budget from t0."""
     section = config.privacy
     if section.t0 is not None:
@@ -203,7 +206,9 @@ def server_steps_per_round(config: RunConfig) -> int:
     return chosen or config.coarse.steps_per_round * config.partition.num_clients
 
 
-def build_optimizer_settings(config: RunConfig, role: str, *, at_server: bool = False) -> OptimizerSettings:
+def build_optimizer_settings(
+    config: RunConfig, role: str, *, at_server: bool = False
+) -> OptimizerSettings:
     section: CoarseConfig | FineConfig = config.coarse if role == "coarse" else config.fine
     per_round = server_steps_per_round(config) if at_server else section.steps_per_round
     return OptimizerSettings(
@@ -256,7 +261,9 @@ def coarse_batch_loss(
     return loss
 
 
-def sampler_options(config: RunConfig, schedule: NoiseSchedule, plan: ReleasePlan) -> dict[str, Any]:
+def sampler_options(
+    config: RunConfig, schedule: NoiseSchedule, plan: ReleasePlan
+) -> dict[str, Any]:
     """Keyword arguments of `sampling.sample` that the config decides."""
     return {
         "schedule": schedule,

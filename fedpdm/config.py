@@ -7,6 +7,8 @@ module that reads YAML. Science functions never see these classes; `fedpdm.build
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
 import difflib
 import json
@@ -36,6 +38,7 @@ __all__ = [
     "apply_overrides",
     "config_from_json",
     "config_from_mapping",
+    "config_reference",
     "config_to_json",
     "config_to_yaml",
     "load_config",
@@ -79,7 +82,7 @@ class DataConfig:
     download: bool = _key(False, "let torchvision download what is missing")
     resolution: int | None = _key(None, "resize to this many pixels; default: native", low=4)
     coloring: str | None = _key(
-        None, "colours for one-channel sets", choices=("by_label", "independent")
+        None, "colours for one-channel sets", choices=("by_label", "independent", "none")
     )
     max_images: int | None = _key(None, "use a class-stratified subset of this size", low=1)
     holdout_fraction: float = _key(
@@ -146,7 +149,7 @@ class _ModelConfig:
     grad_clip: float = _key(1.0, "L2 bound on the gradient", above=0.0)
     ema_decay: float = _key(0.999, "limit of the weight average", low=0.0, below=1.0)
     class_balance: float = _key(
-        1.0, "0: images equally often; 1: classes equally often", low=0.0, high=1.0
+        0.0, "0: images equally often; 1: classes equally often", low=0.0, high=1.0
     )
     label_dropout: float = _key(
         0.1, "share of unlabelled examples (for guidance)", low=0.0, below=1.0
@@ -162,7 +165,7 @@ class CoarseConfig(_ModelConfig):
         choices=("federated", "server"),
     )  # fmt: skip
     objective: str = _key(
-        "truncated", "METHOD.md section 3", choices=("truncated", "noise_to_noise")
+        "truncated", "docs/method.md section 3", choices=("truncated", "noise_to_noise")
     )
     weighting: str = _key(
         "v", "noise_to_noise only: loss weight", choices=("snr", "v", "min_snr", "uniform")
@@ -173,6 +176,9 @@ class CoarseConfig(_ModelConfig):
 class FineConfig(_ModelConfig):
     """The private model of each client, trained on its raw images."""
 
+    class_balance: float = _key(
+        1.0, "0: images equally often; 1: classes equally often", low=0.0, high=1.0
+    )
     t_range: str = _key(
         "all", "all: t in [1, T], which is also training alone; below_t0: t in [1, t0]",
         choices=("all", "below_t0"),
@@ -191,7 +197,9 @@ class AggregationConfig:
     method: str = _key(
         "fedavg", "server optimiser", choices=("fedavg", "fedavgm", "fedadam", "fedprox")
     )
-    server_lr: float | None = _key(None, "fedavgm (default 1) and fedadam (default 0.01)", above=0.0)
+    server_lr: float | None = _key(
+        None, "fedavgm (default 1) and fedadam (default 0.01)", above=0.0
+    )
     momentum: float = _key(0.9, "fedavgm, and beta_1 of fedadam", low=0.0, below=1.0)
     proximal_mu: float = _key(0.01, "fedprox", low=0.0)
     ema_decay: float = _key(0.5, "average of the coarse model over rounds", low=0.0, below=1.0)
@@ -257,7 +265,9 @@ class RunConfig:
                 f"got {self.schedule.beta_start}"
             )
         if self.partition.kind == "own" and self.run.simulation and self.partition.num_clients > 1:
-            raise ConfigError("partition.kind: own has one client in simulation; set num_clients: 1")
+            raise ConfigError(
+                "partition.kind: own has one client in simulation; set num_clients: 1"
+            )
         if not self.run.simulation and self.evaluation.image_metrics:
             raise ConfigError(
                 "evaluation.image_metrics: measured on raw data, so it needs run.simulation: true"
@@ -277,12 +287,10 @@ def _coerce(annotation: Any, value: Any, path: str) -> Any:
             return None
         annotation = next(a for a in typing.get_args(annotation) if a is not type(None))
     if annotation is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        value = float(value) if abs(value) < 10**300 else math.inf
     if annotation is float and isinstance(value, str):
-        try:  # YAML 1.1 reads 1e-5 as text
+        with contextlib.suppress(ValueError):  # YAML 1.1 reads 1e-5 as text
             value = float(value)
-        except ValueError:
-            pass
     wrong_bool = isinstance(value, bool) and annotation is not bool
     if not isinstance(value, annotation) or wrong_bool:
         raise ConfigError(f"{path}: must be {_describe(annotation)}, got {value!r}")
@@ -322,7 +330,8 @@ def _build(cls: type[Any], mapping: Any, path: str) -> Any:
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ConfigError(f"{full}: unknown key{hint}")
         if dataclasses.is_dataclass(hints[key]):
-            values[key] = _build(typing.cast(type[Any], hints[key]), value or {}, full)
+            section = {} if value is None else value
+            values[key] = _build(typing.cast(type[Any], hints[key]), section, full)
         else:
             values[key] = _coerce(hints[key], value, full)
             _check(values[key], fields[key].metadata, full)
@@ -339,14 +348,14 @@ def config_from_mapping(mapping: Mapping[str, Any]) -> RunConfig:
 def _parse_yaml(text: str, where: str) -> Any:
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         line = " ".join(str(error).split())
         raise ConfigError(f"{where}: not valid YAML: {line}") from None
 
 
 def apply_overrides(mapping: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     """`mapping` with `section.key=value` overrides applied; values are parsed as YAML."""
-    result: dict[str, Any] = json.loads(json.dumps(mapping))
+    result: dict[str, Any] = copy.deepcopy(dict(mapping))
     for override in overrides:
         path, separator, text = override.partition("=")
         if not separator or not path.strip():
@@ -395,6 +404,8 @@ def _read_mapping(path: Path, depth: int = 0) -> dict[str, Any]:
     for key, value in mapping.items():
         if isinstance(value, dict) and isinstance(merged.get(key), dict):
             merged[key] = {**merged[key], **value}
+        elif value is None and isinstance(merged.get(key), dict):
+            continue  # an empty section changes nothing
         else:
             merged[key] = value
     return merged
@@ -406,7 +417,12 @@ def config_to_json(config: RunConfig) -> str:
 
 
 def config_from_json(text: str) -> RunConfig:
-    return config_from_mapping(json.loads(text))
+    """Inverse of `config_to_json`. `ConfigError` also for text that is not JSON."""
+    try:
+        mapping = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"config: not valid JSON: {error}") from None
+    return config_from_mapping(mapping)
 
 
 def config_to_yaml(config: RunConfig) -> str:

@@ -24,7 +24,7 @@ from torch import nn
 
 from fedpdm.schedule import NoiseSchedule
 
-__all__ = ["PRESETS", "Denoiser", "DenoiserSpec", "DenoisingFunction", "NO_LABEL", "Preset"]
+__all__ = ["NO_LABEL", "PRESETS", "Denoiser", "DenoiserSpec", "DenoisingFunction", "Preset"]
 
 NO_LABEL = -1
 
@@ -128,9 +128,9 @@ class DenoiserSpec:
             raise ValueError(f"model.preset must be one of {', '.join(PRESETS)}, got {self.preset}")
         if self.prediction not in ("sample", "epsilon", "v"):
             raise ValueError(f"prediction must be sample, epsilon or v, got {self.prediction!r}")
-        levels = len(PRESETS[self.preset].unet["block_out_channels"])
-        if self.padded_resolution % 2 ** (levels - 1):
-            raise ValueError(f"preset {self.preset} cannot take resolution {self.resolution}")
+        for name in ("resolution", "channels", "num_classes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
     @property
     def padded_resolution(self) -> int:
@@ -152,13 +152,14 @@ class Denoiser(nn.Module):
     def __init__(self, spec: DenoiserSpec, schedule: NoiseSchedule) -> None:
         super().__init__()
         self.spec = spec
-        self.unet = UNet2DModel(
+        network: Any = UNet2DModel(
             sample_size=spec.padded_resolution,
             in_channels=spec.channels,
             out_channels=spec.channels,
             num_class_embeds=spec.num_conditions,
             **PRESETS[spec.preset].unet,
         )
+        self.unet: nn.Module = network
         abar = torch.tensor(schedule.alphas_cumprod)
         self.register_buffer("_signal", abar.sqrt().float(), persistent=False)
         self.register_buffer("_noise", (1.0 - abar).sqrt().float(), persistent=False)

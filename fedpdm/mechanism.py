@@ -4,7 +4,7 @@
     x_tilde    = sqrt(abar_t0) CLIP(x - shift, C) + sqrt(1 - abar_t0) z,   z ~ N(0, I)
 
 which is the Gaussian mechanism on CLIP with sigma^2 = (1 - abar_t0) / abar_t0 and sensitivity
-2 C, scaled by a constant (METHOD.md section 2). `shift` is public and data-independent: images
+2 C, scaled by a constant (docs/method.md section 2). `shift` is public and data-independent: images
 arrive here already shifted (`fedpdm.data.normalize`). The mechanism emits a `GaussianEvent`; the
 accountant reads events and never recomputes sigma.
 
@@ -90,7 +90,7 @@ class SystemNoise:
 
 
 def clip_l2(x: torch.Tensor, *, clip_norm: float) -> torch.Tensor:
-    """Scale each example of (B, *) so that its L2 norm is at most `clip_norm` (METHOD.md 1.2).
+    """Scale each example of (B, *) so that its L2 norm is at most `clip_norm` (docs/method.md 1.2).
 
     Norms are taken in float64. The result's norm exceeds the bound by float32 rounding at most.
     `ValueError` unless clip_norm > 0.
@@ -98,8 +98,8 @@ def clip_l2(x: torch.Tensor, *, clip_norm: float) -> torch.Tensor:
     if not (clip_norm > 0 and math.isfinite(clip_norm)):
         raise ValueError(f"clip_norm must be positive and finite, got {clip_norm}")
     norms = x.flatten(1).double().norm(dim=1)
-    factor = (clip_norm / norms.clamp_min(clip_norm)).to(x.dtype)
-    return x * factor.view(-1, *([1] * (x.ndim - 1)))
+    factor = clip_norm / norms.clamp_min(clip_norm)
+    return (x.double() * factor.view(-1, *([1] * (x.ndim - 1)))).to(x.dtype)
 
 
 def release_event(schedule: NoiseSchedule, *, t0: int, clip_norm: float) -> GaussianEvent:
@@ -127,6 +127,8 @@ def calibrate_t0(
     """
     if accounting not in ("exact", "paper"):
         raise ValueError(f"privacy.accounting must be exact or paper, got {accounting!r}")
+    if not (clip_norm > 0 and math.isfinite(clip_norm)):
+        raise ValueError(f"clip_norm must be positive and finite, got {clip_norm}")
     exact = accounting == "exact"
     needed = (multiplier_for if exact else multiplier_for_bound)(epsilon=epsilon, delta=delta)
     abar = schedule.alphas_cumprod[1:]
@@ -134,10 +136,10 @@ def calibrate_t0(
     reached = np.flatnonzero(multipliers >= needed)
     if len(reached) == 0:
         last = GaussianEvent(noise_multiplier=float(multipliers[-1]))
-        best = (
-            epsilon_spent([last], delta=delta) if exact else epsilon_bound(last, delta=delta)
-        )
+        best = epsilon_spent([last], delta=delta) if exact else epsilon_bound(last, delta=delta)
         largest_clip = clip_norm * float(multipliers[-1]) / needed
+        unit = 10.0 ** (math.floor(math.log10(largest_clip)) - 3)  # round the advice down
+        largest_clip = math.floor(largest_clip / unit) * unit
         raise ValueError(
             f"privacy.epsilon {epsilon:g} cannot be reached with clip_norm {clip_norm:g}: "
             f"t0 = {schedule.num_steps} gives {best:.4g}; lower clip_norm to {largest_clip:.4g} "
@@ -239,10 +241,15 @@ def restore_release(
     except (KeyError, ValueError) as error:
         raise ValueError(f"release record is incomplete or malformed: {error}") from None
     abar = parameters.alpha_bar
-    if not 0.0 < abar < 1.0 or not parameters.clip_norm > 0:
+    if not 0.0 < abar < 1.0 or not 0.0 < parameters.clip_norm < math.inf:
         raise ValueError(
             f"release record: alpha_bar must be in (0, 1) and clip_norm positive, "
             f"got {abar} and {parameters.clip_norm}"
+        )
+    if not 1 <= parameters.t0 <= parameters.num_steps or not math.isfinite(parameters.shift):
+        raise ValueError(
+            f"release record: t0 must be in [1, {parameters.num_steps}] and shift finite, "
+            f"got {parameters.t0} and {parameters.shift}"
         )
     implied = math.sqrt((1.0 - abar) / abar) / (2.0 * parameters.clip_norm)
     if not math.isclose(implied, recorded, rel_tol=1e-12):
@@ -250,10 +257,11 @@ def restore_release(
             f"release record: noise multiplier {recorded} does not follow from its "
             f"parameters ({implied})"
         )
-    if x_tilde.ndim != 4 or x_tilde.dtype != torch.float32 or labels.shape != (len(x_tilde),):
+    images_fit = x_tilde.ndim == 4 and x_tilde.dtype == torch.float32
+    if not images_fit or labels.dtype != torch.int64 or labels.shape != (len(x_tilde),):
         raise ValueError(
-            f"release: expected float32 (N, C, H, W) and labels (N,), got {x_tilde.dtype} "
-            f"{tuple(x_tilde.shape)} and {tuple(labels.shape)}"
+            f"release: expected float32 (N, C, H, W) and int64 labels (N,), got {x_tilde.dtype} "
+            f"{tuple(x_tilde.shape)} and {labels.dtype} {tuple(labels.shape)}"
         )
     if not bool(torch.isfinite(x_tilde).all()):
         raise ValueError("release: values that are not finite")

@@ -4,8 +4,8 @@ All networks are trained through their clean-image estimate x0_hat. With SNR_t =
 (1 - abar_t), a squared x0 error weighted by SNR_t is the DDPM epsilon loss (Eq. 14), by SNR_t + 1
 the v loss (Salimans and Ho 2022), by min(SNR_t, 5) min-SNR (Hang et al. 2023).
 
-Coarse, truncated (METHOD.md section 3): for t > t0, with r = abar_t / abar_t0 and
-x_t = sqrt(r) x_tilde + sqrt(1 - r) z, the posterior mean of x_tilde given x_t and the clean image is
+Coarse, truncated (docs/method.md section 3): for t > t0, with r = abar_t / abar_t0 and
+x_t = sqrt(r) x_tilde + sqrt(1 - r) z, the mean of x_tilde given x_t and the clean image is
 
     sqrt(abar_t0) (1 - r) / (1 - abar_t) x_0 + sqrt(r) (1 - abar_t0) / (1 - abar_t) x_t,
 
@@ -60,9 +60,7 @@ def drop_labels(
     """Replace each label by `NO_LABEL` with the given probability (classifier-free guidance)."""
     if probability <= 0:
         return labels
-    dropped = (
-        torch.rand(labels.shape, generator=generator, device=labels.device) < probability
-    )
+    dropped = torch.rand(labels.shape, generator=generator, device=labels.device) < probability
     return torch.where(dropped, NO_LABEL, labels)
 
 

@@ -9,7 +9,7 @@ Four kinds, of increasing skew:
   class and client exchanged as in Yurochkin et al. 2019). Small alpha: few clients per class.
 * `majority_minority`: each client has its majority classes, of which it gets `majority_ratio`
   times as many images as a client for which the class is minority (the split of PFDM's
-  experiments, METHOD.md section 5; its ratios are not published).
+  experiments, docs/method.md section 5; its ratios are not published).
 
 Every image goes to exactly one client, and every client gets at least one.
 """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -39,12 +38,9 @@ class RunLog:
         print(line, flush=True)
         with open(self._path, "a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n")
-        sys.stdout.flush()
 
 
-def draw_split(
-    run: RunDirectory, partitions: Sequence[ClientPartition], images: ImageSet
-) -> None:
+def draw_split(run: RunDirectory, partitions: Sequence[ClientPartition], images: ImageSet) -> None:
     """`partition.png` and `partition.txt`: who holds how many images of which class."""
     names = images.class_names
     draw_partition(run.root / "partition.png", partitions, images.labels, names)
@@ -107,8 +103,7 @@ def finish_run(
     run.write_json("metrics.json", history)
     if config.run.simulation:
         draw_samples(run, config)
-    for line in summarise(run).splitlines():
-        log.say(line)
+    log.say(summarise(run))
 
 
 def summarise(run: RunDirectory) -> str:
@@ -145,9 +140,7 @@ def _privacy_lines(privacy: Mapping[str, Any]) -> list[str]:
         "         Not covered: labels, counts, metrics on raw data, fine models once published.",
     ]
     if privacy["simulation"]:
-        lines.append(
-            "         SIMULATION: the noise is seeded, so nothing is hidden from who knows the seed."
-        )
+        lines.append("         SIMULATION: the noise is seeded; who knows the seed can remove it.")
     return lines
 
 

@@ -1,15 +1,15 @@
 """The run directory: what a run leaves behind, and the server's checkpoint.
 
-    config.yaml          the resolved configuration
-    privacy.json         what is promised
-    metrics.json         per round and final
-    coarse.safetensors   the shared model (EMA), when the run has finished
-    samples.png  partition.png
-    log.txt
-    server/checkpoint.safetensors   to resume from
-    server/releases/     what clients uploaded (server training only)
-    clients/<id>/        each client's store (`fedpdm.store`); the server never reads it, except
-                         for pictures in simulation
+config.yaml          the resolved configuration
+privacy.json         what is promised
+metrics.json         per round and final
+coarse.safetensors   the shared model (EMA), when the run has finished
+samples.png  partition.png
+log.txt
+server/checkpoint.safetensors   to resume from
+server/releases/     what clients uploaded (server training only)
+clients/<id>/        each client's store (`fedpdm.store`); the server never reads it, except
+                     for pictures in simulation
 """
 
 from __future__ import annotations
@@ -43,11 +43,10 @@ class RunDirectory:
     def client_path(self, client_id: int) -> Path:
         return self.root / "clients" / str(client_id)
 
-    def open(self, config: RunConfig, *, resume: bool) -> None:
-        """Claim the directory for `config`.
+    def check(self, config: RunConfig, *, resume: bool) -> None:
+        """`ConfigError` if the directory cannot be used for `config`; writes nothing.
 
-        `ConfigError` if it holds another config's run, or a run and `resume` is not set; nothing
-        is overwritten.
+        It may hold no run of another config, and no run at all unless `resume` is set.
         """
         path = self.root / "config.yaml"
         if path.exists():
@@ -57,19 +56,33 @@ class RunDirectory:
                     f"{self.root}: holds a run of another config "
                     f"({', '.join(differing_keys(known, config))}); choose another --out"
                 )
-            if not resume and self.checkpoint_path.exists():
+            if not resume:
                 raise ConfigError(
                     f"{self.root}: holds this run already; --resume continues it, or choose "
                     "another --out"
                 )
-        elif self.root.exists() and not self.root.is_dir():
-            raise ConfigError(f"{self.root}: exists and is not a directory")
+            if "final" in (self.load_checkpoint() or (0, {}, {}))[2]:
+                raise ConfigError(f"{self.root}: this run has finished; nothing to resume")
         elif resume:
             raise ConfigError(f"{self.root}: no run to resume (config.yaml is missing)")
+        elif self.root.exists() and not self.root.is_dir():
+            raise ConfigError(f"{self.root}: exists and is not a directory")
+        elif self.root.is_dir():
+            present = {path.name for path in self.root.iterdir()}
+            if strangers := sorted(present - {".flower", "flower.log"}):
+                raise ConfigError(
+                    f"{self.root}: is not empty and holds no run ({strangers[0]}, ...); choose "
+                    "another --out"
+                )
+
+    def open(self, config: RunConfig, *, resume: bool) -> None:
+        """Claim the directory for `config` after `check`; nothing is overwritten."""
+        self.check(config, resume=resume)
         try:
             self.root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StoreError(f"{self.root}: cannot be created: {error.strerror}") from None
+        path = self.root / "config.yaml"
         if not path.exists():
             write_atomic(path, config_to_yaml(config).encode())
 

@@ -1,6 +1,6 @@
 """Two-stage sampling: the coarse denoiser from pure noise down to t0, the fine one to 0.
 
-Paper's Algorithm 2, in the two forms of METHOD.md section 3:
+Paper's Algorithm 2, in the two forms of docs/method.md section 3:
 
 * `truncated`: one chain over all T levels. The denoiser that is asked changes at t0, the
   scheduler does not notice, so any few-step diffusers scheduler runs across the hand-over.
@@ -30,7 +30,12 @@ CHAINS = ("truncated", "noise_to_noise")
 
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddpm": ("DDPMScheduler", {"variance_type": "fixed_small", "clip_sample": False}),
-    "ddim": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": True}),
+    # DDIM is first-order DPM-Solver++ (Lu et al. 2022). diffusers' own DDIMScheduler steps by
+    # T // num_steps, which leaves noise in the samples where num_steps does not divide T.
+    "ddim": (
+        "DPMSolverMultistepScheduler",
+        {"algorithm_type": "dpmsolver++", "solver_order": 1, "final_sigmas_type": "zero"},
+    ),
     "dpm_solver": (
         "DPMSolverMultistepScheduler",
         {"algorithm_type": "dpmsolver++", "solver_order": 2, "final_sigmas_type": "zero"},
@@ -50,13 +55,17 @@ def make_scheduler(name: str, betas: np.ndarray) -> Any:
             f"sampling.scheduler must be one of {', '.join(SCHEDULERS)} or a diffusers scheduler "
             f"class, got {name!r}"
         )
-    return scheduler_class(
-        num_train_timesteps=len(betas),
-        trained_betas=betas.astype(np.float32),
-        prediction_type="sample",
-        timestep_spacing="trailing",
-        **options,
-    )
+    try:
+        return scheduler_class(
+            num_train_timesteps=len(betas),
+            trained_betas=betas.astype(np.float32),
+            prediction_type="sample",
+            timestep_spacing="trailing",
+            **options,
+        )
+    except (TypeError, ImportError) as error:
+        line = " ".join(str(error).split())[:200]
+        raise ValueError(f"sampling.scheduler {name!r} cannot be used here: {line}") from None
 
 
 def _guided(
@@ -93,6 +102,8 @@ def _run_chain(
     scheduler.set_timesteps(min(num_steps, scheduler.config.num_train_timesteps))
     takes_generator = "generator" in scheduler.step.__code__.co_varnames
     extra = {"generator": generator} if takes_generator else {}
+    # Schedulers in sigma space want x_t / sqrt(abar_t); the others scale by 1.
+    x = x / scheduler.scale_model_input(torch.ones_like(x), scheduler.timesteps[0])
     for timestep in scheduler.timesteps:
         x0_hat = ask(scheduler.scale_model_input(x, timestep), int(timestep) + 1)
         x = scheduler.step(x0_hat, timestep, x, **extra).prev_sample

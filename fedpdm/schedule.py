@@ -52,7 +52,10 @@ class NoiseSchedule:
     def gather(self, t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """abar_t per example as float64 (B, 1, ..., 1) on `like`'s device; t is int (B,)."""
         table = torch.tensor(self.alphas_cumprod)
-        values = table[t.to("cpu", torch.int64)].to(like.device)
+        index = t.to("cpu", torch.int64)
+        if bool(((index < 0) | (index > self.num_steps)).any()):
+            raise ValueError(f"t must be in [0, {self.num_steps}], got {index.unique().tolist()}")
+        values = table[index].to(like.device)
         return values.view(-1, *([1] * (like.ndim - 1)))
 
 
@@ -84,6 +87,11 @@ def make_schedule(
     else:
         raise ValueError(f"schedule.kind must be linear or cosine, got {kind!r}")
     alphas_cumprod = np.concatenate([[1.0], np.cumprod(1.0 - betas)])
+    if alphas_cumprod[-1] < np.finfo(np.float32).tiny:
+        raise ValueError(
+            f"schedule.beta_end: alphas_cumprod falls to {alphas_cumprod[-1]:.3g} at the last "
+            "step, too small for float32; lower beta_end or num_steps"
+        )
     betas.setflags(write=False)
     alphas_cumprod.setflags(write=False)
     return NoiseSchedule(kind=kind, betas=betas, alphas_cumprod=alphas_cumprod)

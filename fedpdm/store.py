@@ -24,17 +24,17 @@ import io
 import json
 import os
 import shutil
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
-import safetensors.torch
 import torch
 
 from fedpdm.mechanism import release_metadata, restore_release
+from fedpdm.tensorfile import TensorFileError, pack, unpack
 from fedpdm.types import ReleasedDataset
 
 __all__ = ["ClientStore", "Reply", "StoreError", "read_tensors", "write_atomic", "write_tensors"]
@@ -44,18 +44,40 @@ class StoreError(ValueError):
     """A store that cannot be used as asked; one line that names the path."""
 
 
+def _flush_directory(path: Path) -> None:
+    """Make the renames in a directory durable: a release lost to a power cut would be redrawn."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; `StoreError` if it is damaged."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(value, dict):
+        raise StoreError(f"{path}: must hold an object, got {type(value).__name__}")
+    return value
+
+
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a file so that it appears complete or not at all; `StoreError` if it cannot be."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        _flush_directory(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         reason = "no space left on the device" if error.errno == errno.ENOSPC else error.strerror
         raise StoreError(f"{path}: cannot be written: {reason}") from None
 
@@ -64,18 +86,14 @@ def write_tensors(
     path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
     """Write named tensors as safetensors, atomically."""
-    data = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-    write_atomic(path, safetensors.torch.save(data, metadata=dict(metadata or {})))
+    write_atomic(path, pack(tensors, metadata or {}))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Named tensors and metadata of a safetensors file; `StoreError` if it is damaged."""
+    """Named tensors and metadata of a file of `write_tensors`; `StoreError` if it is damaged."""
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(  # noqa: SIM118
-                file.metadata() or {}
-            )
-    except (OSError, safetensors.SafetensorError) as error:
+        return unpack(path.read_bytes())
+    except (OSError, TensorFileError) as error:
         raise StoreError(f"{path}: cannot be read: {error}") from None
 
 
@@ -118,7 +136,7 @@ class ClientStore:
         if not path.exists():
             write_atomic(path, text.encode())
             return
-        known = json.loads(path.read_text())
+        known = _read_json(path)
         for key, value in identity.items():
             if known.get(key) != value:
                 raise StoreError(
@@ -136,6 +154,11 @@ class ClientStore:
     def load_release(self) -> ReleasedDataset | None:
         """The stored release, or None if this store has none yet."""
         if not self.release_path.exists():
+            if self.last_round() > 0:
+                raise StoreError(
+                    f"{self.release_path}: is gone, but rounds were finished with it; noising the "
+                    "same images again would be a second release"
+                )
             return None
         tensors, metadata = read_tensors(self.release_path)
         try:
@@ -178,13 +201,14 @@ class ClientStore:
         folder = self._round_path(round)
         if not (folder / "reply.json").exists():
             return None
-        record = json.loads((folder / "reply.json").read_text())
-        payload = folder / "reply.safetensors"
-        return Reply(round=round, payload=payload.read_bytes(), **record)
+        record = _read_json(folder / "reply.json")
+        try:
+            payload = (folder / "reply.safetensors").read_bytes()
+            return Reply(round=round, payload=payload, **record)
+        except (OSError, TypeError) as error:
+            raise StoreError(f"{folder}: reply cannot be read: {error}") from None
 
-    def finish_round(
-        self, reply: Reply, state: Mapping[str, Mapping[str, torch.Tensor]]
-    ) -> None:
+    def finish_round(self, reply: Reply, state: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
         """Make `round` durable in one step: state and reply appear together."""
         final = self._round_path(reply.round)
         temporary = final.with_name(f".{final.name}.tmp")
@@ -198,7 +222,11 @@ class ClientStore:
             "request": reply.request,
         }
         write_atomic(temporary / "reply.json", json.dumps(record, indent=1).encode())
-        os.replace(temporary, final)
+        try:
+            os.replace(temporary, final)
+            _flush_directory(final.parent)
+        except OSError as error:
+            raise StoreError(f"{final}: cannot be written: {error.strerror}") from None
         self.drop_partial()
         for old in sorted((self.root / "rounds").glob("[0-9]*"))[: -self.KEEP_ROUNDS]:
             shutil.rmtree(old, ignore_errors=True)
@@ -221,7 +249,10 @@ class ClientStore:
         tensors, metadata = read_tensors(path)
         if metadata.get("round") != str(round):
             return None
-        return int(metadata["chunk"]), tensors
+        try:
+            return int(metadata["chunk"]), tensors
+        except (KeyError, ValueError):
+            raise StoreError(f"{path}: chunk is missing or not a number") from None
 
     def save_samples(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Store pictures: `labels` int64 (N,) and one uint8 (N, C, H, W) per method."""
@@ -234,8 +265,11 @@ class ClientStore:
         path = self.root / "samples.npz"
         if not path.exists():
             return None
-        with np.load(path) as file:
-            return dict(file)
+        try:
+            with np.load(path) as file:
+                return dict(file)
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise StoreError(f"{path}: cannot be read: {error}") from None
 
     def drop_partial(self) -> None:
         shutil.rmtree(self.root / "partial", ignore_errors=True)

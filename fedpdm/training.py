@@ -17,7 +17,15 @@ import torch
 from fedpdm.denoisers import Denoiser
 from fedpdm.types import TrainReport
 
-__all__ = ["BatchLoss", "OptimizerSettings", "Trainer", "class_weights", "load_named", "select_device"]
+__all__ = [
+    "BatchLoss",
+    "OptimizerSettings",
+    "Progress",
+    "Trainer",
+    "class_weights",
+    "load_named",
+    "select_device",
+]
 
 BatchLoss = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
 """(indices int64 (B,), generator) -> loss per example (B,)."""
@@ -54,7 +62,10 @@ class OptimizerSettings:
 
 
 def select_device(name: str = "auto") -> torch.device:
-    """`auto` is CUDA where there is one, else the CPU. `ValueError` for a device that is not there."""
+    """`auto` is CUDA where there is one, else the CPU.
+
+    `ValueError` for a device that is not there.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -104,14 +115,16 @@ def load_named(
 class Trainer:
     """A denoiser in training: model, AdamW moments, EMA and step count."""
 
-    def __init__(self, model: Denoiser, settings: OptimizerSettings, *, device: torch.device) -> None:
+    def __init__(
+        self, model: Denoiser, settings: OptimizerSettings, *, device: torch.device
+    ) -> None:
         self.settings = settings
         self.device = device
         self.model = model.to(device)
         if device.type == "cuda":
             self.model = self.model.to(memory_format=torch.channels_last)
         self._named = dict(self.model.unet.named_parameters())
-        self._parameters = list(self._named.values())
+        self._parameters: list[torch.Tensor] = list(self._named.values())
         self._ema = [p.detach().clone() for p in self._parameters]
         self._optimizer = torch.optim.AdamW(
             self._parameters,
@@ -122,9 +135,7 @@ class Trainer:
         )
         self.step = 0
         bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        self._autocast = settings.precision == "bfloat16" or (
-            settings.precision == "auto" and bf16
-        )
+        self._autocast = settings.precision == "bfloat16" or (settings.precision == "auto" and bf16)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The U-Net's current weights by name (views, not copies)."""
@@ -153,6 +164,8 @@ class Trainer:
 
     def load_state(self, state: Mapping[str, torch.Tensor], *, what: str) -> None:
         """Inverse of `state`; `ValueError` if names, shapes or dtypes differ."""
+        if "step" not in state or state["step"].numel() != 1:
+            raise ValueError(f"{what}: step is missing or not one number")
         groups: dict[str, dict[str, torch.Tensor]] = {}
         for key, tensor in state.items():
             prefix, _, name = key.partition(".")
@@ -162,11 +175,12 @@ class Trainer:
         load_named(self.weights(), groups.get("model", {}), what=what)
         load_named(self.ema(), groups.get("ema", {}), what=what)
         self.step = int(groups["step"][""])
+        self._optimizer.state.clear()
+        if "exp_avg" not in groups and "exp_avg_sq" not in groups:
+            return  # a state from before the first step
         for key in ("exp_avg", "exp_avg_sq"):
-            if key not in groups:
-                continue
             moments = {name: torch.zeros_like(p) for name, p in self._named.items()}
-            load_named(moments, groups[key], what=what)
+            load_named(moments, groups.get(key, {}), what=f"{what}, {key}")
             for name, p in self._named.items():
                 self._optimizer.state[p][key] = moments[name]
                 self._optimizer.state[p]["step"] = torch.tensor(
@@ -197,16 +211,19 @@ class Trainer:
             what: named in errors.
 
         Raises:
-            FloatingPointError: the loss became NaN or infinite; names the step.
+            FloatingPointError: the loss became NaN or infinite; names the first such step.
         """
         settings = self.settings
         started = time.perf_counter()
         self.model.train()
+        if num_steps < 1:
+            return TrainReport(loss=0.0, num_steps=0, num_images=0, seconds=0.0)
         weights = sample_weights.to(self.device)
         indices = torch.multinomial(
             weights, num_steps * settings.batch_size, replacement=True, generator=generator
         ).view(num_steps, settings.batch_size)
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        losses = torch.zeros(num_steps, device=self.device)
+        checked = 0
         pull = [anchor[name].to(self.device) for name in self._named] if anchor else None
         for index in range(num_steps):
             for group in self._optimizer.param_groups:
@@ -225,16 +242,18 @@ class Trainer:
             decay = min(settings.ema_decay, (1.0 + self.step) / (10.0 + self.step))
             with torch.no_grad():
                 torch._foreach_lerp_(self._ema, self._parameters, 1.0 - decay)
-            total += loss.detach()
-            last = index + 1 == num_steps
-            if index % 20 == 0 or last:
-                current = float(loss.detach())
-                if not math.isfinite(current) or not math.isfinite(float(total)):
-                    raise FloatingPointError(f"{what}: loss is {current} at step {self.step}")
+            losses[index] = loss.detach()
+            if index % 20 == 0 or index + 1 == num_steps:
+                recent = losses[checked : index + 1].tolist()  # one wait for the device per check
+                for offset, value in enumerate(recent):
+                    if not math.isfinite(value):
+                        step = self.step - len(recent) + 1 + offset
+                        raise FloatingPointError(f"{what}: loss is {value} at step {step}")
+                checked = index + 1
                 if progress is not None:
-                    progress(index + 1, num_steps, current)
+                    progress(index + 1, num_steps, recent[-1])
         return TrainReport(
-            loss=float(total) / max(1, num_steps),
+            loss=float(losses.double().mean()),
             num_steps=num_steps,
             num_images=num_steps * settings.batch_size,
             seconds=time.perf_counter() - started,

@@ -27,7 +27,7 @@ class GaussianEvent:
     """One use of the Gaussian mechanism on an image.
 
     `noise_multiplier` is the noise standard deviation over the L2 sensitivity, sigma / (2 C)
-    for replacing one image by any other (METHOD.md section 2). Zero means no noise at all.
+    for replacing one image by any other (docs/method.md section 2). Zero means no noise at all.
     """
 
     noise_multiplier: float

@@ -10,17 +10,15 @@ list of scalars. Anything else raises `WireError`.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import safetensors
-import safetensors.torch
 import torch
 
 from fedpdm.mechanism import release_metadata, restore_release
+from fedpdm.tensorfile import TensorFileError, pack, unpack
 from fedpdm.types import CoarseUpdate, ReleasedDataset
 
 __all__ = [
@@ -74,34 +72,25 @@ class WireError(ValueError):
 
 
 def _pack(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> Message:
-    data = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-    payload = safetensors.torch.save(data, metadata={"fedpdm": VERSION, **metadata})
+    payload = pack(tensors, {"version": VERSION, **metadata})
     return [np.frombuffer(payload, dtype=np.uint8)]
 
 
-def _unpack(message: Message, kind: str, who: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def _unpack(
+    message: Message, kind: str, who: str
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     if len(message) != 1 or message[0].dtype != np.uint8 or message[0].ndim != 1:
         raise WireError(f"expected one uint8 array from {who}, got {len(message)} arrays")
-    payload = message[0].tobytes()
     try:
-        header = int.from_bytes(payload[:8], "little")
-        if header > len(payload):
-            raise ValueError("header longer than the message")
-        tensors = safetensors.torch.load(payload)
-        metadata = _metadata(payload, header)
-    except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
+        tensors, metadata = unpack(message[0].tobytes())
+    except TensorFileError as error:
         raise WireError(f"malformed message from {who}: {error}") from None
-    if metadata.get("fedpdm") != VERSION or metadata.get("kind") != kind:
+    if metadata.get("version") != VERSION or metadata.get("kind") != kind:
         raise WireError(
             f"expected a {kind} message (version {VERSION}) from {who}, got "
-            f"{metadata.get('kind')!r} (version {metadata.get('fedpdm')!r})"
+            f"{metadata.get('kind')!r} (version {metadata.get('version')!r})"
         )
     return tensors, metadata
-
-
-def _metadata(payload: bytes, header: int) -> dict[str, str]:
-    values = json.loads(payload[8 : 8 + header])["__metadata__"]
-    return {str(key): str(value) for key, value in values.items()}
 
 
 def fingerprint(message: Message) -> str:
@@ -214,13 +203,13 @@ def check_metrics(
     that are not finite are left out. `WireError` for any other name or type.
     """
     allowed = {**FIT_METRICS, **(RAW_METRICS if allow_raw else {})}
-    checked: dict[str, bool | int | float] = {}
+    checked: dict[str, Any] = {}
     for name, value in metrics.items():
         if name not in allowed:
             why = "computed on raw data" if name in RAW_METRICS else "not on the list"
             raise WireError(f"metric {name} of {who} may not leave the client: {why}")
         if allowed[name] is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
+            value = float(value) if abs(value) < 2**53 else math.inf
         if type(value) is not allowed[name]:
             raise WireError(
                 f"metric {name} of {who} must be {allowed[name].__name__}, "

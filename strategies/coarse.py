@@ -39,6 +39,8 @@ __all__ = ["ClientAnswer", "ClientFailure", "CoarseStrategy", "ServerSettings"]
 
 Weights = dict[str, torch.Tensor]
 
+WAIT_SECONDS = 86_400  # for clients to connect, Flower's own default
+
 
 class ClientFailure(RuntimeError):
     """A client failed and the config says to stop; names every failed client and why."""
@@ -140,10 +142,6 @@ class CoarseStrategy(Strategy):
         self._announce(f"resumed after round {self.rounds_done} of {self.settings.rounds}")
         self._first_round = self.rounds_done + 1
 
-    @property
-    def finished(self) -> bool:
-        return "final" in self.history
-
     def rounds_left(self) -> int:
         """Flower rounds still to run: at least one, for the final evaluation."""
         return max(1, self.settings.rounds - self.rounds_done)
@@ -202,7 +200,7 @@ class CoarseStrategy(Strategy):
                 metrics=result.metrics,
             )
             if error := result.metrics.get("error"):
-                problems.append(f"client {client_id}: {error}")
+                problems.append(f"client {client_id}: {error!s}")
                 continue
             try:
                 wire.check_metrics(result.metrics, allow_raw=True, who=f"client {client_id}")
@@ -254,7 +252,7 @@ class CoarseStrategy(Strategy):
         for proxy, result in results:
             client_id = self._client_ids.get(proxy.cid, -1)
             if error := result.metrics.get("error"):
-                problems.append(f"client {client_id}: {error}")
+                problems.append(f"client {client_id}: {error!s}")
             else:
                 good.append((client_id, result))
         self._report_problems(round, "evaluate", problems, num_good=len(good))
@@ -290,7 +288,7 @@ class CoarseStrategy(Strategy):
         self, round: int, manager: ClientManager, *, everyone: bool = False
     ) -> list[ClientProxy]:
         """Clients of this round in the order of their ids, drawn from the run's seed."""
-        if not manager.wait_for(self.settings.min_clients):
+        if not manager.wait_for(self.settings.min_clients, timeout=WAIT_SECONDS):
             raise ClientFailure(
                 f"round {round}: {manager.num_available()} clients are connected, "
                 f"{self.settings.min_clients} are needed (aggregation.min_clients)"
@@ -338,7 +336,9 @@ class CoarseStrategy(Strategy):
                 weighted = sum(float(a.metrics[name]) * a.num_examples for a in values)
                 means[name] = weighted / max(1, total)
         images = sum(
-            int(a.metrics.get(name, 0)) for a in answers for name in ("coarse_images", "fine_images")
+            int(a.metrics.get(name, 0))
+            for a in answers
+            for name in ("coarse_images", "fine_images")
         )
         elapsed = time.perf_counter() - self._round_started
         means["images_per_second"] = images / elapsed if elapsed > 0 else 0.0

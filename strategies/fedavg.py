@@ -95,8 +95,12 @@ class CoarseFedAvg(CoarseStrategy):
         if parameters is None:
             raise wire.WireError(f"round {round}: nothing to aggregate")
         decay = min(self.settings.ema_decay, (1.0 + round) / (10.0 + round))
-        for name, array in zip(names, parameters_to_ndarrays(parameters), strict=True):
-            self.weights[name] = torch.from_numpy(array.astype("float32", copy=True))
+        means = [array.astype("float32") for array in parameters_to_ndarrays(parameters)]
+        if isinstance(self._aggregator, FedAdam):
+            # It goes on in float64; from what clients get, a resumed run takes the same steps.
+            self._aggregator.current_weights = means
+        for name, array in zip(names, means, strict=True):
+            self.weights[name] = torch.from_numpy(array.copy())
             self.ema[name] = torch.lerp(self.weights[name], self.ema[name], decay)
         return {}
 

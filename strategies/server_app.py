@@ -17,7 +17,7 @@ from fedpdm.build import (
     build_schedule,
     load_split,
 )
-from fedpdm.config import ConfigError, RunConfig
+from fedpdm.config import RunConfig
 from fedpdm.reporting import RunLog, draw_split, finish_run
 from fedpdm.runs import RunDirectory
 from fedpdm.runtime import is_resumed, run_config_of, run_root
@@ -62,8 +62,6 @@ def build_strategy(config: RunConfig, run: RunDirectory, *, resume: bool) -> Coa
         strategy = CoarseFedAvg(aggregation=section, **options)
     if resume:
         strategy.resume()
-        if strategy.finished:
-            raise ConfigError(f"{run.root}: this run has finished; nothing to resume")
     return strategy
 
 

@@ -282,7 +282,7 @@ def test_real_mnist() -> None:
         shift: float(normalize(colored.images, shift=shift).flatten(1).norm(dim=1).median())
         for shift in (0.0, -1.0)
     }
-    # METHOD.md section 2 has 12.8 and 4.2 with its own colours: the shift is what matters.
+    # docs/method.md section 2 has 12.8 and 4.2 with its own colours: the shift is what matters.
     assert 11.5 < around[0.0] < 13.5
     assert 3.5 < around[-1.0] < 5.5
 

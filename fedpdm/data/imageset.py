@@ -6,7 +6,7 @@ Pixels are kept as uint8 and scaled batch by batch:
 
 `shift` is a public constant that is chosen without looking at the data (the background level
 of the data set, -1 for black, 0 for mid-grey). Subtracting it before clipping costs no privacy
-and shrinks the norm that has to be hidden (METHOD.md, section 2).
+and shrinks the norm that has to be hidden (docs/method.md, section 2).
 """
 
 from __future__ import annotations

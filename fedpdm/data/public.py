@@ -129,7 +129,7 @@ def _explain(error: Exception, *, name: str, root: Path, download: bool) -> Exce
 
 
 def _celeba_split(dataset: Any) -> RawSplit:
-    """CelebA with the four groups of Black_Hair x Male as classes (METHOD.md, section 5).
+    """CelebA with the four groups of Black_Hair x Male as classes (docs/method.md, section 5).
 
     Of each image of 178 x 218 pixels `resize` keeps the middle 178 x 178.
     """

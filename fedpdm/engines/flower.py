@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -137,7 +138,7 @@ def _environment(home: Path, port: int) -> dict[str, str]:
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "RAY_DISABLE_IMPORT_WARNING": "1",
+        "RAY_DEDUP_LOGS": "0",
         "PYTHONUNBUFFERED": "1",
     }
     return environment
@@ -237,7 +238,21 @@ def _stream(
 
 
 def _shown(line: str) -> Iterator[str]:
-    yield line.rstrip("\n")
+    """The part of a line of `flwr run --stream` that concerns the user, if any.
+
+    Flower's own log lines start with a coloured level, Ray's with the worker's name.
+    """
+    text = _COLOUR.sub("", line).rstrip()
+    if text.startswith(("ERROR", "CRITICAL")):
+        yield text
+    elif match := _OURS.search(text):
+        yield text[match.start() :]
+
+
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_OURS = re.compile(
+    r"(?<!\S)(round \d+(/\d+| fit| evaluate)|client \d+ round \d+|resumed after round)\b.*"
+)
 
 
 def _outcome(environment: Mapping[str, str], cwd: Path) -> str:
@@ -253,7 +268,7 @@ def _outcome(environment: Mapping[str, str], cwd: Path) -> str:
     )
     try:
         runs = json.loads(answer.stdout)["runs"]
-        return str(max(runs, key=lambda run: int(run["run-id"]) and run["submitted-at"])["status"])
+        return str(max(runs, key=lambda run: str(run["pending-at"]))["status"])
     except (ValueError, KeyError, IndexError, TypeError):
         return f"unknown ({' '.join((answer.stdout + answer.stderr).split())[-200:]})"
 

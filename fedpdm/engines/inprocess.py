@@ -7,6 +7,7 @@ a message. One client works at a time, in the order of client ids.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -94,4 +95,5 @@ def run_in_process(config: RunConfig, out: Path, *, resume: bool = False) -> Non
         manager.register(_LocalProxy(context(index + 1, node)))
     server = Server(client_manager=manager, strategy=components.strategy)
     server.set_max_workers(1)
+    logging.getLogger("flwr").setLevel(logging.WARNING)  # the strategy says what matters
     server.fit(components.config.num_rounds, components.config.round_timeout)

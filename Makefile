@@ -1,0 +1,62 @@
+# fedpdm: `make help` lists the targets.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PROFILE ?= smoke
+NOW := $(shell date +%Y%m%d-%H%M%S)
+export FLWR_TELEMETRY_ENABLED = 0
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-fast lint format bench stop clean \
+	experiment-cifar experiment-colored-mnist
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | \
+		awk -F'\t' '{ printf "  make %-26s %s\n", $$1, $$2 }'
+	@echo "  variables: FEDPDM_DATA=DIR (torchvision layout), PROFILE=smoke, PYTHON=python3"
+
+install: $(STAMP) ## create .venv and install (Python 3.11 or newer)
+
+$(STAMP): pyproject.toml requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "fedpdm needs Python 3.11 or newer; set PYTHON=/path/to/python3.11"; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable '.[dev]'
+	@touch $@
+
+demo: install ## train 4 clients on embedded real digits, epsilon 10, under 6 minutes
+	$(BIN)/fedpdm run experiments/digits.yaml --out runs/demo-$(NOW)
+
+test: install ## the whole test suite
+	$(BIN)/python -m pytest
+
+test-fast: install ## the tests that start no Flower processes and take no minutes
+	$(BIN)/python -m pytest -m 'not slow and not flower'
+
+experiment-cifar: install ## CIFAR-10, majority/minority clients (PROFILE=smoke)
+	$(BIN)/fedpdm run experiments/cifar10-$(PROFILE).yaml --out runs/cifar10-$(PROFILE)-$(NOW)
+
+experiment-colored-mnist: install ## Colorized MNIST, majority/minority clients (PROFILE=smoke)
+	$(BIN)/fedpdm run experiments/colored-mnist-$(PROFILE).yaml \
+		--out runs/colored-mnist-$(PROFILE)-$(NOW)
+
+lint: install ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install ## apply ruff's fixes and format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: install ## speed and memory as ratios, on an idle machine
+	$(BIN)/python -m bench
+
+stop: ## end every local Flower and Ray process that runs have started
+	@test -x $(BIN)/fedpdm && $(BIN)/fedpdm stop || echo "nothing installed, nothing to stop"
+
+clean: stop ## remove caches and the virtual environment (runs/ is kept)
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,195 @@
+"""The `fedpdm` command. Heavy modules are imported by the commands that need them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fedpdm.config import ConfigError, RunConfig, config_reference, load_config
+
+__all__ = ["main"]
+
+EXAMPLES = """\
+examples:
+  fedpdm run experiments/digits.yaml --set privacy.epsilon=3 --out runs/eps3
+  fedpdm run --resume --out runs/eps3
+  fedpdm show runs/eps3
+  fedpdm export runs/eps3 --client 0 --out pipeline0
+  fedpdm sample pipeline0 --label 3 --num 64 --out grid.png
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code.
+
+    0 success, 1 the run failed, 2 bad input (one line on standard error), 130 interrupted.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        code = options.action(options)
+        return int(code or 0)
+    except KeyboardInterrupt:
+        print("interrupted; nothing is lost, --resume continues a run", file=sys.stderr)
+        return 130
+    except (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        print(f"fedpdm: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"fedpdm: {error.filename or 'system'}: {error.strerror or error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if type(error).__module__.split(".")[0] not in ("fedpdm", "strategies"):
+            raise
+        print(f"fedpdm: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fedpdm",
+        description="Personalised federated diffusion models with local differential privacy.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="train a federation (Ray simulation through flwr run)")
+    run.add_argument("experiment", nargs="?", type=Path, help="YAML file; not needed to resume")
+    run.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+        help="override a config key, e.g. privacy.epsilon=3 (repeatable)",
+    )  # fmt: skip
+    run.add_argument("--out", type=Path, help="run directory; default: runs/NAME")
+    run.add_argument(
+        "--engine", choices=("flower", "inprocess"), default="flower",
+        help="flower: flwr run with Ray; inprocess: one client after the other, no Ray",
+    )  # fmt: skip
+    run.add_argument("--resume", action="store_true", help="continue the run in --out")
+    run.add_argument("--dry-run", action="store_true", help="check everything, train nothing")
+    run.add_argument("--port", type=int, help="of the local SuperLink; default: a free one")
+    run.add_argument("--cpus", type=int, help="processors to use; default: all")
+    run.add_argument("--verbose", action="store_true", help="show Flower's own output too")
+    run.set_defaults(action=_run)
+
+    show = commands.add_parser("show", help="summary of a finished run")
+    show.add_argument("run", type=Path)
+    show.set_defaults(action=_show)
+
+    export = commands.add_parser("export", help="write a diffusers pipeline of one client")
+    export.add_argument("run", type=Path)
+    export.add_argument("--client", type=int, default=0)
+    export.add_argument("--out", type=Path, required=True)
+    export.set_defaults(action=_export)
+
+    sample = commands.add_parser("sample", help="sample from an exported pipeline")
+    sample.add_argument("pipeline", type=Path)
+    sample.add_argument("--label", type=int, action="append", help="class; default: all in turn")
+    sample.add_argument("--num", type=int, default=64)
+    sample.add_argument("--out", type=Path, required=True, help="PNG file")
+    sample.add_argument("--seed", type=int, default=0)
+    sample.add_argument("--steps", type=int, default=25)
+    sample.add_argument("--guidance", type=float, default=1.0)
+    sample.add_argument("--scheduler", help="a diffusers scheduler class; default: the exported")
+    sample.add_argument("--method", choices=("pfdm", "alone", "coarse"), default="pfdm")
+    sample.set_defaults(action=_sample)
+
+    stop = commands.add_parser("stop", help="end every process that runs have left or started")
+    stop.set_defaults(action=_stop)
+
+    keys = commands.add_parser("config", help="every configuration key, default and meaning")
+    keys.set_defaults(action=lambda _: print(config_reference()))
+    return parser
+
+
+def _resolved(options: argparse.Namespace) -> tuple[RunConfig, Path]:
+    """The run's config, with the data directory made absolute, and its directory."""
+    import dataclasses
+
+    from fedpdm.runs import RunDirectory
+
+    if options.experiment is None:
+        if not (options.resume and options.out):
+            raise ConfigError("experiment: give a YAML file, or --resume with --out")
+        if options.overrides:
+            raise ConfigError("--set: a resumed run keeps its config; give the experiment file")
+        return RunDirectory(options.out).config(), options.out.absolute()
+    config = load_config(options.experiment, options.overrides)
+    root = config.data.root or os.environ.get("FEDPDM_DATA")
+    if root and config.data.name != "digits":
+        data = dataclasses.replace(config.data, root=str(Path(root).expanduser().absolute()))
+        config = dataclasses.replace(config, data=data)
+    out = options.out or Path(os.environ.get("FEDPDM_RUNS", "runs")) / config.name
+    return config, out.absolute()
+
+
+def _run(options: argparse.Namespace) -> int:
+    config, out = _resolved(options)
+    from fedpdm.engines.preflight import check_run
+
+    for line in check_run(config, out, resume=options.resume):
+        print(line, flush=True)
+    if options.dry_run:
+        return 0
+    if options.engine == "inprocess":
+        from fedpdm.engines.inprocess import run_in_process
+
+        run_in_process(config, out, resume=options.resume)
+    else:
+        from fedpdm.engines.flower import run_with_flower
+
+        run_with_flower(
+            config,
+            out,
+            resume=options.resume,
+            port=options.port,
+            num_cpus=options.cpus,
+            verbose=options.verbose,
+        )
+        if not options.verbose:  # the server's own words, which Flower's stream frames
+            _show(argparse.Namespace(run=out))
+    return 0
+
+
+def _show(options: argparse.Namespace) -> None:
+    from fedpdm.reporting import summarise
+    from fedpdm.runs import RunDirectory
+
+    print(summarise(RunDirectory(options.run)))
+
+
+def _export(options: argparse.Namespace) -> None:
+    from fedpdm.export import export_pipeline
+    from fedpdm.runs import RunDirectory
+
+    path = export_pipeline(RunDirectory(options.run), client_id=options.client, out=options.out)
+    print(f"pipeline of client {options.client} written to {path}")
+
+
+def _sample(options: argparse.Namespace) -> None:
+    from fedpdm.export import sample_grid
+
+    sample_grid(
+        options.pipeline,
+        labels=options.label,
+        num=options.num,
+        out=options.out,
+        seed=options.seed,
+        num_steps=options.steps,
+        guidance=options.guidance,
+        scheduler=options.scheduler,
+        method=options.method,
+    )
+    print(f"{options.num} samples written to {options.out}")
+
+
+def _stop(options: argparse.Namespace) -> None:
+    from fedpdm.engines.flower import stop_processes
+
+    print(f"{stop_processes()} processes ended")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,314 @@
+"""Finished models as a diffusers pipeline on disk, and pictures drawn with one.
+
+An exported directory needs diffusers and torch alone: U-Nets and scheduler as diffusers saves
+them, `pipeline.py` (a copy of `fedpdm.pipeline`), `privacy.json` and a model card.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import math
+import os
+import secrets
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import torch
+from diffusers.utils import logging as diffusers_logging
+
+from fedpdm.build import ImageSpec, build_denoiser, build_schedule, load_split
+from fedpdm.config import RunConfig
+from fedpdm.pictures import draw_image_grid
+from fedpdm.pictures.files import png_path
+from fedpdm.pipeline import PFDMPipeline
+from fedpdm.rng import Purpose, torch_generator
+from fedpdm.runs import RunDirectory
+from fedpdm.sampling import make_scheduler
+from fedpdm.store import ClientStore, StoreError, read_tensors
+from fedpdm.training import load_named, select_device
+
+__all__ = ["export_pipeline", "load_pipeline", "sample_grid"]
+
+BATCH_SIZE = 256
+
+CARD = """\
+---
+library_name: diffusers
+---
+
+# {name}: personalised diffusion model of client {client_id}
+
+Two U-Nets for {resolution}x{resolution} images of {num_classes} classes, from personalised
+federated diffusion (arXiv 2504.00952). `coarse_unet` is shared by all clients and takes pure noise
+down to noising step t0; `fine_unet` is client {client_id}'s and goes on to a clean image.
+
+## Use
+
+In this directory, with diffusers and torch. `pipeline.py` will be executed: read it first.
+
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained(
+    ".", custom_pipeline="./pipeline.py", trust_remote_code=True
+)
+images = pipe([0, 0, {last_label}], num_inference_steps=25).images
+images[0].save("image.png")
+```
+
+Labels: {labels}; -1 for no label. `method="coarse"` samples with the shared model only{alone}.
+Other schedulers: `pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config)`.
+
+## Privacy
+
+What clients sent in training, and so `coarse_unet`, is locally differentially private per image
+(one image replaced by any other, one release per image):
+
+| epsilon | delta | t0 | clip norm C |
+|---|---|---|---|
+| {epsilon:.4g} | {delta:g} | {t0} of {num_steps} | {clip_norm:g} around {shift:g} |
+
+The noise of the release was {noise_source}.
+
+**`fine_unet` is not covered.** It was trained on the raw images of client {client_id}, with no
+noise. Publishing it, or images sampled with it, exposes that client's own images: that is for the
+client alone to decide. `coarse_unet` may be shared without it. Not covered either:
+
+{uncovered}
+"""
+
+
+def export_pipeline(
+    run: RunDirectory, *, client_id: int, out: Path, store: Path | None = None
+) -> Path:
+    """Write one client's models of a finished run as a diffusers pipeline directory.
+
+    The directory appears complete or not at all. It holds EMA weights only: no optimiser state
+    and no release.
+
+    Args:
+        run: read are `config.yaml`, `coarse.safetensors` and `privacy.json`.
+        client_id: whose fine model.
+        out: directory to make; it may exist if it is empty. It is returned.
+        store: the client's store; default `clients/<client_id>` of the run (simulation).
+
+    Raises:
+        ValueError: one line, if the run has not finished, the client has no fine model there, its
+            store belongs to another run, or `out` is taken or cannot be written.
+    """
+    out = Path(out)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ValueError(f"{out}: exists already and is not an empty directory; choose another")
+    config = run.config()
+    privacy, coarse = _finished(run)
+    folder = Path(store or run.client_path(client_id))
+    fine = _fine_weights(run, folder, client_id=client_id)
+    channels, resolution = _release_shape(folder, privacy, client_id=client_id)
+    num_classes = len(coarse["class_embedding.weight"]) - 1
+    schedule, t0, shift = build_schedule(config), int(privacy["t0"]), float(privacy["shift"])
+    spec = ImageSpec(channels=channels, resolution=resolution, num_classes=num_classes, shift=shift)
+    models = {}
+    for role, weights in (("coarse", coarse), ("fine", fine)):
+        models[role] = build_denoiser(config, role, spec=spec, schedule=schedule)
+        target = dict(models[role].unet.named_parameters())
+        load_named(target, weights, what=f"{role} weights for client {client_id}")
+    scheduler = make_scheduler(config.sampling.scheduler, schedule.betas)
+    # In float64, as trained: schedulers round them to float32, the pipeline's x0_hat does not.
+    scheduler.register_to_config(trained_betas=schedule.betas.tolist())
+    pipeline = PFDMPipeline(
+        models["coarse"].unet,
+        models["fine"].unet,
+        scheduler,
+        t0=t0,
+        chain=config.coarse.objective,
+        coarse_prediction=models["coarse"].spec.prediction,
+        fine_prediction=models["fine"].spec.prediction,
+        num_classes=num_classes,
+        resolution=resolution,
+        shift=shift,
+        guidance_scale=config.sampling.guidance,
+        fine_t_max=schedule.num_steps if config.fine.t_range == "all" else t0,
+        id2label=_class_names(config, num_classes=num_classes),
+    )
+    card = _model_card(pipeline, privacy, name=config.name, client_id=client_id)
+    _write(pipeline, privacy, card, out)
+    return out
+
+
+def load_pipeline(path: Path) -> PFDMPipeline:
+    """An exported directory as a pipeline on the CPU; code in the directory is not executed.
+
+    `ValueError`, in one line, if it is no such directory or a file in it is damaged.
+    """
+    if not (Path(path) / "model_index.json").is_file():
+        raise ValueError(f"{path}: is not an exported pipeline (model_index.json is missing)")
+    shows_bars = diffusers_logging.is_progress_bar_enabled()
+    diffusers_logging.disable_progress_bar()
+    try:
+        return PFDMPipeline.from_pretrained(
+            str(path), local_files_only=True, low_cpu_mem_usage=False
+        )
+    except (OSError, ValueError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
+        line = " ".join(str(error).split())[:300]
+        raise ValueError(f"{path}: cannot be loaded: {line}") from None
+    finally:
+        if shows_bars:
+            diffusers_logging.enable_progress_bar()
+
+
+def sample_grid(
+    path: Path,
+    *,
+    labels: Sequence[int] | None,
+    num: int,
+    out: Path,
+    seed: int = 0,
+    num_steps: int = 25,
+    guidance: float | None = None,
+    scheduler: str | None = None,
+    method: str = "pfdm",
+    device: str = "auto",
+) -> Path:
+    """Draw samples of an export as one PNG, about square, with rows of their own for each class.
+
+    Args:
+        path: the exported directory.
+        labels: classes to draw; None for all.
+        num: images in all, shared evenly between the classes, at least one each.
+        out: file name that ends in .png; an old file is replaced. It is returned.
+        seed: the same seed gives the same picture, up to a device's rounding.
+        num_steps, guidance, method: as `PFDMPipeline`'s call.
+        scheduler: as `fedpdm.sampling.make_scheduler`; default the export's.
+        device: "auto", "cpu", "cuda", ...
+
+    Raises:
+        ValueError: if an argument is out of range; the line names it and its bound.
+    """
+    target = png_path(out)
+    generator = torch_generator(seed, Purpose.SAMPLING)
+    pipeline = load_pipeline(path)
+    classes = list(range(pipeline.config.num_classes)) if labels is None else list(labels)
+    if not classes or num < len(classes):
+        raise ValueError(f"num must be at least 1 for each of {len(classes)} labels, got {num}")
+    if scheduler is not None:
+        pipeline.scheduler = make_scheduler(scheduler, pipeline.betas)
+    pipeline.to(select_device(device))
+    counts = [num // len(classes) + (k < num % len(classes)) for k in range(len(classes))]
+    wanted = np.repeat(classes, counts)
+    options = {"num_inference_steps": num_steps, "guidance_scale": guidance, "method": method}
+    images = []
+    for start in range(0, num, BATCH_SIZE):
+        part = wanted[start : start + BATCH_SIZE].tolist()
+        title = f"images {start + 1} to {start + len(part)} of {num}"
+        pipeline.set_progress_bar_config(desc=title, leave=False, disable=None)
+        drawn = pipeline(part, generator=generator, output_type="pt", **options).images
+        images.append((drawn * 255.0).round().to(torch.uint8).numpy())
+    names = {-1: "no label"} | {int(k): v for k, v in (pipeline.config.id2label or {}).items()}
+    _draw(np.concatenate(images), [names.get(k, str(k)) for k in classes], counts, target)
+    return target
+
+
+def _finished(run: RunDirectory) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Privacy statement and coarse EMA weights; `ValueError` if the run has not got there."""
+    for name in ("coarse.safetensors", "privacy.json"):  # written when the last round is over
+        if not (run.root / name).exists():
+            raise ValueError(f"{run.root}: this run has not finished ({name} is missing)")
+    return run.read_json("privacy.json"), read_tensors(run.root / "coarse.safetensors")[0]
+
+
+def _fine_weights(run: RunDirectory, folder: Path, *, client_id: int) -> dict[str, torch.Tensor]:
+    """EMA weights of the client's last round; `ValueError` names the clients that have one."""
+    store = ClientStore(folder)
+    state = store.load_state(store.last_round()).get("fine", {})
+    weights = {k.removeprefix("ema."): v for k, v in state.items() if k.startswith("ema.")}
+    if not weights:
+        folders = (run.root / "clients").glob("[0-9]*")
+        known = sorted(int(p.name) for p in folders if ClientStore(p).last_round() > 0)
+        raise ValueError(
+            f"{folder}: client {client_id} has no fine model there; clients that have one: "
+            f"{', '.join(map(str, known)) or 'none'}"
+        )
+    return weights
+
+
+def _release_shape(folder: Path, privacy: Mapping[str, Any], *, client_id: int) -> tuple[int, int]:
+    """Channels and resolution of the stored release, whose settings must be the statement's."""
+    path = ClientStore(folder).release_path
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            shape, metadata = file.get_slice("x_tilde").get_shape(), file.metadata() or {}
+        stored = {key: float(metadata[key]) for key in ("t0", "clip_norm", "shift")}
+    except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
+        raise StoreError(f"{path}: cannot be read: {error}") from None
+    if wrong := [f"{key} = {value:g}" for key, value in stored.items() if value != privacy[key]]:
+        raise StoreError(
+            f"{path}: client {client_id} released with {', '.join(wrong)}, unlike this run's "
+            "privacy.json; the store belongs to another run"
+        )
+    return shape[1], shape[2]
+
+
+def _class_names(config: RunConfig, *, num_classes: int) -> dict[str, str] | None:
+    """Names of the configured data set's classes by label, if it can be read here."""
+    data = dataclasses.replace(config.data, max_images=num_classes, download=False)
+    try:
+        names = load_split(dataclasses.replace(config, data=data), "train").class_names
+    except (ValueError, OSError):
+        return None
+    return {str(k): v for k, v in enumerate(names)} if len(names) == num_classes else None
+
+
+def _model_card(
+    pipeline: PFDMPipeline, privacy: Mapping[str, Any], *, name: str, client_id: int
+) -> str:
+    """The README.md of an export."""
+    settings, num_steps = pipeline.config, len(pipeline.betas)
+    names, last = settings.id2label or {}, settings.num_classes - 1
+    has_alone = settings.fine_t_max == num_steps
+    words = {
+        "name": name,
+        "client_id": client_id,
+        "num_steps": num_steps,
+        "last_label": last,
+        "labels": ", ".join(f"{k} ({v})" for k, v in names.items()) or f"0 to {last}",
+        "alone": ', `method="alone"` with the fine model only' if has_alone else "",
+        "uncovered": "\n".join(f"- {what}" for what in privacy["does_not_protect"]),
+    }
+    return CARD.format_map({**settings, **privacy, **words})
+
+
+def _write(pipeline: PFDMPipeline, privacy: Mapping[str, Any], card: str, out: Path) -> None:
+    """Write the directory under a temporary name beside `out`, then rename it."""
+    target = out.absolute()
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        pipeline.save_pretrained(temporary)
+        source = inspect.getsource(sys.modules[PFDMPipeline.__module__])
+        (temporary / "pipeline.py").write_text(source, encoding="utf-8")
+        (temporary / "privacy.json").write_text(json.dumps(privacy, indent=1) + "\n")
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+        os.replace(temporary, target)
+    except OSError as error:
+        raise StoreError(f"{out}: cannot be written: {error.strerror}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _draw(images: np.ndarray, names: Sequence[str], counts: Sequence[int], target: Path) -> None:
+    """Each class's images, uint8 (n, C, H, W), in as many rows as make the picture square."""
+    widest = math.ceil(math.sqrt(len(images)))
+    width = math.ceil(counts[0] / math.ceil(counts[0] / widest))
+    rows, row_labels = [], []
+    for own, name in zip(np.split(images, np.cumsum(counts)[:-1]), names, strict=True):
+        cut = [own[at : at + width] for at in range(0, len(own), width)]
+        rows += cut
+        row_labels += [name, *[""] * (len(cut) - 1)]
+    draw_image_grid(target, rows, row_labels=row_labels)

@@ -1,0 +1,307 @@
+"""A diffusers pipeline for a coarse and a fine denoiser: noise, coarse to t0, fine to 0.
+
+An export (`fedpdm.export`) carries a copy of this file as `pipeline.py`, so that whoever has
+diffusers can load the models without this project. The file therefore imports diffusers, numpy
+and torch alone, and repeats two formulas of `fedpdm`; a test holds both copies together by asking
+`fedpdm.sampling.sample` for the same images:
+
+* network output F to clean image (`fedpdm.denoisers`; DDPM Eq. 15; Salimans and Ho 2022, app. D),
+  with a = sqrt(abar_t), s = sqrt(1 - abar_t):
+      sample: x0_hat = F     epsilon: x0_hat = (x_t - s F) / a     v: x0_hat = a x_t - s F
+* which denoiser is asked at which level, in both chains (`fedpdm.sampling`).
+
+`t` counts noising steps that were applied, 0 is clean; diffusers' timestep k is t = k + 1.
+Models see x = pixel / 127.5 - 1 - shift for pixels 0..255.
+"""
+
+import inspect
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.models.unets.unet_2d import UNet2DModel
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+
+__all__ = ["METHODS", "PFDMPipeline"]
+
+METHODS = ("pfdm", "alone", "coarse")
+"""Coarse above t0 and fine below; the fine model alone; the coarse model alone."""
+
+NO_LABEL = -1
+
+
+class PFDMPipeline(DiffusionPipeline):
+    """Two-stage, class-conditional sampling of one client's personalised model.
+
+    Args:
+        coarse_unet: shared denoiser, K + 1 class embeddings (the last means "no label").
+        fine_unet: one client's denoiser, at least K + 1 class embeddings in the same order.
+        scheduler: any diffusers scheduler on betas; its `trained_betas` are the chain that the
+            models were trained on. To swap another in, give its class this one's config:
+            `pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config)`.
+        t0: hand-over, in noising steps, in [0, T].
+        chain: "truncated" (one chain) or "noise_to_noise" (T coarse steps, then t0 fine ones).
+        coarse_prediction: what the network's output means: "sample", "epsilon" or "v".
+        fine_prediction: as `coarse_prediction`.
+        num_classes: K.
+        resolution: pixels per side; default the U-Nets' (they may be padded to their stride).
+        shift: public background level in [-1, 1] that the models' scale is centred on.
+        guidance_scale: default classifier-free guidance weight, 1 for none.
+        fine_t_max: the fine model was trained at t in [1, fine_t_max]; default T.
+        id2label: class names by label (as text: JSON has no other keys), if they are known.
+
+    `betas` is the models' chain, float64 (T,).
+
+    Raises:
+        ValueError: if an argument is out of range, or `scheduler` has no `trained_betas`.
+    """
+
+    model_cpu_offload_seq = "coarse_unet->fine_unet"
+
+    def __init__(
+        self,
+        coarse_unet: UNet2DModel,
+        fine_unet: UNet2DModel,
+        scheduler: Any,
+        t0: int = 0,
+        chain: str = "truncated",
+        coarse_prediction: str = "sample",
+        fine_prediction: str = "sample",
+        num_classes: int = 1,
+        resolution: int | None = None,
+        shift: float = 0.0,
+        guidance_scale: float = 1.0,
+        fine_t_max: int | None = None,
+        id2label: dict | None = None,
+    ) -> None:
+        super().__init__()
+        betas = scheduler.config.get("trained_betas")
+        if betas is None:
+            raise ValueError(
+                f"scheduler: {type(scheduler).__name__} has no trained_betas; make it with "
+                "from_config from the exported scheduler's config"
+            )
+        self.betas = np.asarray(betas, dtype=np.float64)
+        self._alphas_cumprod = np.concatenate([[1.0], np.cumprod(1.0 - self.betas)])
+        if not 0 <= t0 <= len(self.betas):
+            raise ValueError(f"t0 must be in [0, {len(self.betas)}], got {t0}")
+        for name, value, choices in (
+            ("chain", chain, ("truncated", "noise_to_noise")),
+            ("coarse_prediction", coarse_prediction, ("sample", "epsilon", "v")),
+            ("fine_prediction", fine_prediction, ("sample", "epsilon", "v")),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        self.register_modules(
+            coarse_unet=coarse_unet.eval(), fine_unet=fine_unet.eval(), scheduler=scheduler
+        )
+        self.register_to_config(
+            t0=t0,
+            chain=chain,
+            coarse_prediction=coarse_prediction,
+            fine_prediction=fine_prediction,
+            num_classes=num_classes,
+            resolution=resolution or coarse_unet.config.sample_size,
+            shift=shift,
+            guidance_scale=guidance_scale,
+            fine_t_max=len(self.betas) if fine_t_max is None else fine_t_max,
+            id2label=id2label,
+        )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        labels: int | Sequence[int] | torch.Tensor,
+        *,
+        num_inference_steps: int = 25,
+        generator: torch.Generator | None = None,
+        guidance_scale: float | None = None,
+        method: str = "pfdm",
+        output_type: str = "pil",
+    ) -> ImagePipelineOutput:
+        """Draw one image per label.
+
+        Args:
+            labels: N labels in [0, K - 1]; -1 for no label.
+            num_inference_steps: denoiser calls per image, at most T (T + t0 with
+                noise_to_noise); second-order schedulers make more.
+            generator: source of all randomness; on the CPU it gives the same images on any device.
+            guidance_scale: classifier-free guidance weight >= 0; default the export's.
+            method: one of `METHODS`.
+            output_type: "pil"; "np" for float32 (N, H, W, C) in [0, 1]; "pt" for float32
+                (N, C, H, W) in [0, 1].
+
+        Returns:
+            `ImagePipelineOutput` with the N images in `images`.
+
+        Raises:
+            ValueError: if an argument is out of range, or the models gave NaN or infinity.
+        """
+        if output_type not in ("pil", "np", "pt"):
+            raise ValueError(f"output_type must be pil, np or pt, got {output_type!r}")
+        num_images = len(self._check_labels(labels))
+        resolution = self.config.resolution
+        x_T = randn_tensor(
+            (num_images, self.coarse_unet.config.in_channels, resolution, resolution),
+            generator=generator,
+            device=self._execution_device,
+            dtype=torch.float32,
+        )
+        x_0 = self.generate(
+            x_T,
+            labels,
+            num_inference_steps=num_inference_steps,
+            generator=generator,
+            guidance_scale=guidance_scale,
+            method=method,
+        )
+        if not bool(torch.isfinite(x_0).all()):
+            raise ValueError("the models gave values that are not finite")
+        pixels = ((x_0 + (1.0 + self.config.shift)) * 127.5).clamp(0.0, 255.0).cpu()
+        if output_type == "pt":
+            return ImagePipelineOutput(images=pixels / 255.0)
+        channels_last = pixels.permute(0, 2, 3, 1)
+        if output_type == "np":
+            return ImagePipelineOutput(images=(channels_last / 255.0).numpy())
+        return ImagePipelineOutput(images=self.numpy_to_pil(channels_last.round().numpy() / 255.0))
+
+    @torch.no_grad()
+    def generate(
+        self,
+        x_T: torch.Tensor,
+        labels: int | Sequence[int] | torch.Tensor,
+        *,
+        num_inference_steps: int = 25,
+        generator: torch.Generator | None = None,
+        guidance_scale: float | None = None,
+        method: str = "pfdm",
+    ) -> torch.Tensor:
+        """As a call, from given noise: float32 (N, C, H, W) to x_0 of that shape in model scale.
+
+        The same as `fedpdm.sampling.sample` for the same `x_T` and `generator`. With
+        noise_to_noise, method "coarse" gives noisy images: the coarse model's own data.
+        """
+        index = self._check_labels(labels).to(x_T.device)
+        guidance = self.config.guidance_scale if guidance_scale is None else guidance_scale
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
+        if not (math.isfinite(guidance) and guidance >= 0.0):
+            raise ValueError(f"guidance_scale must be finite and at least 0, got {guidance}")
+        stages = [
+            (*self._new_scheduler(num_betas, num_steps), floor)
+            for num_betas, num_steps, floor in self._stages(method, num_inference_steps)
+        ]
+        x = x_T
+        with self.progress_bar(total=sum(len(s.timesteps) for s, _, _ in stages)) as bar:
+            for scheduler, prediction, floor in stages:
+                takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+                extra = {"generator": generator} if takes_generator else {}
+                # Schedulers in noise-to-signal units (Euler and its kind) hold x_t / sqrt(abar_t).
+                x = x / scheduler.scale_model_input(torch.ones(1), scheduler.timesteps[0]).item()
+                for timestep in scheduler.timesteps:
+                    x_t = scheduler.scale_model_input(x, timestep)
+                    level = round(float(timestep)) + 1
+                    answer = self._guided(x_t, level, index, guidance, use_coarse=level > floor)
+                    if prediction == "epsilon":
+                        abar = float(self._alphas_cumprod[level])
+                        answer = (x_t - abar**0.5 * answer) / (1.0 - abar) ** 0.5
+                    x = scheduler.step(answer, timestep, x, **extra).prev_sample
+                    bar.update()
+        return x
+
+    def _stages(self, method: str, num_steps: int) -> list[tuple[int, int, int]]:
+        """Chains to run, as (number of betas, steps, level above which the coarse model acts)."""
+        T, t0 = len(self.betas), self.config.t0
+        if method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+        if method == "alone":
+            if self.config.fine_t_max < T:
+                raise ValueError(
+                    "method alone needs a fine model that was trained at every t; this one was "
+                    f"trained at t <= {self.config.fine_t_max} of {T}"
+                )
+            return [(T, num_steps, T)]
+        if self.config.chain == "truncated":
+            return [(T, num_steps, t0 if method == "pfdm" else 0)]
+        coarse_steps = T if num_steps >= T + t0 else max(1, round(num_steps * (T / (T + t0))))
+        stages = [(T, coarse_steps, 0)]
+        if method == "pfdm" and t0 > 0:
+            stages.append((t0, max(1, num_steps - coarse_steps), t0))
+        return stages
+
+    def _new_scheduler(self, num_betas: int, num_steps: int) -> tuple[Any, str]:
+        """The scheduler on the first `num_betas` betas, with timesteps set, and what it is fed.
+
+        It is fed x0_hat ("sample") where it takes that, else "epsilon". Clipping of x0_hat to
+        [-1, 1], the default of some classes, is off: the models' scale is shifted.
+        """
+        scheduler_class, config = type(self.scheduler), self.scheduler.config
+        name = scheduler_class.__name__
+        if "trained_betas" not in inspect.signature(scheduler_class).parameters:
+            raise ValueError(f"scheduler: {name} is not defined on betas, so it cannot run here")
+        fixed = {"trained_betas": self.betas[:num_betas].tolist(), "num_train_timesteps": num_betas}
+        if "clip_sample" in config:
+            fixed["clip_sample"] = False
+        reason = ""
+        for prediction in ("sample", "epsilon"):
+            scheduler = scheduler_class.from_config(config, prediction_type=prediction, **fixed)
+            scheduler.set_timesteps(min(num_steps, num_betas))
+            probe, first = torch.zeros(1, 1, 1, 1), scheduler.timesteps[0]
+            try:
+                scheduler.step(scheduler.scale_model_input(probe, first), first, probe)
+            except (NotImplementedError, ValueError) as error:
+                reason = " ".join(str(error).split())
+                continue
+            scheduler.set_timesteps(min(num_steps, num_betas))
+            return scheduler, prediction
+        raise ValueError(f"scheduler: {name} cannot run here: {reason}")
+
+    def _guided(
+        self, x_t: torch.Tensor, t: int, index: torch.Tensor, guidance: float, *, use_coarse: bool
+    ) -> torch.Tensor:
+        """x0_hat under classifier-free guidance: null + guidance (conditional - null)."""
+        if guidance == 1.0:
+            return self._denoise(x_t, t, index, use_coarse=use_coarse)
+        null = torch.full_like(index, self.config.num_classes)
+        both = self._denoise(
+            torch.cat([x_t, x_t]), t, torch.cat([index, null]), use_coarse=use_coarse
+        )
+        conditional, unconditional = both.chunk(2)
+        return unconditional + guidance * (conditional - unconditional)
+
+    def _denoise(
+        self, x_t: torch.Tensor, t: int, index: torch.Tensor, *, use_coarse: bool
+    ) -> torch.Tensor:
+        """x0_hat float32 (N, C, H, W); `index` int64 (N,) into the class embeddings."""
+        unet = self.coarse_unet if use_coarse else self.fine_unet
+        prediction = self.config.coarse_prediction if use_coarse else self.config.fine_prediction
+        pad = unet.config.sample_size - self.config.resolution
+        x_in = torch.nn.functional.pad(x_t, (0, pad, 0, pad)) if pad else x_t
+        timesteps = torch.full((len(x_t),), t - 1, device=x_t.device)
+        raw = unet(x_in.to(unet.dtype), timesteps, class_labels=index).sample
+        raw = raw[..., : self.config.resolution, : self.config.resolution].float()
+        abar = float(self._alphas_cumprod[t])
+        signal, noise = abar**0.5, (1.0 - abar) ** 0.5
+        if prediction == "sample":
+            return raw
+        return (
+            (x_t - noise * raw) / signal if prediction == "epsilon" else signal * x_t - noise * raw
+        )
+
+    def _check_labels(self, labels: int | Sequence[int] | torch.Tensor) -> torch.Tensor:
+        """Index into the class embeddings, int64 (N,) on the pipeline's device."""
+        index = torch.as_tensor(labels, device=self._execution_device)
+        index = index.view(-1) if index.ndim == 0 else index
+        if index.ndim != 1 or len(index) == 0 or index.is_floating_point():
+            raise ValueError("labels must be a whole number or a non-empty list of whole numbers")
+        num_classes = self.config.num_classes
+        outside = index[(index < NO_LABEL) | (index >= num_classes)]
+        if len(outside):
+            raise ValueError(
+                f"labels must be in [0, {num_classes - 1}], or {NO_LABEL} for no label, "
+                f"got {int(outside[0])}"
+            )
+        return torch.where(index == NO_LABEL, num_classes, index.long())

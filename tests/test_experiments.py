@@ -1,0 +1,32 @@
+"""Every experiment file loads, resolves and passes all checks that a real run makes first."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from fedpdm.config import load_config
+from fedpdm.engines.preflight import check_run
+
+EXPERIMENTS = sorted((Path(__file__).parent.parent / "experiments").glob("**/*.yaml"))
+
+
+def test_there_are_experiments() -> None:
+    assert {path.stem for path in EXPERIMENTS} >= {
+        "digits",
+        "cifar10-smoke",
+        "colored-mnist-smoke",
+    }
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_dry_run(path: Path, tmp_path: Path) -> None:
+    config = load_config(path)
+    if config.data.name != "digits" and not os.environ.get("FEDPDM_DATA"):
+        pytest.skip(f"{config.data.name} needs FEDPDM_DATA, which is not set")
+    lines = check_run(config, tmp_path / "out", resume=False)
+    assert config.name in lines[0]
+    assert f"epsilon {config.privacy.epsilon:g}"[:9] in lines[1] or "epsilon" in lines[1]
+    assert not (tmp_path / "out").exists()

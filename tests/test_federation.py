@@ -1,0 +1,348 @@
+"""A whole federation in this process, with the real clients and strategies."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from clients.local import open_local_client
+from clients.pfdm_client import PFDMClient
+from fedpdm import wire
+from fedpdm.build import (
+    build_denoiser,
+    build_image_spec,
+    build_optimizer_settings,
+    build_schedule,
+    coarse_batch_loss,
+)
+from fedpdm.config import RunConfig, config_to_yaml
+from fedpdm.engines import inprocess
+from fedpdm.engines.inprocess import run_in_process
+from fedpdm.mechanism import select
+from fedpdm.rng import Purpose, torch_generator
+from fedpdm.store import ClientStore, read_tensors
+from fedpdm.training import Trainer, class_weights
+from strategies.coarse import ClientFailure
+from tests.federations import flat, node, small_config
+
+
+def client_of(config: RunConfig, out: Path, client: int) -> PFDMClient:
+    return PFDMClient(open_local_client(node(config, client), flat(config, out), 0))
+
+
+def initial_message(config: RunConfig) -> list[np.ndarray]:
+    schedule, spec = build_schedule(config), build_image_spec(config)
+    model = build_denoiser(config, "coarse", spec=spec, schedule=schedule)
+    return wire.encode_model(dict(model.unet.named_parameters()))
+
+
+def final_weights(out: Path) -> dict[str, torch.Tensor]:
+    return read_tensors(out / "coarse.safetensors")[0]
+
+
+def assert_same_weights(a: Path, b: Path) -> None:
+    first, second = final_weights(a), final_weights(b)
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def release_digests(out: Path) -> dict[str, str]:
+    paths = sorted((out / "clients").glob("*/release.safetensors"))
+    return {path.parent.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Path]:
+    """One small run, start to end."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    config = small_config()
+    run_in_process(config, out)
+    return config, out
+
+
+def test_run_leaves_everything_behind(finished: tuple[RunConfig, Path]) -> None:
+    config, out = finished
+    for name in (
+        "config.yaml", "metrics.json", "privacy.json", "samples.png", "partition.png",
+        "coarse.safetensors", "log.txt",
+    ):  # fmt: skip
+        assert (out / name).stat().st_size > 0, name
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert [record["round"] for record in metrics["rounds"]] == [1, 2]
+    assert [c["client_id"] for c in metrics["final"]["clients"]] == [0, 1, 2]
+    privacy = json.loads((out / "privacy.json").read_text())
+    assert privacy["t0"] == 642
+    assert privacy["epsilon"] == pytest.approx(9.956, abs=5e-4)
+    assert "seeded" in privacy["noise_source"]
+    assert yaml.safe_load((out / "config.yaml").read_text())["privacy"]["epsilon"] == 10.0
+
+
+def test_seed_repeats_and_another_seed_differs(
+    finished: tuple[RunConfig, Path], tmp_path: Path
+) -> None:
+    _, out = finished
+    run_in_process(small_config(), tmp_path / "again")
+    assert_same_weights(out, tmp_path / "again")
+    assert release_digests(out) == release_digests(tmp_path / "again")
+    run_in_process(small_config(run={"seed": 4}), tmp_path / "other")
+    assert release_digests(out) != release_digests(tmp_path / "other")
+    name = next(iter(final_weights(out)))
+    assert not torch.equal(final_weights(out)[name], final_weights(tmp_path / "other")[name])
+
+
+def test_federated_run_improves_the_coarse_loss(tmp_path: Path) -> None:
+    config = small_config(
+        run={"rounds": 4},
+        data={"max_images": None},
+        coarse={"steps_per_round": 15, "batch_size": 64, "lr": 1e-3, "class_balance": 0.0},
+        fine={"steps_per_round": 1},
+        evaluation={"image_metrics": False},
+    )
+    run_in_process(config, tmp_path / "run")
+    final = json.loads((tmp_path / "run" / "metrics.json").read_text())["final"]
+    untrained = 0.0
+    for client in range(3):
+        loss, count, metrics = client_of(config, tmp_path / "fresh", client).evaluate(
+            initial_message(config), {"round": 0, "final": False}
+        )
+        assert "error" not in metrics
+        untrained += loss * count
+    untrained /= sum(c["num_heldout"] for c in final["clients"])
+    # Knowing each image exactly would gain C^2 / (192 sigma^2), about 0.005.
+    assert final["heldout_coarse_loss"] < untrained - 5e-4
+
+
+def test_one_client_federated_equals_centralised(tmp_path: Path) -> None:
+    config = small_config(
+        partition={"kind": "iid", "num_clients": 1},
+        run={"rounds": 3},
+        fine={"steps_per_round": 0},
+        aggregation={"ema_decay": 0.0},
+        evaluation={"image_metrics": False},
+    )
+    run_in_process(config, tmp_path / "run")
+    schedule, spec = build_schedule(config), build_image_spec(config)
+    released = ClientStore(tmp_path / "run" / "clients" / "0").load_release()
+    assert released is not None
+    local = open_local_client(node(config, 0), flat(config, tmp_path / "run"), 0)
+    train = select(released, torch.from_numpy(local.train))
+    model = build_denoiser(config, "coarse", spec=spec, schedule=schedule)
+    cpu = torch.device("cpu")
+    trainer = Trainer(model, build_optimizer_settings(config, "coarse"), device=cpu)
+    loss = coarse_batch_loss(config, model, schedule, train, training=True, device=cpu)
+    for round in (1, 2, 3):  # one uninterrupted model and optimiser
+        trainer.train(
+            loss,
+            sample_weights=class_weights(train.labels, balance=config.coarse.class_balance),
+            num_steps=config.coarse.steps_per_round,
+            generator=torch_generator(3, Purpose.COARSE_TRAINING, client=0, round=round),
+        )
+    for name, value in final_weights(tmp_path / "run").items():
+        torch.testing.assert_close(value, trainer.weights()[name], rtol=0, atol=1e-6)
+
+
+def test_replayed_round_is_answered_from_the_store(tmp_path: Path) -> None:
+    config = small_config()
+    message, request = initial_message(config), {"round": 1, "phase": "coarse"}
+    first = client_of(config, tmp_path, 0).fit(message, dict(request))
+    state = ClientStore(tmp_path / "clients" / "0").load_state(1)["fine"]["step"]
+    second = client_of(config, tmp_path, 0).fit(message, dict(request))
+    assert wire.fingerprint(first[0]) == wire.fingerprint(second[0])
+    assert second[2]["replayed"] is True
+    assert "replayed" not in first[2]
+    assert ClientStore(tmp_path / "clients" / "0").load_state(1)["fine"]["step"] == state == 4
+
+
+def test_replay_with_other_weights_is_refused(tmp_path: Path) -> None:
+    config = small_config()
+    client_of(config, tmp_path, 1).fit(initial_message(config), {"round": 1, "phase": "coarse"})
+    other = initial_message(small_config(run={"seed": 9}))
+    payload, count, metrics = client_of(config, tmp_path, 1).fit(
+        other, {"round": 1, "phase": "coarse"}
+    )
+    assert (payload, count) == ([], 0)
+    assert "other coarse weights" in str(metrics["error"])
+
+
+def test_changed_release_settings_are_refused(tmp_path: Path) -> None:
+    message = initial_message(small_config())
+    client_of(small_config(), tmp_path, 0).fit(message, {"round": 1, "phase": "coarse"})
+    before = release_digests(tmp_path)
+    changed = small_config(privacy={"clip_norm": 7.0})
+    _, _, metrics = client_of(changed, tmp_path, 0).fit(message, {"round": 2, "phase": "coarse"})
+    assert "second release" in str(metrics["error"])
+    assert release_digests(tmp_path) == before
+
+
+def test_crash_between_rounds_then_resume(
+    finished: tuple[RunConfig, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, reference = finished
+    real, calls = inprocess._LocalProxy.fit, []
+
+    def crash(self: object, *args: object, **named: object) -> object:
+        calls.append(1)
+        if len(calls) == 5:  # second client of the second round
+            raise KeyboardInterrupt
+        return real(self, *args, **named)  # type: ignore[arg-type]
+
+    out = tmp_path / "run"
+    monkeypatch.setattr(inprocess._LocalProxy, "fit", crash)
+    with pytest.raises(KeyboardInterrupt):
+        run_in_process(config, out)
+    monkeypatch.undo()
+    assert not (out / "coarse.safetensors").exists()
+    released = release_digests(out)
+    run_in_process(config, out, resume=True)
+    assert_same_weights(reference, out)
+    assert release_digests(out) == released
+
+
+@pytest.mark.slow
+def test_kill_in_the_middle_of_a_round_then_resume(tmp_path: Path) -> None:
+    config = small_config(
+        fine={"steps_per_round": 60, "checkpoint_every": 5}, evaluation={"image_metrics": False}
+    )
+    run_in_process(config, tmp_path / "reference")
+    experiment = tmp_path / "small.yaml"
+    experiment.write_text(config_to_yaml(config))
+    out = tmp_path / "run"
+    command = [
+        sys.executable, "-m", "fedpdm.cli", "run", str(experiment),
+        "--engine", "inprocess", "--out", str(out),
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    partial = out / "clients" / "1" / "partial" / "fine.safetensors"
+    deadline = time.monotonic() + 120
+    while not partial.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert partial.exists(), "the kill was meant to hit a client in the middle of its round"
+    released = release_digests(out)
+    assert released.keys() >= {"0", "1"}
+    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert_same_weights(tmp_path / "reference", out)
+    after = release_digests(out)
+    assert {client: after[client] for client in released} == released
+    assert after == release_digests(tmp_path / "reference")
+
+
+def test_every_message_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Walk everything that clients send: coarse updates and listed metrics, nothing else."""
+    sent: list[tuple[bytes, dict[str, object]]] = []
+    real_fit, real_evaluate = inprocess._LocalProxy.fit, inprocess._LocalProxy.evaluate
+
+    def fit(self: object, *args: object, **named: object) -> object:
+        answer = real_fit(self, *args, **named)  # type: ignore[arg-type]
+        sent.append((b"".join(answer.parameters.tensors), dict(answer.metrics)))
+        return answer
+
+    def evaluate(self: object, *args: object, **named: object) -> object:
+        answer = real_evaluate(self, *args, **named)  # type: ignore[arg-type]
+        sent.append((b"", dict(answer.metrics)))
+        return answer
+
+    monkeypatch.setattr(inprocess._LocalProxy, "fit", fit)
+    monkeypatch.setattr(inprocess._LocalProxy, "evaluate", evaluate)
+    config = small_config()
+    run_in_process(config, tmp_path / "run")
+    assert len(sent) == 3 * 2 * 2
+    fine_values = []
+    for client in range(3):
+        store = ClientStore(tmp_path / "run" / "clients" / str(client))
+        fine = store.load_state(store.last_round())["fine"]
+        fine_values += [t.numpy().tobytes()[:64] for n, t in fine.items() if t.numel() >= 64]
+    for payload, metrics in sent:
+        assert metrics.keys() <= {*wire.FIT_METRICS, *wire.RAW_METRICS}
+        assert all(np.isscalar(value) for value in metrics.values())
+        assert not any(value in payload for value in fine_values)
+    assert any(fine_values[0] in (payload + fine_values[0]) for payload, _ in sent)  # probe works
+
+
+def test_update_depends_on_the_release_alone(tmp_path: Path) -> None:
+    """Same stored release, other raw images: the client's coarse message is bit-identical."""
+    config = small_config(fine={"steps_per_round": 0})
+    message, request = initial_message(config), {"round": 1, "phase": "coarse"}
+    first = client_of(config, tmp_path / "a", 0)
+    sent = first.fit(message, dict(request))
+    second = client_of(config, tmp_path / "b", 0)
+    with second.local.store.lock():
+        released = first.local.store.load_release()
+        assert released is not None
+        second.local.store.save_release(released)
+    flipped = second.local.images.images[..., ::-1].copy()
+    from dataclasses import replace
+
+    second.local = replace(second.local, images=replace(second.local.images, images=flipped))
+    again = second.fit(message, dict(request))
+    assert wire.fingerprint(sent[0]) == wire.fingerprint(again[0])
+
+
+def test_server_training_uploads_once(tmp_path: Path) -> None:
+    config = small_config(coarse={"training": "server"}, run={"rounds": 3})
+    run_in_process(config, tmp_path / "run")
+    rounds = json.loads((tmp_path / "run" / "metrics.json").read_text())["rounds"]
+    uploads = [record["bytes_up"] for record in rounds]
+    assert uploads[0] > 200 * 192 * 4 * 0.8
+    assert uploads[1:] == [0, 0]
+    assert [record["server_steps"] for record in rounds] == [9, 9, 9]
+
+
+def test_noise_to_noise_and_fine_below_t0(tmp_path: Path) -> None:
+    config = small_config(
+        coarse={"objective": "noise_to_noise"}, fine={"t_range": "below_t0"}, run={"rounds": 1}
+    )
+    run_in_process(config, tmp_path / "run")
+    client = json.loads((tmp_path / "run" / "metrics.json").read_text())["final"]["clients"][0]
+    assert "majority_pfdm_frechet" in client
+    assert "majority_alone_frechet" not in client  # not trained above t0: there is no such model
+
+
+def damage(out: Path, client: int) -> None:
+    path = out / "clients" / str(client) / "release.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def test_failed_client_stops_the_run_and_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = small_config(fine={"lr": 1e30, "grad_clip": 1e30, "steps_per_round": 40})
+    with pytest.raises(ClientFailure, match=r"client \d round 1 fine: loss is nan at step \d+"):
+        run_in_process(config, tmp_path / "run")
+    assert "client 0" in capsys.readouterr().out
+
+
+def test_failed_client_is_left_out_where_config_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small_config(aggregation={"on_failure": "skip"})
+    real = inprocess._LocalProxy.fit
+
+    def fit(self: inprocess._LocalProxy, *args: object, **named: object) -> object:
+        store = tmp_path / "run" / "clients" / "1"
+        if store.exists() and self._context.node_config["partition-id"] == 1:
+            damage(tmp_path / "run", 1)
+        return real(self, *args, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(inprocess._LocalProxy, "fit", fit)
+    run_in_process(config, tmp_path / "run")
+    rounds = json.loads((tmp_path / "run" / "metrics.json").read_text())["rounds"]
+    assert [len(record["clients"]) for record in rounds] == [3, 2]
+    assert "client 1" in rounds[1]["failed"][0]
+    assert "release.safetensors" in rounds[1]["failed"][0]
