@@ -39,10 +39,6 @@ __all__ = ["export_pipeline", "load_pipeline", "sample_grid"]
 BATCH_SIZE = 256
 
 CARD = """\
----
-library_name: diffusers
----
-
 # {name}: personalised diffusion model of client {client_id}
 
 Two U-Nets for {resolution}x{resolution} images of {num_classes} classes, from personalised
@@ -63,7 +59,8 @@ images = pipe([0, 0, {last_label}], num_inference_steps=25).images
 images[0].save("image.png")
 ```
 
-Labels: {labels}; -1 for no label. `method="coarse"` samples with the shared model only{alone}.
+Labels: {labels}; -1 for no label.
+`method="coarse"` samples with the shared model only{alone}.
 Other schedulers: `pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config)`.
 
 ## Privacy
@@ -77,9 +74,9 @@ What clients sent in training, and so `coarse_unet`, is locally differentially p
 
 The noise of the release was {noise_source}.
 
-**`fine_unet` is not covered.** It was trained on the raw images of client {client_id}, with no
-noise. Publishing it, or images sampled with it, exposes that client's own images: that is for the
-client alone to decide. `coarse_unet` may be shared without it. Not covered either:
+**`fine_unet` is not covered.** It was trained on client {client_id}'s raw images, with no noise.
+Publishing it, or images sampled with it, exposes that client's own images: that is for the client
+alone to decide. `coarse_unet` may be shared without it. Not covered either:
 
 {uncovered}
 """
@@ -109,12 +106,11 @@ def export_pipeline(
     config = run.config()
     privacy, coarse = _finished(run)
     folder = Path(store or run.client_path(client_id))
-    fine = _fine_weights(run, folder, client_id=client_id)
-    channels, resolution = _release_shape(folder, privacy, client_id=client_id)
-    num_classes = len(coarse["class_embedding.weight"]) - 1
+    fine, shape = _client(run, folder, privacy, client_id=client_id)
     schedule, t0, shift = build_schedule(config), int(privacy["t0"]), float(privacy["shift"])
-    spec = ImageSpec(channels=channels, resolution=resolution, num_classes=num_classes, shift=shift)
-    models = {}
+    num_classes = len(coarse.get("class_embedding.weight", ())) - 1  # the last is "no label"
+    spec = ImageSpec(channels=shape[1], resolution=shape[2], num_classes=num_classes, shift=shift)
+    models: dict[str, Any] = {}
     for role, weights in (("coarse", coarse), ("fine", fine)):
         models[role] = build_denoiser(config, role, spec=spec, schedule=schedule)
         target = dict(models[role].unet.named_parameters())
@@ -131,14 +127,14 @@ def export_pipeline(
         coarse_prediction=models["coarse"].spec.prediction,
         fine_prediction=models["fine"].spec.prediction,
         num_classes=num_classes,
-        resolution=resolution,
+        resolution=spec.resolution,
         shift=shift,
         guidance_scale=config.sampling.guidance,
         fine_t_max=schedule.num_steps if config.fine.t_range == "all" else t0,
         id2label=_class_names(config, num_classes=num_classes),
     )
-    card = _model_card(pipeline, privacy, name=config.name, client_id=client_id)
-    _write(pipeline, privacy, card, out)
+    words = {"name": config.name, "client_id": client_id}
+    _write(pipeline, privacy, _model_card(pipeline, {**privacy, **words}), out)
     return out
 
 
@@ -194,7 +190,7 @@ def sample_grid(
     target = png_path(out)
     generator = torch_generator(seed, Purpose.SAMPLING)
     pipeline = load_pipeline(path)
-    classes = list(range(pipeline.config.num_classes)) if labels is None else list(labels)
+    classes = list(range(pipeline.config["num_classes"])) if labels is None else list(labels)
     if not classes or num < len(classes):
         raise ValueError(f"num must be at least 1 for each of {len(classes)} labels, got {num}")
     if scheduler is not None:
@@ -202,15 +198,15 @@ def sample_grid(
     pipeline.to(select_device(device))
     counts = [num // len(classes) + (k < num % len(classes)) for k in range(len(classes))]
     wanted = np.repeat(classes, counts)
-    options = {"num_inference_steps": num_steps, "guidance_scale": guidance, "method": method}
+    options: Any = {"num_inference_steps": num_steps, "guidance_scale": guidance, "method": method}
     images = []
     for start in range(0, num, BATCH_SIZE):
         part = wanted[start : start + BATCH_SIZE].tolist()
         title = f"images {start + 1} to {start + len(part)} of {num}"
         pipeline.set_progress_bar_config(desc=title, leave=False, disable=None)
-        drawn = pipeline(part, generator=generator, output_type="pt", **options).images
+        drawn: Any = pipeline(part, generator=generator, output_type="pt", **options).images
         images.append((drawn * 255.0).round().to(torch.uint8).numpy())
-    names = {-1: "no label"} | {int(k): v for k, v in (pipeline.config.id2label or {}).items()}
+    names = {-1: "no label"} | {int(k): v for k, v in (pipeline.config["id2label"] or {}).items()}
     _draw(np.concatenate(images), [names.get(k, str(k)) for k in classes], counts, target)
     return target
 
@@ -223,36 +219,28 @@ def _finished(run: RunDirectory) -> tuple[dict[str, Any], dict[str, torch.Tensor
     return run.read_json("privacy.json"), read_tensors(run.root / "coarse.safetensors")[0]
 
 
-def _fine_weights(run: RunDirectory, folder: Path, *, client_id: int) -> dict[str, torch.Tensor]:
-    """EMA weights of the client's last round; `ValueError` names the clients that have one."""
+def _client(
+    run: RunDirectory, folder: Path, privacy: Mapping[str, Any], *, client_id: int
+) -> tuple[dict[str, torch.Tensor], torch.Size]:
+    """EMA weights of the client's last round, and the shape of its release; `ValueError` if there
+    are none, or not of this run."""
     store = ClientStore(folder)
-    state = store.load_state(store.last_round()).get("fine", {})
-    weights = {k.removeprefix("ema."): v for k, v in state.items() if k.startswith("ema.")}
-    if not weights:
+    state, released = store.load_state(store.last_round()).get("fine", {}), store.load_release()
+    if not state or released is None:
         folders = (run.root / "clients").glob("[0-9]*")
         known = sorted(int(p.name) for p in folders if ClientStore(p).last_round() > 0)
         raise ValueError(
             f"{folder}: client {client_id} has no fine model there; clients that have one: "
             f"{', '.join(map(str, known)) or 'none'}"
         )
-    return weights
-
-
-def _release_shape(folder: Path, privacy: Mapping[str, Any], *, client_id: int) -> tuple[int, int]:
-    """Channels and resolution of the stored release, whose settings must be the statement's."""
-    path = ClientStore(folder).release_path
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            shape, metadata = file.get_slice("x_tilde").get_shape(), file.metadata() or {}
-        stored = {key: float(metadata[key]) for key in ("t0", "clip_norm", "shift")}
-    except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
-        raise StoreError(f"{path}: cannot be read: {error}") from None
-    if wrong := [f"{key} = {value:g}" for key, value in stored.items() if value != privacy[key]]:
-        raise StoreError(
-            f"{path}: client {client_id} released with {', '.join(wrong)}, unlike this run's "
-            "privacy.json; the store belongs to another run"
-        )
-    return shape[1], shape[2]
+    for key in ("t0", "clip_norm", "shift"):
+        if (value := getattr(released.parameters, key)) != privacy[key]:
+            raise StoreError(
+                f"{folder}: client {client_id} released with {key} = {value:g}, this run has "
+                f"{privacy[key]:g}; the store belongs to another run"
+            )
+    weights = {k.removeprefix("ema."): v for k, v in state.items() if k.startswith("ema.")}
+    return weights, released.x_tilde.shape
 
 
 def _class_names(config: RunConfig, *, num_classes: int) -> dict[str, str] | None:
@@ -265,23 +253,19 @@ def _class_names(config: RunConfig, *, num_classes: int) -> dict[str, str] | Non
     return {str(k): v for k, v in enumerate(names)} if len(names) == num_classes else None
 
 
-def _model_card(
-    pipeline: PFDMPipeline, privacy: Mapping[str, Any], *, name: str, client_id: int
-) -> str:
-    """The README.md of an export."""
+def _model_card(pipeline: PFDMPipeline, facts: Mapping[str, Any]) -> str:
+    """The README.md of an export; `facts` are the privacy statement, `name` and `client_id`."""
     settings, num_steps = pipeline.config, len(pipeline.betas)
-    names, last = settings.id2label or {}, settings.num_classes - 1
-    has_alone = settings.fine_t_max == num_steps
+    names, last = settings["id2label"] or {}, settings["num_classes"] - 1
+    has_alone = settings["fine_t_max"] == num_steps
     words = {
-        "name": name,
-        "client_id": client_id,
         "num_steps": num_steps,
         "last_label": last,
-        "labels": ", ".join(f"{k} ({v})" for k, v in names.items()) or f"0 to {last}",
+        "labels": ", ".join(f"{k} {v}" for k, v in names.items() if k != v) or f"0 to {last}",
         "alone": ', `method="alone"` with the fine model only' if has_alone else "",
-        "uncovered": "\n".join(f"- {what}" for what in privacy["does_not_protect"]),
+        "uncovered": "\n".join(f"- {what}" for what in facts["does_not_protect"]),
     }
-    return CARD.format_map({**settings, **privacy, **words})
+    return CARD.format_map({**settings, **facts, **words})
 
 
 def _write(pipeline: PFDMPipeline, privacy: Mapping[str, Any], card: str, out: Path) -> None:
@@ -296,8 +280,9 @@ def _write(pipeline: PFDMPipeline, privacy: Mapping[str, Any], card: str, out: P
         (temporary / "privacy.json").write_text(json.dumps(privacy, indent=1) + "\n")
         (temporary / "README.md").write_text(card, encoding="utf-8")
         os.replace(temporary, target)
-    except OSError as error:
-        raise StoreError(f"{out}: cannot be written: {error.strerror}") from None
+    except (OSError, safetensors.SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise StoreError(f"{out}: cannot be written: {reason}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -28,8 +28,6 @@ from diffusers.utils.torch_utils import randn_tensor
 __all__ = ["METHODS", "PFDMPipeline"]
 
 METHODS = ("pfdm", "alone", "coarse")
-"""Coarse above t0 and fine below; the fine model alone; the coarse model alone."""
-
 NO_LABEL = -1
 
 
@@ -58,8 +56,6 @@ class PFDMPipeline(DiffusionPipeline):
     Raises:
         ValueError: if an argument is out of range, or `scheduler` has no `trained_betas`.
     """
-
-    model_cpu_offload_seq = "coarse_unet->fine_unet"
 
     def __init__(
         self,
@@ -104,7 +100,7 @@ class PFDMPipeline(DiffusionPipeline):
             coarse_prediction=coarse_prediction,
             fine_prediction=fine_prediction,
             num_classes=num_classes,
-            resolution=resolution or coarse_unet.config.sample_size,
+            resolution=resolution or coarse_unet.config["sample_size"],
             shift=shift,
             guidance_scale=guidance_scale,
             fine_t_max=len(self.betas) if fine_t_max is None else fine_t_max,
@@ -130,7 +126,7 @@ class PFDMPipeline(DiffusionPipeline):
                 noise_to_noise); second-order schedulers make more.
             generator: source of all randomness; on the CPU it gives the same images on any device.
             guidance_scale: classifier-free guidance weight >= 0; default the export's.
-            method: one of `METHODS`.
+            method: "pfdm" (coarse above t0, fine below), or "alone" (fine) or "coarse" everywhere.
             output_type: "pil"; "np" for float32 (N, H, W, C) in [0, 1]; "pt" for float32
                 (N, C, H, W) in [0, 1].
 
@@ -142,13 +138,10 @@ class PFDMPipeline(DiffusionPipeline):
         """
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"output_type must be pil, np or pt, got {output_type!r}")
-        num_images = len(self._check_labels(labels))
-        resolution = self.config.resolution
+        resolution, channels = self.config["resolution"], self.coarse_unet.config["in_channels"]
+        shape = (len(self._check_labels(labels)), channels, resolution, resolution)
         x_T = randn_tensor(
-            (num_images, self.coarse_unet.config.in_channels, resolution, resolution),
-            generator=generator,
-            device=self._execution_device,
-            dtype=torch.float32,
+            shape, generator=generator, device=self._execution_device, dtype=torch.float32
         )
         x_0 = self.generate(
             x_T,
@@ -160,7 +153,7 @@ class PFDMPipeline(DiffusionPipeline):
         )
         if not bool(torch.isfinite(x_0).all()):
             raise ValueError("the models gave values that are not finite")
-        pixels = ((x_0 + (1.0 + self.config.shift)) * 127.5).clamp(0.0, 255.0).cpu()
+        pixels = ((x_0 + (1.0 + self.config["shift"])) * 127.5).clamp(0.0, 255.0).cpu()
         if output_type == "pt":
             return ImagePipelineOutput(images=pixels / 255.0)
         channels_last = pixels.permute(0, 2, 3, 1)
@@ -185,7 +178,7 @@ class PFDMPipeline(DiffusionPipeline):
         noise_to_noise, method "coarse" gives noisy images: the coarse model's own data.
         """
         index = self._check_labels(labels).to(x_T.device)
-        guidance = self.config.guidance_scale if guidance_scale is None else guidance_scale
+        guidance = self.config["guidance_scale"] if guidance_scale is None else guidance_scale
         if num_inference_steps < 1:
             raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
         if not (math.isfinite(guidance) and guidance >= 0.0):
@@ -214,17 +207,17 @@ class PFDMPipeline(DiffusionPipeline):
 
     def _stages(self, method: str, num_steps: int) -> list[tuple[int, int, int]]:
         """Chains to run, as (number of betas, steps, level above which the coarse model acts)."""
-        T, t0 = len(self.betas), self.config.t0
+        T, t0 = len(self.betas), self.config["t0"]
         if method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
         if method == "alone":
-            if self.config.fine_t_max < T:
+            if (trained := self.config["fine_t_max"]) < T:
                 raise ValueError(
                     "method alone needs a fine model that was trained at every t; this one was "
-                    f"trained at t <= {self.config.fine_t_max} of {T}"
+                    f"trained at t <= {trained} of {T}"
                 )
             return [(T, num_steps, T)]
-        if self.config.chain == "truncated":
+        if self.config["chain"] == "truncated":
             return [(T, num_steps, t0 if method == "pfdm" else 0)]
         coarse_steps = T if num_steps >= T + t0 else max(1, round(num_steps * (T / (T + t0))))
         stages = [(T, coarse_steps, 0)]
@@ -251,12 +244,13 @@ class PFDMPipeline(DiffusionPipeline):
             scheduler.set_timesteps(min(num_steps, num_betas))
             probe, first = torch.zeros(1, 1, 1, 1), scheduler.timesteps[0]
             try:
-                scheduler.step(scheduler.scale_model_input(probe, first), first, probe)
+                with torch.random.fork_rng(devices=[]):  # the step may draw noise
+                    scheduler.step(scheduler.scale_model_input(probe, first), first, probe)
             except (NotImplementedError, ValueError) as error:
                 reason = " ".join(str(error).split())
-                continue
-            scheduler.set_timesteps(min(num_steps, num_betas))
-            return scheduler, prediction
+            else:
+                scheduler.set_timesteps(min(num_steps, num_betas))
+                return scheduler, prediction
         raise ValueError(f"scheduler: {name} cannot run here: {reason}")
 
     def _guided(
@@ -265,7 +259,7 @@ class PFDMPipeline(DiffusionPipeline):
         """x0_hat under classifier-free guidance: null + guidance (conditional - null)."""
         if guidance == 1.0:
             return self._denoise(x_t, t, index, use_coarse=use_coarse)
-        null = torch.full_like(index, self.config.num_classes)
+        null = torch.full_like(index, self.config["num_classes"])
         both = self._denoise(
             torch.cat([x_t, x_t]), t, torch.cat([index, null]), use_coarse=use_coarse
         )
@@ -276,20 +270,18 @@ class PFDMPipeline(DiffusionPipeline):
         self, x_t: torch.Tensor, t: int, index: torch.Tensor, *, use_coarse: bool
     ) -> torch.Tensor:
         """x0_hat float32 (N, C, H, W); `index` int64 (N,) into the class embeddings."""
-        unet = self.coarse_unet if use_coarse else self.fine_unet
-        prediction = self.config.coarse_prediction if use_coarse else self.config.fine_prediction
-        pad = unet.config.sample_size - self.config.resolution
+        role = "coarse" if use_coarse else "fine"
+        unet, prediction = getattr(self, f"{role}_unet"), self.config[f"{role}_prediction"]
+        pad = unet.config["sample_size"] - self.config["resolution"]
         x_in = torch.nn.functional.pad(x_t, (0, pad, 0, pad)) if pad else x_t
         timesteps = torch.full((len(x_t),), t - 1, device=x_t.device)
         raw = unet(x_in.to(unet.dtype), timesteps, class_labels=index).sample
-        raw = raw[..., : self.config.resolution, : self.config.resolution].float()
-        abar = float(self._alphas_cumprod[t])
-        signal, noise = abar**0.5, (1.0 - abar) ** 0.5
+        raw = raw[..., : self.config["resolution"], : self.config["resolution"]].float()
         if prediction == "sample":
             return raw
-        return (
-            (x_t - noise * raw) / signal if prediction == "epsilon" else signal * x_t - noise * raw
-        )
+        abar = float(self._alphas_cumprod[t])
+        signal, other = abar**0.5, (1.0 - abar) ** 0.5 * raw
+        return (x_t - other) / signal if prediction == "epsilon" else signal * x_t - other
 
     def _check_labels(self, labels: int | Sequence[int] | torch.Tensor) -> torch.Tensor:
         """Index into the class embeddings, int64 (N,) on the pipeline's device."""
@@ -297,7 +289,7 @@ class PFDMPipeline(DiffusionPipeline):
         index = index.view(-1) if index.ndim == 0 else index
         if index.ndim != 1 or len(index) == 0 or index.is_floating_point():
             raise ValueError("labels must be a whole number or a non-empty list of whole numbers")
-        num_classes = self.config.num_classes
+        num_classes = self.config["num_classes"]
         outside = index[(index < NO_LABEL) | (index >= num_classes)]
         if len(outside):
             raise ValueError(

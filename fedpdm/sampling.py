@@ -13,6 +13,7 @@ diffusers' timestep k is the state after k + 1 steps of noise: t = k + 1.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -55,6 +56,8 @@ def make_scheduler(name: str, betas: np.ndarray) -> Any:
             f"sampling.scheduler must be one of {', '.join(SCHEDULERS)} or a diffusers scheduler "
             f"class, got {name!r}"
         )
+    if "clip_sample" in inspect.signature(scheduler_class).parameters:
+        options = {"clip_sample": False, **options}  # shifted images do not lie in [-1, 1]
     try:
         return scheduler_class(
             num_train_timesteps=len(betas),
@@ -179,8 +182,8 @@ def sample(
         full = make_scheduler(scheduler, schedule.betas)
         x = _run_chain(ask_either, x_T, full, num_steps=num_steps, generator=generator)
     else:
-        share = T / (T + t0) if num_steps < T + t0 else 1.0
-        coarse_steps = max(1, round(num_steps * share)) if share < 1.0 else T
+        enough = num_steps >= T + t0
+        coarse_steps = T if enough else max(1, round(num_steps * T / (T + t0)))
         full = make_scheduler(scheduler, schedule.betas)
         x = _run_chain(ask_coarse, x_T, full, num_steps=coarse_steps, generator=generator)
         if fine is not None and t0 > 0:

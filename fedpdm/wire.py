@@ -183,9 +183,14 @@ def encode_release(released: ReleasedDataset, *, client_id: int) -> Message:
     )
 
 
-def decode_release(message: Message, *, who: str) -> ReleasedDataset:
-    """A client's release; `WireError` if it is malformed or contradicts itself."""
+def decode_release(message: Message, *, who: str, client_id: int | None = None) -> ReleasedDataset:
+    """A client's release; `WireError` if it is malformed, contradicts itself or is another's.
+
+    Any client's release is taken if `client_id` is None.
+    """
     tensors, metadata = _unpack(message, "release", who)
+    if client_id is not None and metadata.get("client_id") != str(client_id):
+        raise WireError(f"release of {who}: header says client {metadata.get('client_id')}")
     if tensors.keys() != {"x_tilde", "labels"}:
         raise WireError(f"release of {who}: expected x_tilde and labels, got {sorted(tensors)}")
     try:

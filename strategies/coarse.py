@@ -7,7 +7,9 @@ How answers become new weights is the subclasses' part (`absorb`).
 
 from __future__ import annotations
 
+import math
 import time
+import zipfile
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -191,19 +193,14 @@ class CoarseStrategy(Strategy):
         received = 0
         for proxy, result in results:
             client_id = self._client_ids.get(proxy.cid, -1)
-            message = parameters_to_ndarrays(result.parameters)
             received += sum(len(tensor) for tensor in result.parameters.tensors)
-            answer = ClientAnswer(
-                client_id=client_id,
-                message=message,
-                num_examples=result.num_examples,
-                metrics=result.metrics,
-            )
-            if error := result.metrics.get("error"):
-                problems.append(f"client {client_id}: {error!s}")
-                continue
             try:
-                wire.check_metrics(result.metrics, allow_raw=True, who=f"client {client_id}")
+                answer = ClientAnswer(
+                    client_id=client_id,
+                    metrics=accepted_metrics(result.metrics, client_id=client_id),
+                    message=decode_arrays(result.parameters),
+                    num_examples=result.num_examples,
+                )
                 self.check(round, answer)
             except wire.WireError as error:
                 problems.append(f"client {client_id}: {error}")
@@ -251,14 +248,21 @@ class CoarseStrategy(Strategy):
         good = []
         for proxy, result in results:
             client_id = self._client_ids.get(proxy.cid, -1)
-            if error := result.metrics.get("error"):
-                problems.append(f"client {client_id}: {error!s}")
-            else:
-                good.append((client_id, result))
+            try:
+                metrics = accepted_metrics(result.metrics, client_id=client_id)
+                if result.num_examples < 1:
+                    count = result.num_examples
+                    raise wire.WireError(f"num_examples must be at least 1, got {count}")
+                if not math.isfinite(result.loss):
+                    raise wire.WireError(f"held-out loss of client {client_id} is {result.loss}")
+            except wire.WireError as error:
+                problems.append(f"client {client_id}: {error}")
+                continue
+            good.append((client_id, result, metrics))
         self._report_problems(round, "evaluate", problems, num_good=len(good))
-        good.sort(key=lambda pair: pair[0])
-        counts = np.array([result.num_examples for _, result in good], dtype=np.float64)
-        losses = np.array([result.loss for _, result in good], dtype=np.float64)
+        good.sort(key=lambda answer: answer[0])
+        counts = np.array([result.num_examples for _, result, _ in good], dtype=np.float64)
+        losses = np.array([result.loss for _, result, _ in good], dtype=np.float64)
         loss = float((counts * losses).sum() / counts.sum())
         record = self.history["rounds"][-1]
         record["heldout_coarse_loss"] = loss
@@ -267,7 +271,7 @@ class CoarseStrategy(Strategy):
         if round == self.settings.rounds:
             self.history["final"] = {
                 "heldout_coarse_loss": loss,
-                "clients": [dict(result.metrics) for _, result in good],
+                "clients": [metrics for _, _, metrics in good],
             }
             self._checkpoint()
             self._finish(self.ema, self.history)
@@ -314,7 +318,7 @@ class CoarseStrategy(Strategy):
 
     def _describe_failure(self, failure: Any) -> str:
         if isinstance(failure, BaseException):
-            return " ".join(str(failure).split())[:500]
+            return " ".join(str(failure).split())[:500] or type(failure).__name__
         proxy, result = failure
         return f"client {self._client_ids.get(proxy.cid, -1)}: {result.status.message}"
 
@@ -362,6 +366,27 @@ class CoarseStrategy(Strategy):
         )
         parts.append(f"{left:.0f} s left")
         self._announce("  ".join(parts))
+
+
+def accepted_metrics(metrics: Mapping[str, Scalar], *, client_id: int) -> dict[str, Any]:
+    """A client's metrics; `wire.WireError` for its own error, or for what it may not send."""
+    if error := metrics.get("error"):
+        raise wire.WireError(str(error))
+    checked = wire.check_metrics(metrics, allow_raw=True, who=f"client {client_id}")
+    if (named := checked.get("client_id", client_id)) != client_id:
+        raise wire.WireError(f"its metrics say client {named}")
+    return checked
+
+
+def decode_arrays(parameters: Parameters) -> NDArrays:
+    """Flower's arrays from a message; `wire.WireError` for bytes that are none."""
+    try:
+        arrays = parameters_to_ndarrays(parameters)
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
+        raise wire.WireError(f"message is not an array: {error}") from None
+    if not all(isinstance(array, np.ndarray) for array in arrays):
+        raise wire.WireError("message is not an array")
+    return arrays
 
 
 def round_half_up(value: float) -> int:

@@ -8,6 +8,7 @@ fine models.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -27,7 +28,7 @@ from fedpdm.build import (
 from fedpdm.config import RunConfig
 from fedpdm.rng import Purpose, torch_generator
 from fedpdm.training import Trainer, class_weights, select_device
-from fedpdm.types import ReleasedDataset
+from fedpdm.types import ReleasedDataset, ReleaseParameters
 from strategies.coarse import ClientAnswer, CoarseStrategy, Weights
 
 __all__ = ["CoarseServerTraining"]
@@ -58,15 +59,29 @@ class CoarseServerTraining(CoarseStrategy):
                     f"client {answer.client_id} sent a message where none was asked for"
                 )
             return
-        released = wire.decode_release(answer.message, who=f"client {answer.client_id}")
-        plan, parameters = self._plan, released.parameters
-        got = (parameters.t0, parameters.clip_norm, parameters.shift, parameters.schedule)
-        wanted = (plan.t0, plan.clip_norm, plan.shift, self._schedule.kind)
-        if got != wanted or tuple(released.x_tilde.shape[1:]) != self._spec.shape:
+        released = wire.decode_release(
+            answer.message, who=f"client {answer.client_id}", client_id=answer.client_id
+        )
+        got, shape = released.parameters, tuple(released.x_tilde.shape[1:])
+        wanted = ReleaseParameters(
+            t0=self._plan.t0,
+            clip_norm=self._plan.clip_norm,
+            shift=self._plan.shift,
+            schedule=self._schedule.kind,
+            num_steps=self._schedule.num_steps,
+            alpha_bar=self._schedule.alpha_bar(self._plan.t0),
+        )
+        same = math.isclose(got.alpha_bar, wanted.alpha_bar, rel_tol=1e-9)  # machines may round
+        same = same and got == replace(wanted, alpha_bar=got.alpha_bar)
+        if not same or shape != self._spec.shape:
             raise wire.WireError(
-                f"release of client {answer.client_id}: t0, clip norm, shift, schedule are {got} "
-                f"with images {tuple(released.x_tilde.shape[1:])}, expected {wanted} with "
-                f"{self._spec.shape}"
+                f"release of client {answer.client_id}: made with {got} of images {shape}, "
+                f"expected {wanted} of {self._spec.shape}"
+            )
+        if len(released) != answer.num_examples:
+            raise wire.WireError(
+                f"release of client {answer.client_id}: {len(released)} images; Flower says "
+                f"{answer.num_examples}"
             )
         labels = released.labels
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self._spec.num_classes:

@@ -13,6 +13,7 @@ stated two-sided significance, shared evenly among the comparisons made.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -61,6 +62,13 @@ class GaussianPosterior(_PosteriorMean):
         a = np.sqrt(abar)
         gain = a * self.eigenvalues / (abar * self.eigenvalues + 1.0 - abar)
         return self.mean + (gain * ((x - a * self.mean) @ self.basis)) @ self.basis.T
+
+    def affine(self, t: int) -> tuple[Array, Array]:
+        """(K, k) with E[x_0 | x_t] = K x_t + k."""
+        abar = self.alphas_cumprod[t]
+        gain = math.sqrt(abar) * self.eigenvalues / (abar * self.eigenvalues + 1.0 - abar)
+        matrix = (self.basis * gain) @ self.basis.T
+        return matrix, self.mean - math.sqrt(abar) * matrix @ self.mean
 
 
 class MixturePosterior(_PosteriorMean):
@@ -158,3 +166,40 @@ def binomial_bounds(n: int, p: float, *, significance: float = 1e-6) -> tuple[in
     """Counts of n trials that a rate of p explains at the significance."""
     low = stats.binom.ppf(significance / 2, n, p)
     return int(low), int(stats.binom.isf(significance / 2, n, p))
+
+
+def trailing_levels(num_levels: int, num_steps: int) -> list[int]:
+    """Noise levels that a sampler of `num_steps` visits: evenly spaced, the last level first."""
+    return [round(num_levels - k * num_levels / num_steps) for k in range(num_steps)]
+
+
+def chain_moments(
+    alphas_cumprod: ArrayLike,
+    levels: list[int],
+    answer: Callable[[int], GaussianPosterior],
+    *,
+    mean: ArrayLike,
+    cov: ArrayLike,
+    stochastic: bool,
+) -> tuple[Array, Array]:
+    """Mean and covariance after a whole reverse chain whose denoisers are Gaussian posteriors.
+
+    Every step is affine: DDPM Eq. 6-7 with each stride as one step (stochastic), or DDIM Eq. 12
+    with eta = 0. `answer(t)` is the denoiser at level t.
+    """
+    abar = np.asarray(alphas_cumprod, dtype=np.float64)
+    m, c = np.asarray(mean, dtype=np.float64), np.asarray(cov, dtype=np.float64)
+    eye = np.eye(len(m))
+    for t, s in zip(levels, [*levels[1:], 0], strict=True):
+        gain, offset = answer(t).affine(t)
+        if stochastic:
+            r = abar[t] / abar[s]
+            clean = math.sqrt(abar[s]) * (1 - r) / (1 - abar[t])
+            step = clean * gain + math.sqrt(r) * (1 - abar[s]) / (1 - abar[t]) * eye
+            variance = (1 - r) * (1 - abar[s]) / (1 - abar[t])
+        else:
+            ratio = math.sqrt((1 - abar[s]) / (1 - abar[t]))
+            clean = math.sqrt(abar[s]) - ratio * math.sqrt(abar[t])
+            step, variance = clean * gain + ratio * eye, 0.0
+        m, c = step @ m + clean * offset, step @ c @ step.T + variance * eye
+    return m, c

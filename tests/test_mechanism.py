@@ -157,17 +157,17 @@ def test_release_has_the_mean_and_variance_of_the_mechanism() -> None:
     assert moments_fault(unclipped, mean, cov) is not None
 
 
-def test_noise_is_independent_across_images_and_chunks() -> None:
-    # 7 MB of pixels: more than one chunk, so that noise reused per chunk would show.
-    x = torch.zeros(600, 3, 32, 32)
-    z = (released(x).x_tilde / math.sqrt(1 - LINEAR.alpha_bar(600))).flatten(1).double()
-    gram = (z @ z.T).numpy() / z.shape[1]
-    off = gram[np.triu_indices(len(z), 1)]
-    bound = float(stats.norm.isf(1e-6 / (2 * len(off)))) / math.sqrt(z.shape[1])
-    assert np.abs(off).max() < 1.1 * bound  # a sum of products is normal up to small kurtosis
-    columns = z[:, :300].T.numpy()
-    across = np.corrcoef(columns)[np.triu_indices(300, 1)]
-    assert np.abs(across).max() < 1.2 * float(stats.norm.isf(1e-6 / 9e4)) / math.sqrt(len(z))
+def test_noise_is_independent_across_images_and_pixels() -> None:
+    # 600 images are more than one chunk, so that noise reused per chunk would show.
+    def correlations(source: object, rows: slice) -> np.ndarray:
+        z = released(torch.zeros(600, 3, 32, 32), source).x_tilde.flatten(1).numpy()
+        matrix = np.corrcoef(z if rows == slice(None) else z[:, rows].T)
+        return np.abs(matrix[np.triu_indices(len(matrix), 1)])
+
+    for rows, size in ((slice(None), 3072), (slice(300), 600)):  # images, then pixels
+        found = correlations(seeded(), rows)
+        assert found.max() < 1.1 * float(stats.norm.isf(5e-7 / len(found))) / math.sqrt(size)
+    assert correlations(ScaledNoise(1.0), slice(None)).max() > 0.99  # starts anew in each chunk
 
 
 def test_release_records_what_it_was_made_with() -> None:

@@ -127,7 +127,7 @@ def test_bad_answer_stops_the_run_and_names_the_client(tmp_path: Path, kind: str
 
 @pytest.mark.parametrize("kind", BAD)
 def test_bad_answer_is_left_out_when_failures_are_skipped(tmp_path: Path, kind: str) -> None:
-    make, words = BAD[kind]
+    make, _ = BAD[kind]
     server = fedavg_server(tmp_path, on_failure="skip")
     with_bad(server, make())
     for name, got in arrays(server.strategy.weights).items():
