@@ -79,7 +79,7 @@ def open_local_client(
         if client_id >= len(partitions):
             raise ConfigError(
                 f"partition.num_clients: {len(partitions)}, but there is a client {client_id}; "
-                "the federation must have as many nodes"
+                "the federation must have as many nodes (num-supernodes)"
             )
         part = partitions[client_id]
         images, majority, minority = train.subset(part.indices), part.majority, part.minority

@@ -41,7 +41,10 @@ def run_config_of(flat: Mapping[str, Any]) -> RunConfig:
     if not path.exists():
         known = sorted(p.stem for p in experiments_root().glob("*.yaml"))
         raise ConfigError(f"experiment: {name!r} not found; there are {', '.join(known)}")
-    return load_config(path, shlex.split(str(flat.get("set", ""))))
+    overrides = shlex.split(str(flat.get("set", "")))
+    if num_clients := int(flat.get("num-clients", 0)):
+        overrides.insert(0, f"partition.num_clients={num_clients}")
+    return load_config(path, overrides)
 
 
 def run_root(flat: Mapping[str, Any], config: RunConfig, run_id: int) -> Path:

@@ -211,7 +211,8 @@ class Trainer:
             what: named in errors.
 
         Raises:
-            FloatingPointError: the loss became NaN or infinite; names the first such step.
+            FloatingPointError: the loss or the gradient became NaN or infinite; names the first
+                such step.
         """
         settings = self.settings
         started = time.perf_counter()
@@ -222,7 +223,7 @@ class Trainer:
         indices = torch.multinomial(
             weights, num_steps * settings.batch_size, replacement=True, generator=generator
         ).view(num_steps, settings.batch_size)
-        losses = torch.zeros(num_steps, device=self.device)
+        trace = torch.zeros(num_steps, 2, device=self.device)  # loss, norm of the gradient
         checked = 0
         pull = [anchor[name].to(self.device) for name in self._named] if anchor else None
         for index in range(num_steps):
@@ -234,26 +235,27 @@ class Trainer:
             loss.backward()
             if pull is not None and proximal_mu > 0:
                 gradients = [p.grad for p in self._parameters if p.grad is not None]
-                torch._foreach_add_(gradients, self._parameters, alpha=proximal_mu)
-                torch._foreach_add_(gradients, pull, alpha=-proximal_mu)
-            torch.nn.utils.clip_grad_norm_(self._parameters, settings.grad_clip)
+                with torch.no_grad():
+                    torch._foreach_add_(gradients, self._parameters, alpha=proximal_mu)
+                    torch._foreach_add_(gradients, pull, alpha=-proximal_mu)
+            norm = torch.nn.utils.clip_grad_norm_(self._parameters, settings.grad_clip)
             self._optimizer.step()
             self.step += 1
             decay = min(settings.ema_decay, (1.0 + self.step) / (10.0 + self.step))
             with torch.no_grad():
                 torch._foreach_lerp_(self._ema, self._parameters, 1.0 - decay)
-            losses[index] = loss.detach()
+            trace[index, 0], trace[index, 1] = loss.detach(), norm
             if index % 20 == 0 or index + 1 == num_steps:
-                recent = losses[checked : index + 1].tolist()  # one wait for the device per check
-                for offset, value in enumerate(recent):
-                    if not math.isfinite(value):
-                        step = self.step - len(recent) + 1 + offset
-                        raise FloatingPointError(f"{what}: loss is {value} at step {step}")
+                recent = trace[checked : index + 1].tolist()  # one wait for the device per check
+                for step, values in enumerate(recent, self.step - len(recent) + 1):
+                    for name, value in zip(("loss", "gradient"), values, strict=True):
+                        if not math.isfinite(value):
+                            raise FloatingPointError(f"{what}: {name} is {value} at step {step}")
                 checked = index + 1
                 if progress is not None:
-                    progress(index + 1, num_steps, recent[-1])
+                    progress(index + 1, num_steps, recent[-1][0])
         return TrainReport(
-            loss=float(losses.double().mean()),
+            loss=float(trace[:, 0].double().mean()),
             num_steps=num_steps,
             num_images=num_steps * settings.batch_size,
             seconds=time.perf_counter() - started,

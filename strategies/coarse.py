@@ -41,8 +41,6 @@ __all__ = ["ClientAnswer", "ClientFailure", "CoarseStrategy", "ServerSettings"]
 
 Weights = dict[str, torch.Tensor]
 
-WAIT_SECONDS = 86_400  # for clients to connect, Flower's own default
-
 
 class ClientFailure(RuntimeError):
     """A client failed and the config says to stop; names every failed client and why."""
@@ -50,13 +48,15 @@ class ClientFailure(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
-    """The server's part of the configuration. `min_clients` nodes are waited for."""
+    """The server's part of the configuration. `min_clients` nodes are waited for, `wait_seconds` at
+    most."""
 
     rounds: int
     min_clients: int
     fraction_fit: float
     on_failure: str
     evaluate_every: int
+    wait_seconds: int
     ema_decay: float
     seed: int
 
@@ -292,10 +292,12 @@ class CoarseStrategy(Strategy):
         self, round: int, manager: ClientManager, *, everyone: bool = False
     ) -> list[ClientProxy]:
         """Clients of this round in the order of their ids, drawn from the run's seed."""
-        if not manager.wait_for(self.settings.min_clients, timeout=WAIT_SECONDS):
+        if not manager.wait_for(self.settings.min_clients, timeout=self.settings.wait_seconds):
             raise ClientFailure(
                 f"round {round}: {manager.num_available()} clients are connected, "
-                f"{self.settings.min_clients} are needed (aggregation.min_clients)"
+                f"{self.settings.min_clients} are needed; start as many nodes (in simulation: "
+                f"--federation-config num-supernodes={self.settings.min_clients}) or set "
+                "aggregation.min_clients"
             )
         proxies = dict(manager.all())
         for cid, proxy in proxies.items():

@@ -47,6 +47,7 @@ def build_strategy(config: RunConfig, run: RunDirectory, *, resume: bool) -> Coa
             fraction_fit=section.fraction_fit,
             on_failure=section.on_failure,
             evaluate_every=config.evaluation.every,
+            wait_seconds=120 if config.run.simulation else 86_400,
             ema_decay=section.ema_decay,
             seed=config.run.seed,
         ),

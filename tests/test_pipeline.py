@@ -228,9 +228,9 @@ def test_other_schedulers_run(name: str) -> None:
     schedule, coarse, fine = make_pair()
     pipeline = wrap(schedule, coarse, fine, scheduler=name, chain="noise_to_noise")
     x_T = torch.randn((3, 1, 8, 8), generator=seeded(1))
-    images = pipeline.generate(x_T, LABELS, num_inference_steps=20, generator=seeded())
+    images = pipeline.generate(x_T, LABELS, num_inference_steps=16, generator=seeded())
     pipeline.scheduler = make_scheduler("ddim", schedule.betas)
-    ddim = pipeline.generate(x_T, LABELS, num_inference_steps=40, generator=seeded())
+    ddim = pipeline.generate(x_T, LABELS, num_inference_steps=16, generator=seeded())
     assert torch.isfinite(images).all()
     assert 0.5 < float(images.std() / ddim.std()) < 2.0
 

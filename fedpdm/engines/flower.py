@@ -201,6 +201,7 @@ clientapp = "clients.client_app:app"
 [tool.flwr.app.config]
 experiment = "digits"
 set = ""
+num-clients = 2
 run-dir = ""
 resume = false
 resolved-config = ""
