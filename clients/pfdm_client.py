@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -43,14 +42,6 @@ from fedpdm.training import Progress, Trainer, class_weights, load_named, select
 from fedpdm.types import CoarseUpdate, ReleasedDataset
 
 __all__ = ["PFDMClient"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Worked:
-    """What a stretch of local work left: the trainer's state and the numbers to report."""
-
-    state: dict[str, torch.Tensor]
-    metrics: dict[str, Any]
 
 
 def _show_from(show: Progress, start: int, total: int, done: int, _: int, loss: float) -> None:
@@ -124,37 +115,41 @@ class PFDMClient(NumPyClient):
                 )
             return Reply(**{**vars(reply), "metrics": {**reply.metrics, "replayed": True}})
         started = time.perf_counter()
-        released = self.release()
-        train = select(released, torch.from_numpy(self.local.train))
-        state = store.load_state(done)
+        store.begin_round(round)
+        message, metrics = self._shared_part(parameters, round, config)
+        store.draft_payload(round, message[0] if message else b"")
+        del message  # it is on disk; fine training needs the memory
+        metrics |= self._train_fine(round)
+        metrics["seconds"] = time.perf_counter() - started
+        return store.finish_round(
+            Reply(
+                round=round,
+                payload=None,
+                num_examples=len(self.local.train),
+                metrics=metrics,
+                request=request,
+            )
+        )
+
+    def _shared_part(
+        self, parameters: NDArrays, round: int, config: dict[str, Scalar]
+    ) -> tuple[NDArrays, dict[str, Any]]:
+        """What the round's phase asks for besides fine training: the message and its metrics."""
         metrics: dict[str, Any] = {
             "client_id": self.local.client_id,
-            "num_released": len(released),
+            "num_released": len(self.local.images),
         }
         phase = str(config["phase"])
-        message = wire.encode_nothing()
-        finished: dict[str, dict[str, torch.Tensor]] = {}
+        if phase == "fine":
+            return wire.encode_nothing(), metrics
+        released = self.release()
+        if phase == "release":
+            train = select(released, torch.from_numpy(self.local.train))
+            return wire.encode_release(train, client_id=self.local.client_id), metrics
         if phase == "coarse":
-            message, worked = self._train_coarse(parameters, train, round, state, config)
-            metrics |= worked.metrics
-            finished["coarse"] = worked.state
-        elif phase == "release":
-            message = wire.encode_release(train, client_id=self.local.client_id)
-        elif phase != "fine":
-            raise ValueError(f"phase must be coarse, release or fine, got {phase!r}")
-        worked = self._train_fine(round, state.get("fine"))
-        metrics |= worked.metrics
-        finished["fine"] = worked.state
-        metrics["seconds"] = time.perf_counter() - started
-        reply = Reply(
-            round=round,
-            payload=message[0].tobytes() if message else b"",
-            num_examples=len(train),
-            metrics=metrics,
-            request=request,
-        )
-        store.finish_round(reply, finished)
-        return reply
+            message, trained = self._train_coarse(parameters, released, round, config)
+            return message, metrics | trained
+        raise ValueError(f"phase must be coarse, release or fine, got {phase!r}")
 
     def release(self) -> ReleasedDataset:
         """The stored release of all local images; made now if there is none. Call under lock."""
@@ -173,7 +168,7 @@ class PFDMClient(NumPyClient):
         if stored is not None:
             return stored
         released = release(
-            normalize(local.images.images, shift=self.plan.shift),
+            torch.from_numpy(local.images.images.copy()),
             torch.from_numpy(local.images.labels.copy()),
             schedule=self.schedule,
             t0=self.plan.t0,
@@ -197,64 +192,85 @@ class PFDMClient(NumPyClient):
     def _train_coarse(
         self,
         parameters: NDArrays,
-        train: ReleasedDataset,
+        released: ReleasedDataset,
         round: int,
-        state: dict[str, dict[str, torch.Tensor]],
         config: dict[str, Scalar],
-    ) -> tuple[NDArrays, _Worked]:
+    ) -> tuple[NDArrays, dict[str, Any]]:
         """Local coarse steps from the received weights; Adam's moments stay with the client."""
+        store = self.local.store
         received = wire.decode_model(parameters)
         model = build_denoiser(self.config, "coarse", spec=self.local.spec, schedule=self.schedule)
         settings = build_optimizer_settings(self.config, "coarse")
         trainer = Trainer(model, settings, device=self.device)
-        if "coarse" in state:
-            moments = {**trainer.state(), **state["coarse"]}
-            trainer.load_state(moments, what=f"coarse state of {self._who}")
+        if moments := store.load_state(store.last_round()).get("coarse"):
+            trainer.load_state({**trainer.state(), **moments}, what=f"coarse state of {self._who}")
         trainer.load_weights(received, what="coarse weights from the server")
         trainer.step = (round - 1) * self.config.coarse.steps_per_round
         loss = coarse_batch_loss(
-            self.config, model, self.schedule, train, training=True, device=self.device
+            self.config,
+            model,
+            self.schedule,
+            released,
+            subset=self.local.train,
+            training=True,
+            device=self.device,
         )
+        mu = float(config.get("proximal_mu", 0.0))
+        anchor = received if mu > 0 else None
+        del received
+        labels = released.labels[torch.from_numpy(self.local.train)]
         where = f"{self._who} round {round} coarse"
         report = trainer.train(
             loss,
-            sample_weights=class_weights(train.labels, balance=self.config.coarse.class_balance),
+            sample_weights=class_weights(labels, balance=self.config.coarse.class_balance),
             num_steps=self.config.coarse.steps_per_round,
             generator=self._generator(Purpose.COARSE_TRAINING, round),
-            anchor=received,
-            proximal_mu=float(config.get("proximal_mu", 0.0)),
+            anchor=anchor,
+            proximal_mu=mu,
             progress=work_progress(where),
             what=where,
         )
         update = CoarseUpdate(
             weights=trainer.weights(),
-            num_examples=len(train),
+            num_examples=len(self.local.train),
             client_id=self.local.client_id,
             round=round,
         )
         kept = ("exp_avg", "step")  # Adam's moments and their age; the weights are the server's
         moments = {k: v for k, v in trainer.state().items() if k.startswith(kept)}
+        store.draft_state(round, "coarse", moments)
         metrics = {
             "coarse_loss": report.loss,
             "coarse_steps": report.num_steps,
             "coarse_seconds": report.seconds,
             "coarse_images": report.num_images,
         }
-        return wire.encode_update(update), _Worked(state=moments, metrics=metrics)
+        del (
+            trainer,
+            model,
+            loss,
+            moments,
+        )  # moments, EMA and gradients go before the message is made
+        return wire.encode_update(update), metrics
 
-    def _train_fine(self, round: int, state: dict[str, torch.Tensor] | None) -> _Worked:
+    def _resume_fine(self, trainer: Trainer, round: int) -> int:
+        """Load the fine model's last state; returns how many chunks of `round` are done."""
+        store = self.local.store
+        chunks_done, state = store.load_partial(round) or (0, None)
+        if state is None:
+            state = store.load_state(store.last_round()).get("fine")
+        if state is not None:
+            trainer.load_state(state, what=f"fine state of {self._who}")
+        return chunks_done
+
+    def _train_fine(self, round: int) -> dict[str, Any]:
         """Fine steps on raw images, in chunks that are checkpointed and seeded one by one."""
         local, section = self.local, self.config.fine
         model = build_denoiser(
             self.config, "fine", spec=local.spec, schedule=self.schedule, client=local.client_id
         )
         trainer = Trainer(model, build_optimizer_settings(self.config, "fine"), device=self.device)
-        partial = local.store.load_partial(round)
-        chunks_done = 0
-        if partial is not None:
-            chunks_done, state = partial
-        if state is not None:
-            trainer.load_state(state, what=f"fine state of {self._who}")
+        chunks_done = self._resume_fine(trainer, round)
         pixels = torch.from_numpy(local.images.images[local.train]).to(self.device)
         labels = torch.from_numpy(local.images.labels[local.train]).to(self.device)
         t_max = self.schedule.num_steps if section.t_range == "all" else self.plan.t0
@@ -301,7 +317,8 @@ class PFDMClient(NumPyClient):
         metrics: dict[str, Any] = {"fine_images": images}
         if losses and self.config.run.simulation:
             metrics["fine_loss"] = float(np.mean(losses))
-        return _Worked(state=trainer.state(), metrics=metrics)
+        local.store.draft_state(round, "fine", trainer.state())
+        return metrics
 
     def _evaluate(self, parameters: NDArrays, config: dict[str, Scalar]) -> dict[str, Any]:
         received = wire.decode_model(parameters)

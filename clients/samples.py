@@ -60,7 +60,9 @@ def measure_images(
             images = _pixels(output.images, plan.shift)
             parts[f"{group}_{method}"] = judge.score(images, labels)
         held = np.flatnonzero(np.isin(local.images.labels, classes))
-        parts[f"{group}_own"] = judge.score(local.images.images[held], local.images.labels[held])
+        if len(held) >= 2:  # fewer have no spread to compare
+            own = local.images.images[held], local.images.labels[held]
+            parts[f"{group}_own"] = judge.score(*own)
     return merge_named(parts)
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from fedpdm.accountant import epsilon_bound, epsilon_spent
@@ -232,12 +233,19 @@ def coarse_batch_loss(
     *,
     training: bool,
     device: torch.device,
+    subset: np.ndarray | None = None,
 ) -> BatchLoss:
-    """The configured coarse objective on a release, as loss of a batch of indices."""
+    """The configured coarse objective on a release, as loss of a batch of indices.
+
+    Indices count within `subset` (int64 positions in the release) where it is given.
+    """
     x_tilde, labels = released.x_tilde.to(device), released.labels.to(device)
+    positions = None if subset is None else torch.from_numpy(subset).to(device)
     dropout = config.coarse.label_dropout if training else 0.0
 
     def loss(indices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        if positions is not None:
+            indices = positions[indices]
         chosen = drop_labels(labels[indices], probability=dropout, generator=generator)
         if config.coarse.objective == "truncated":
             return truncated_loss(

@@ -40,8 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"fedpdm: {error.filename or 'system'}: {error.strerror or error}", file=sys.stderr)
         return 2
-    except RuntimeError as error:
-        if type(error).__module__.split(".")[0] not in ("fedpdm", "strategies"):
+    except (RuntimeError, FloatingPointError) as error:
+        ours = type(error).__module__.split(".")[0] in ("fedpdm", "strategies")
+        if not ours and not isinstance(error, FloatingPointError):
             raise
         print(f"fedpdm: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
@@ -91,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--out", type=Path, required=True, help="PNG file")
     sample.add_argument("--seed", type=int, default=0)
     sample.add_argument("--steps", type=int, default=25)
-    sample.add_argument("--guidance", type=float, default=1.0)
+    sample.add_argument("--guidance", type=float, help="default: the exported")
     sample.add_argument("--scheduler", help="a diffusers scheduler class; default: the exported")
     sample.add_argument("--method", choices=("pfdm", "alone", "coarse"), default="pfdm")
     sample.set_defaults(action=_sample)
@@ -126,6 +127,8 @@ def _resolved(options: argparse.Namespace) -> tuple[RunConfig, Path]:
 
 
 def _run(options: argparse.Namespace) -> int:
+    if options.cpus is not None and options.cpus < 1:
+        raise ConfigError(f"--cpus: must be at least 1, got {options.cpus}")
     config, out = _resolved(options)
     from fedpdm.engines.preflight import check_run
 

@@ -4,9 +4,8 @@
     x_tilde    = sqrt(abar_t0) CLIP(x - shift, C) + sqrt(1 - abar_t0) z,   z ~ N(0, I)
 
 which is the Gaussian mechanism on CLIP with sigma^2 = (1 - abar_t0) / abar_t0 and sensitivity
-2 C, scaled by a constant (docs/method.md section 2). `shift` is public and data-independent: images
-arrive here already shifted (`fedpdm.data.normalize`). The mechanism emits a `GaussianEvent`; the
-accountant reads events and never recomputes sigma.
+2 C, scaled by a constant (docs/method.md section 2). `shift` is public and data-independent. The
+mechanism emits a `GaussianEvent`; the accountant reads events and never recomputes sigma.
 
 Every call of `release` is a new noising of the images it is given: call it once per image and
 store the result (`fedpdm.store` does).
@@ -25,6 +24,7 @@ import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 
 from fedpdm.accountant import epsilon_bound, epsilon_spent, multiplier_for, multiplier_for_bound
+from fedpdm.data import normalize
 from fedpdm.schedule import NoiseSchedule
 from fedpdm.types import GaussianEvent, ReleasedDataset, ReleaseParameters
 
@@ -149,7 +149,7 @@ def calibrate_t0(
 
 
 def release(
-    x_0: torch.Tensor,
+    images: torch.Tensor,
     labels: torch.Tensor,
     *,
     schedule: NoiseSchedule,
@@ -158,14 +158,15 @@ def release(
     shift: float,
     noise: NoiseSource,
 ) -> ReleasedDataset:
-    """Privatise images: clip, scale, add noise. Spends one `release_event` per image.
+    """Privatise images: shift, clip, scale, add noise. Spends one `release_event` per image.
 
     Args:
-        x_0: float32 (N, C, H, W), shifted images (the shift has been subtracted).
+        images: (N, C, H, W): uint8 pixels, or float32 in the models' scale with `shift` already
+            subtracted. Worked through in chunks: memory beyond the result is bounded.
         labels: int64 (N,), public.
         schedule: the noise schedule; t0: steps of noise in [1, T].
-        clip_norm: L2 bound in the units of `x_0`.
-        shift: recorded with the release; not applied here.
+        clip_norm: L2 bound in units of shifted images in [-1, 1].
+        shift: public constant that centres the images.
         noise: where the noise comes from.
 
     Raises:
@@ -173,20 +174,24 @@ def release(
     """
     if not 1 <= t0 <= schedule.num_steps:
         raise ValueError(f"t0 must be in [1, {schedule.num_steps}], got {t0}")
-    if x_0.ndim != 4 or labels.shape != (len(x_0),):
+    if images.ndim != 4 or labels.shape != (len(images),):
         raise ValueError(
-            f"release needs images (N, C, H, W) and labels (N,), got {tuple(x_0.shape)} "
+            f"release needs images (N, C, H, W) and labels (N,), got {tuple(images.shape)} "
             f"and {tuple(labels.shape)}"
         )
-    finite = torch.isfinite(x_0).flatten(1).all(dim=1)
-    if not bool(finite.all()):
-        raise ValueError(f"image {int((~finite).nonzero()[0, 0])} has values that are not finite")
     abar = schedule.alpha_bar(t0)
     signal, spread = math.sqrt(abar), math.sqrt(1.0 - abar)
-    x_tilde = torch.empty(x_0.shape, dtype=torch.float32)
-    chunk = max(1, (1 << 20) // max(1, x_0[0].numel())) if len(x_0) else 1
-    for start in range(0, len(x_0), chunk):
-        clipped = clip_l2(x_0[start : start + chunk], clip_norm=clip_norm).double()
+    x_tilde = torch.empty(images.shape, dtype=torch.float32)
+    chunk = max(1, (1 << 20) // max(1, images[0].numel())) if len(images) else 1
+    for start in range(0, len(images), chunk):
+        x_0 = images[start : start + chunk]
+        if x_0.dtype == torch.uint8:
+            x_0 = normalize(x_0, shift=shift)
+        finite = torch.isfinite(x_0).flatten(1).all(dim=1)
+        if not bool(finite.all()):
+            bad = start + int((~finite).nonzero()[0, 0])
+            raise ValueError(f"image {bad} has values that are not finite")
+        clipped = clip_l2(x_0, clip_norm=clip_norm).double()
         z = torch.from_numpy(noise.standard_normal(tuple(clipped.shape)))
         x_tilde[start : start + chunk] = (signal * clipped + spread * z).float()
     return ReleasedDataset(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -159,20 +160,31 @@ def metrics_table(clients: Sequence[Mapping[str, Any]]) -> list[str]:
             rows.append((f"client {metrics['client_id']}", group, cells))
     if not rows:
         return []
-    for group in ("majority", "minority"):
+    for group in ("majority", "minority", "all"):
         values = [cells for _, name, cells in rows if name == group]
         if len(values) > 1:
-            rows.append(("mean", group, list(np.mean(values, axis=0))))
+            rows.append(("mean", group, [_mean(column) for column in zip(*values, strict=True)]))
     lines = [
         "Metrics                  Frechet distance (pixel PCA)    class fidelity",
         "                         PFDM    alone   own images      PFDM   alone  own images",
     ]
     for who, group, cells in rows:
-        numbers = "  ".join(f"{value:6.2f}" for value in cells[:3])
-        shares = "  ".join(f"{value:5.2f}" for value in cells[3:])
+        numbers = "  ".join(_cell(value, 6) for value in cells[:3])
+        shares = "  ".join(_cell(value, 5) for value in cells[3:])
         lines.append(f"  {who:<10} {group:<9} {numbers}        {shares}")
     lines.append(
         "  Lower Frechet distance is better; against test images that no client holds. It is not "
-        "FID.\n  own images: the client's real training images by the same measure."
+        "FID.\n  own images: the client's real training images by the same measure. "
+        "-: not measured."
     )
     return lines
+
+
+def _cell(value: float, width: int) -> str:
+    return f"{'-' if math.isnan(value) else f'{value:.2f}':>{width}}"
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Mean of what is there, NaN if nothing is."""
+    present = [value for value in values if not math.isnan(value)]
+    return sum(present) / len(present) if present else math.nan

@@ -103,12 +103,12 @@ def _run_chain(
 ) -> torch.Tensor:
     """Run `scheduler` over its whole range from x; `ask(x, t)` answers x0_hat at level t."""
     scheduler.set_timesteps(min(num_steps, scheduler.config.num_train_timesteps))
-    takes_generator = "generator" in scheduler.step.__code__.co_varnames
+    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
     extra = {"generator": generator} if takes_generator else {}
     # Schedulers in sigma space want x_t / sqrt(abar_t); the others scale by 1.
     x = x / scheduler.scale_model_input(torch.ones_like(x), scheduler.timesteps[0])
     for timestep in scheduler.timesteps:
-        x0_hat = ask(scheduler.scale_model_input(x, timestep), int(timestep) + 1)
+        x0_hat = ask(scheduler.scale_model_input(x, timestep), round(float(timestep)) + 1)
         x = scheduler.step(x0_hat, timestep, x, **extra).prev_sample
     return x
 

@@ -34,7 +34,7 @@ import numpy as np
 import torch
 
 from fedpdm.mechanism import release_metadata, restore_release
-from fedpdm.tensorfile import TensorFileError, pack, unpack
+from fedpdm.tensorfile import TensorFileError, read_file, write_file
 from fedpdm.types import ReleasedDataset
 
 __all__ = ["ClientStore", "Reply", "StoreError", "read_tensors", "write_atomic", "write_tensors"]
@@ -64,14 +64,14 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file so that it appears complete or not at all; `StoreError` if it cannot be."""
+@contextlib.contextmanager
+def _appearing(path: Path) -> Iterator[Path]:
+    """A temporary path to write to; renamed to `path` at the end, on disk, or removed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
+        yield temporary
+        with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         _flush_directory(path.parent)
@@ -82,28 +82,35 @@ def write_atomic(path: Path, data: bytes) -> None:
         raise StoreError(f"{path}: cannot be written: {reason}") from None
 
 
+def write_atomic(path: Path, data: bytes | np.ndarray) -> None:
+    """Write a file so that it appears complete or not at all; `StoreError` if it cannot be."""
+    with _appearing(path) as temporary, open(temporary, "wb") as file:
+        file.write(data if isinstance(data, bytes) else data.data)
+
+
 def write_tensors(
     path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write named tensors as safetensors, atomically."""
-    write_atomic(path, pack(tensors, metadata or {}))
+    """Write named tensors as safetensors, as atomically; no copy of them is made in memory."""
+    with _appearing(path) as temporary:
+        write_file(temporary, tensors, metadata or {})
 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Named tensors and metadata of a file of `write_tensors`; `StoreError` if it is damaged."""
     try:
-        return unpack(path.read_bytes())
+        return read_file(path)
     except (OSError, TensorFileError) as error:
         raise StoreError(f"{path}: cannot be read: {error}") from None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """What a client answered in a round: `payload` (empty for nothing), metrics, and the
-    fingerprint of the message it answered."""
+    """What a client answered in a round: `payload` (empty for nothing, None if it was drafted),
+    metrics, and the fingerprint of the message it answered."""
 
     round: int
-    payload: bytes
+    payload: bytes | None
     num_examples: int
     metrics: dict[str, Any]
     request: str
@@ -183,9 +190,14 @@ class ClientStore:
 
     def last_round(self) -> int:
         """The last finished round, 0 before the first."""
+        return max((int(path.name) for path in self._finished()), default=0)
+
+    def _finished(self) -> list[Path]:
         folder = self.root / "rounds"
-        done = [int(p.name) for p in folder.glob("[0-9]*")] if folder.is_dir() else []
-        return max(done, default=0)
+        return sorted(path for path in folder.glob("[0-9]*") if path.name.isdecimal())
+
+    def _draft_path(self, round: int) -> Path:
+        return self.root / "rounds" / f".{round:06d}.tmp"
 
     def load_state(self, round: int) -> dict[str, dict[str, torch.Tensor]]:
         """Training state after `round`: model name -> named tensors; empty before the first."""
@@ -195,6 +207,14 @@ class ClientStore:
             for name in ("coarse", "fine")
             if (folder / f"{name}.safetensors").exists()
         }
+
+    def begin_round(self, round: int) -> None:
+        """Forget what an interrupted attempt at `round` drafted."""
+        shutil.rmtree(self._draft_path(round), ignore_errors=True)
+
+    def draft_state(self, round: int, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Write a model's state after `round`; it counts once the round is finished."""
+        write_tensors(self._draft_path(round) / f"{name}.safetensors", tensors)
 
     def load_reply(self, round: int) -> Reply | None:
         """The reply given in `round`, or None if it is not there (any more)."""
@@ -208,28 +228,43 @@ class ClientStore:
         except (OSError, TypeError) as error:
             raise StoreError(f"{folder}: reply cannot be read: {error}") from None
 
-    def finish_round(self, reply: Reply, state: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
-        """Make `round` durable in one step: state and reply appear together."""
-        final = self._round_path(reply.round)
-        temporary = final.with_name(f".{final.name}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        for name, tensors in state.items():
-            write_tensors(temporary / f"{name}.safetensors", tensors)
-        write_atomic(temporary / "reply.safetensors", reply.payload)
+    def draft_payload(self, round: int, payload: bytes | np.ndarray) -> None:
+        """Write what `round` will answer (bytes or uint8 (n,)); counts once it is finished."""
+        write_atomic(self._draft_path(round) / "reply.safetensors", payload)
+
+    def finish_round(
+        self, reply: Reply, state: Mapping[str, Mapping[str, torch.Tensor]] | None = None
+    ) -> Reply:
+        """Make `round` durable in one step: reply, `state` and drafts appear together.
+
+        Returns the reply with its payload.
+        """
+        final, draft = self._round_path(reply.round), self._draft_path(reply.round)
         record = {
             "num_examples": reply.num_examples,
             "metrics": reply.metrics,
             "request": reply.request,
         }
-        write_atomic(temporary / "reply.json", json.dumps(record, indent=1).encode())
         try:
-            os.replace(temporary, final)
+            for name, tensors in (state or {}).items():
+                self.draft_state(reply.round, name, tensors)
+            if reply.payload is not None:
+                self.draft_payload(reply.round, reply.payload)
+            write_atomic(draft / "reply.json", json.dumps(record, indent=1).encode())
+            os.replace(draft, final)
             _flush_directory(final.parent)
+        except StoreError:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
         except OSError as error:
+            shutil.rmtree(draft, ignore_errors=True)
             raise StoreError(f"{final}: cannot be written: {error.strerror}") from None
         self.drop_partial()
-        for old in sorted((self.root / "rounds").glob("[0-9]*"))[: -self.KEEP_ROUNDS]:
+        for old in self._finished()[: -self.KEEP_ROUNDS]:
             shutil.rmtree(old, ignore_errors=True)
+        finished = self.load_reply(reply.round)
+        assert finished is not None
+        return finished
 
     # Inside a round.
 
@@ -266,7 +301,7 @@ class ClientStore:
         if not path.exists():
             return None
         try:
-            with np.load(path) as file:
+            with open(path, "rb") as handle, np.load(handle) as file:
                 return dict(file)
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise StoreError(f"{path}: cannot be read: {error}") from None

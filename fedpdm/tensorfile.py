@@ -6,14 +6,16 @@ sorted JSON. Messages and files can then be compared by digest.
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Mapping
+from pathlib import Path
 
 import safetensors
 import safetensors.torch
 import torch
 
-__all__ = ["TensorFileError", "pack", "unpack"]
+__all__ = ["TensorFileError", "pack", "read_file", "unpack", "write_file"]
 
 ENTRY = "fedpdm"
 
@@ -27,6 +29,37 @@ def pack(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> by
     data = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     entry = json.dumps(dict(metadata), sort_keys=True)
     return bytes(safetensors.torch.save(data, metadata={ENTRY: entry}))
+
+
+def write_file(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
+) -> None:
+    """`pack` straight into a file, without a copy of the tensors in memory. `OSError`."""
+    data = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    try:
+        safetensors.torch.save_file(
+            data, path, metadata={ENTRY: json.dumps(dict(metadata), sort_keys=True)}
+        )
+    except safetensors.SafetensorError as error:
+        text = str(error)
+        code = errno.ENOSPC if "os error 28" in text or "No space" in text else errno.EIO
+        raise OSError(code, text) from None
+
+
+def read_file(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """A file of `write_file` or of `pack`ed bytes; tensors stay mapped to it until used.
+
+    `TensorFileError` for anything else, `OSError` if it cannot be opened.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = json.loads((file.metadata() or {})[ENTRY])
+            if not isinstance(metadata, dict):
+                raise TypeError("header entry is not a mapping")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise TensorFileError(f"not a tensor file: {' '.join(str(error).split())[:200]}") from None
+    return tensors, {str(key): str(value) for key, value in metadata.items()}
 
 
 def unpack(payload: bytes) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

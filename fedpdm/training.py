@@ -70,9 +70,10 @@ def select_device(name: str = "auto") -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # the meta device can be made, but holds nothing
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"run.device {name!r} cannot be used here: {error}") from None
+        line = " ".join(str(error).split())[:200]
+        raise ValueError(f"run.device {name!r} cannot be used here: {line}") from None
     return device
 
 

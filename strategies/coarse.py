@@ -56,9 +56,9 @@ class ServerSettings:
     fraction_fit: float
     on_failure: str
     evaluate_every: int
-    wait_seconds: int
     ema_decay: float
     seed: int
+    wait_seconds: int = 86_400
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +92,7 @@ class CoarseStrategy(Strategy):
         self._announce = announce
         self._finish = finish
         self._client_ids: dict[str, int] = {}
+        self._asked: set[int] = set()
         self._first_round = 1
         self._started = time.perf_counter()
         self._round_started = self._started
@@ -189,7 +190,7 @@ class CoarseStrategy(Strategy):
         failures: list[tuple[ClientProxy, FitRes] | BaseException],
     ) -> tuple[Parameters | None, dict[str, Scalar]]:
         round = self._round(server_round)
-        answers, problems = [], [self._describe_failure(failure) for failure in failures]
+        answers, problems = [], self._describe_failures(results, failures)
         received = 0
         for proxy, result in results:
             client_id = self._client_ids.get(proxy.cid, -1)
@@ -244,7 +245,7 @@ class CoarseStrategy(Strategy):
         failures: list[tuple[ClientProxy, EvaluateRes] | BaseException],
     ) -> tuple[float | None, dict[str, Scalar]]:
         round = min(self._round(server_round), self.settings.rounds)
-        problems = [self._describe_failure(failure) for failure in failures]
+        problems = self._describe_failures(results, failures)
         good = []
         for proxy, result in results:
             client_id = self._client_ids.get(proxy.cid, -1)
@@ -273,8 +274,8 @@ class CoarseStrategy(Strategy):
                 "heldout_coarse_loss": loss,
                 "clients": [metrics for _, _, metrics in good],
             }
-            self._checkpoint()
             self._finish(self.ema, self.history)
+            self._checkpoint()  # last: a run whose results could not be written can be resumed
         else:
             self._run.write_json("metrics.json", self.history)
         return loss, {}
@@ -303,7 +304,13 @@ class CoarseStrategy(Strategy):
         for cid, proxy in proxies.items():
             if cid not in self._client_ids:
                 answer = proxy.get_properties(GetPropertiesIns({}), timeout=None, group_id=round)
-                self._client_ids[cid] = int(answer.properties["client_id"])
+                known = answer.properties.get("client_id")
+                if not isinstance(known, int):
+                    raise ClientFailure(
+                        f"round {round}: node {cid} does not say which client it is: "
+                        f"{answer.status.message or known!r}"
+                    )
+                self._client_ids[cid] = known
         ids = {cid: self._client_ids[cid] for cid in proxies}
         if len(set(ids.values())) < len(ids):
             raise ClientFailure(
@@ -311,18 +318,29 @@ class CoarseStrategy(Strategy):
                 "give each node its own partition-id"
             )
         ordered = [proxies[cid] for cid in sorted(proxies, key=lambda cid: ids[cid])]
-        if everyone or self.settings.fraction_fit >= 1.0:
-            return ordered
-        count = max(1, round_half_up(self.settings.fraction_fit * len(ordered)))
-        rng = numpy_rng(self.settings.seed, Purpose.CLIENT_SELECTION, round=round)
-        picked = sorted(rng.choice(len(ordered), size=count, replace=False))
-        return [ordered[index] for index in picked]
+        if not everyone and self.settings.fraction_fit < 1.0:
+            count = max(1, round_half_up(self.settings.fraction_fit * len(ordered)))
+            rng = numpy_rng(self.settings.seed, Purpose.CLIENT_SELECTION, round=round)
+            picked = sorted(rng.choice(len(ordered), size=count, replace=False))
+            ordered = [ordered[index] for index in picked]
+        self._asked = {ids[proxy.cid] for proxy in ordered}
+        return ordered
 
-    def _describe_failure(self, failure: Any) -> str:
-        if isinstance(failure, BaseException):
-            return " ".join(str(failure).split())[:500] or type(failure).__name__
-        proxy, result = failure
-        return f"client {self._client_ids.get(proxy.cid, -1)}: {result.status.message}"
+    def _describe_failures(self, results: Sequence[Any], failures: Sequence[Any]) -> list[str]:
+        """One line per failure. Flower's exceptions do not say whose they are: the clients that
+        have not answered are named."""
+        lines = []
+        answered = {self._client_ids.get(proxy.cid, -1) for proxy, _ in results}
+        errors = [failure for failure in failures if isinstance(failure, BaseException)]
+        for proxy, result in (f for f in failures if not isinstance(f, BaseException)):
+            client_id = self._client_ids.get(proxy.cid, -1)
+            answered.add(client_id)
+            lines.append(f"client {client_id}: {result.status.message}")
+        silent = " or ".join(f"client {k}" for k in sorted(self._asked - answered))
+        for error in errors:
+            line = " ".join(str(error).split())[:500] or type(error).__name__
+            lines.append(f"{silent}: {line}" if silent else line)
+        return lines
 
     def _report_problems(
         self, round: int, what: str, problems: Sequence[str], *, num_good: int

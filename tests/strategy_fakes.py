@@ -44,10 +44,11 @@ class FakeProxy(ClientProxy):
         super().__init__(f"node{(7 * client_id) % 11}")
         self.client_id = client_id
         self.num_asked = 0
+        self.properties: dict[str, Any] = {"client_id": client_id}
 
     def get_properties(self, ins: Any, timeout: Any, group_id: Any) -> GetPropertiesRes:
         self.num_asked += 1
-        return GetPropertiesRes(FINE, {"client_id": self.client_id})
+        return GetPropertiesRes(FINE, self.properties)
 
     def _refuse(self, *_: Any) -> Any:
         raise AssertionError("strategies send nothing themselves")

@@ -74,7 +74,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Path]
 
 
 def test_run_leaves_everything_behind(finished: tuple[RunConfig, Path]) -> None:
-    config, out = finished
+    _, out = finished
     for name in (
         "config.yaml", "metrics.json", "privacy.json", "samples.png", "partition.png",
         "coarse.safetensors", "log.txt",

@@ -23,6 +23,7 @@ RANKS: dict[str, int] = {
     "fedpdm.data": 2,
     "fedpdm.partition": 2,
     "fedpdm.metrics": 2,
+    "fedpdm.tensorfile": 2,  # bytes of named tensors, for wire and store
     "fedpdm.pipeline": 2,  # copied into exports, so it stands alone
     "fedpdm.denoisers": 3,
     "fedpdm.pictures": 3,

@@ -84,9 +84,11 @@ def wrap(
 ) -> PFDMPipeline:
     made = make_scheduler(scheduler, schedule.betas)
     made.register_to_config(trained_betas=schedule.betas.tolist())
+    first: Any = coarse.unet
+    second: Any = fine.unet
     pipeline = PFDMPipeline(
-        coarse.unet,
-        fine.unet,
+        first,
+        second,
         made,
         coarse_prediction=coarse.spec.prediction,
         fine_prediction=fine.spec.prediction,
@@ -211,7 +213,7 @@ def test_swapped_schedulers() -> None:
     with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler is not defined on betas"):
         draw()
     with pytest.raises(ValueError, match="has no trained_betas"):
-        PFDMPipeline(coarse.unet, fine.unet, DDIMScheduler())
+        PFDMPipeline(pipeline.coarse_unet, pipeline.fine_unet, DDIMScheduler())
 
 
 @pytest.mark.parametrize(
@@ -270,7 +272,7 @@ def test_pipeline_refuses(options: dict[str, Any], message: str) -> None:
 def test_not_finite_is_an_error() -> None:
     schedule, coarse, fine = make_pair()
     with torch.no_grad():
-        fine.unet.conv_out.bias.fill_(float("nan"))
+        next(fine.unet.parameters()).fill_(float("nan"))
     with pytest.raises(ValueError, match="not finite"):
         wrap(schedule, coarse, fine)([0], num_inference_steps=3)
 

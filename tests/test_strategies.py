@@ -249,10 +249,15 @@ def test_two_nodes_with_one_client_id_are_refused(tmp_path: Path) -> None:
         server.ask(1)
 
 
-def test_too_few_clients_are_refused_by_name_of_the_key(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("strategies.coarse.WAIT_SECONDS", 0)
-    server = fedavg_server(tmp_path, clients=(0, 1), min_clients=3)
-    with pytest.raises(ClientFailure, match=r"2 clients .* 3 are needed \(aggregation.min_clients"):
+def test_too_few_clients_are_refused_by_name_of_the_key(tmp_path: Path) -> None:
+    server = fedavg_server(tmp_path, clients=(0, 1), min_clients=3, wait_seconds=0)
+    with pytest.raises(ClientFailure, match=r"2 clients .* 3 are needed.*aggregation\.min_clients"):
+        server.ask(1)
+
+
+@pytest.mark.parametrize("properties", [{}, {"client_id": "zero"}])
+def test_a_node_that_is_no_client_is_refused(tmp_path: Path, properties: dict) -> None:
+    server = fedavg_server(tmp_path, clients=(0, 1))
+    server.proxies[1].properties = properties
+    with pytest.raises(ClientFailure, match="node node7 does not say which client it is"):
         server.ask(1)

@@ -169,11 +169,19 @@ def test_flower_failures_count_too(tmp_path: Path) -> None:
     server.ask(1)
     server.take(1, {0: update(0, drift(0))}, failures(server))
     failed = server.strategy.history["rounds"][0]["failed"]
-    assert failed == ["client 1: no fit here", "node 42 timed out"]
+    assert failed == ["client 1: no fit here", "client 2: node 42 timed out"]
     strict = fedavg_server(tmp_path / "strict")
     strict.ask(1)
-    with pytest.raises(ClientFailure, match="client 1: no fit here; node 42 timed out"):
+    with pytest.raises(ClientFailure, match="client 1: no fit here; client 2: node 42 timed out"):
         strict.take(1, {0: update(0, drift(0))}, failures(strict))
+
+
+def test_an_exception_may_be_of_any_silent_client(tmp_path: Path) -> None:
+    """Flower's exceptions carry no client; those that have answered are not suspected."""
+    server = fedavg_server(tmp_path)
+    server.ask(1)
+    with pytest.raises(ClientFailure, match=r"fit: client 0 or client 2: TimeoutError$"):
+        server.take(1, {1: update(1, drift(1))}, [TimeoutError()])
 
 
 def test_a_round_without_any_answer_stops_the_run(tmp_path: Path) -> None:
@@ -241,6 +249,20 @@ def test_the_last_evaluation_finishes_the_run_once(tmp_path: Path) -> None:
     stored = RunDirectory(tmp_path).load_checkpoint()
     assert stored is not None
     assert stored[2]["final"]["heldout_coarse_loss"] == 1.5
+
+
+def test_a_run_whose_results_cannot_be_written_is_not_finished(tmp_path: Path) -> None:
+    server = trained(tmp_path, rounds=1)
+
+    def no_space(ema: Any, history: Any) -> None:
+        raise OSError(28, "no space left")
+
+    server.strategy._finish = no_space
+    with pytest.raises(OSError, match="no space left"):
+        evaluate(server, {0: evaluation(0, 1.5, 10)})
+    stored = RunDirectory(tmp_path).load_checkpoint()
+    assert stored is not None
+    assert "final" not in stored[2]  # `RunDirectory.check` would refuse to resume
 
 
 def test_a_run_cut_before_its_last_evaluation_resumes_with_that_alone(tmp_path: Path) -> None:

@@ -59,8 +59,8 @@ def run_with_flower(
     out = out.absolute()
     home = out / ".flower"
     empty = home / "empty"
-    empty.mkdir(parents=True, exist_ok=True)
     chosen_port = _port(port)
+    empty.mkdir(parents=True, exist_ok=True)
     run_config = home / "run-config.toml"
     run_config.write_text(
         "\n".join(
@@ -146,6 +146,8 @@ def _environment(home: Path, port: int) -> dict[str, str]:
 
 def _port(wanted: int | None) -> int:
     """A port on loopback: the wanted one, which must be free, or any free one."""
+    if wanted is not None and not 1 <= wanted <= 65535:
+        raise ConfigError(f"--port: must be in [1, 65535], got {wanted}")
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -5,10 +5,17 @@ Nothing is written, so a refused run leaves the disk as it was.
 
 from __future__ import annotations
 
+import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
 
 from fedpdm.build import (
+    ReleasePlan,
     build_denoiser,
     build_image_spec,
     build_optimizer_settings,
@@ -16,10 +23,14 @@ from fedpdm.build import (
     build_release_plan,
     build_schedule,
     load_split,
+    sampler_options,
 )
 from fedpdm.config import ConfigError, RunConfig
+from fedpdm.data import ImageSet
+from fedpdm.partition import ClientPartition
 from fedpdm.runs import RunDirectory
-from fedpdm.sampling import make_scheduler
+from fedpdm.sampling import make_scheduler, sample
+from fedpdm.schedule import NoiseSchedule
 from fedpdm.training import select_device
 
 __all__ = ["check_run"]
@@ -30,17 +41,26 @@ def check_run(config: RunConfig, out: Path, *, resume: bool) -> list[str]:
 
     Raises `ConfigError` or `ValueError` (one line) for whatever would stop the run later.
     """
+    if not config.run.simulation:
+        raise ConfigError("run.simulation: false needs a deployed federation, not fedpdm run")
+    wanted, there = config.aggregation.min_clients or 1, config.partition.num_clients
+    if wanted > there:
+        raise ConfigError(
+            f"aggregation.min_clients: must be at most partition.num_clients = {there}, "
+            f"got {wanted}"
+        )
     RunDirectory(out).check(config, resume=resume)
+    _check_writable(out)
     device = select_device(config.run.device)
     schedule = build_schedule(config)
     make_scheduler(config.sampling.scheduler, schedule.betas)
-    if not config.run.simulation:
-        raise ConfigError("run.simulation: false needs a deployed federation, not fedpdm run")
     images = load_split(config, "train")
-    load_split(config, "test")
+    test = load_split(config, "test")
     partitions = build_partitions(config, images)
+    _check_reference(config, test, partitions)
     spec = build_image_spec(config, images)
     plan = build_release_plan(config, schedule, spec)
+    _check_sampler(config, schedule, plan)
     sizes = {
         role: sum(
             p.numel()
@@ -66,14 +86,77 @@ def check_run(config: RunConfig, out: Path, *, resume: bool) -> list[str]:
     ]
 
 
+def _nearest_folder(out: Path) -> Path:
+    """`out`, or what exists of the path to it."""
+    folder = out
+    while not folder.exists():
+        folder = folder.parent
+    return folder
+
+
+def _check_writable(out: Path) -> None:
+    """Refuse a run directory that cannot be made or written."""
+    folder = _nearest_folder(out)
+    if not folder.is_dir():
+        raise ConfigError(f"{out}: cannot be made, {folder} is not a directory")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError(f"{out}: cannot be written, no permission in {folder}")
+
+
+def _check_sampler(config: RunConfig, schedule: NoiseSchedule, plan: ReleasePlan) -> None:
+    """Sample one pixel with denoisers that answer 0: whatever goes from noise to images ends there.
+
+    Some diffusers schedulers can be made but not stepped, or run from image to noise.
+    """
+
+    def black(
+        x_t: torch.Tensor, t: torch.Tensor, *, labels: torch.Tensor, clipped: Any = None
+    ) -> torch.Tensor:
+        return torch.zeros_like(x_t)
+
+    name = config.sampling.scheduler
+    try:
+        output = sample(
+            black,
+            black,
+            torch.ones(1, 1, 1, 1),
+            labels=torch.zeros(1, dtype=torch.int64),
+            generator=torch.Generator().manual_seed(0),
+            **sampler_options(config, schedule, plan),
+        )
+    except Exception as error:  # third-party schedulers raise anything
+        line = " ".join(str(error).split())[:200]
+        raise ConfigError(f"sampling.scheduler: {name!r} cannot run here: {line}") from None
+    if not float(output.images.abs().max()) < 0.1:
+        raise ConfigError(f"sampling.scheduler: {name!r} does not lead from noise to images")
+
+
+def _check_reference(
+    config: RunConfig, test: ImageSet, partitions: Sequence[ClientPartition]
+) -> None:
+    """Refuse image metrics without test images to measure against (`fedpdm.evaluation`)."""
+    if not config.evaluation.image_metrics:
+        return
+    if len(test) < 5:
+        raise ConfigError(
+            f"evaluation.image_metrics: need at least 5 test images, got {len(test)}; "
+            "set it to false"
+        )
+    for part in partitions:
+        for group in filter(None, (part.majority, part.minority)):
+            count = int(np.isin(test.labels, group).sum())
+            if count < 2:
+                raise ConfigError(
+                    f"evaluation.image_metrics: need at least 2 test images of classes {group} "
+                    f"(client {part.client_id}), got {count}; set it to false"
+                )
+
+
 def _check_space(config: RunConfig, out: Path, sizes: dict[str, int], *, num_bytes: int) -> None:
     """Refuse a run whose stores would not fit on the disk."""
     per_client = 4 * (3 * (3 * sizes["fine"] + sizes["fine"]) + 3 * 3 * sizes["coarse"])
     needed = config.partition.num_clients * per_client + 16 * sizes["coarse"] + 2 * num_bytes
-    folder = out
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(_nearest_folder(out)).free
     if free < needed:
         raise ConfigError(
             f"{out}: the run needs about {needed / 1e9:.1f} GB of disk space, "

@@ -1,0 +1,206 @@
+"""The benchmarks. Each `measure` returns a mapping with at least `ratio`."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = ["CASES", "Case"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A benchmark: what the ratio is, its target, and whether more is better."""
+
+    what: str
+    target: float
+    better: str
+    measure: Callable[[], dict[str, Any]]
+
+
+def training_step() -> dict[str, Any]:
+    """Images/s of our fine step over a plain diffusers loop with the same U-Net, interleaved."""
+    import copy
+
+    import torch
+
+    from fedpdm.denoisers import Denoiser, DenoiserSpec
+    from fedpdm.objectives import denoising_loss
+    from fedpdm.schedule import make_schedule
+    from fedpdm.training import OptimizerSettings, Trainer
+
+    torch.manual_seed(0)
+    schedule = make_schedule("linear")
+    spec = DenoiserSpec(
+        preset="tiny",
+        resolution=16,
+        channels=3,
+        num_classes=10,
+        prediction="epsilon",
+        knows_clipping=False,
+    )
+    batch, steps = 32, 10
+    images = torch.randn(512, 3, 16, 16)
+    labels = torch.randint(0, 10, (512,))
+    ours = Denoiser(spec, schedule)
+    plain = copy.deepcopy(ours.unet)
+    settings = OptimizerSettings(lr=1e-4, batch_size=batch, total_steps=10_000)
+    trainer = Trainer(ours, settings, device=torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+
+    def our_steps() -> None:
+        trainer.train(
+            lambda index, g: denoising_loss(
+                ours,
+                schedule,
+                images[index],
+                labels=labels[index],
+                t_max=1000,
+                weighting="snr",
+                generator=g,
+            ),
+            sample_weights=torch.ones(512, dtype=torch.float64),
+            num_steps=steps,
+            generator=generator,
+        )
+
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-4, fused=False, foreach=False)
+    ema = copy.deepcopy(plain)
+    abar = torch.tensor(schedule.alphas_cumprod[1:], dtype=torch.float32)
+
+    def plain_steps() -> None:
+        for _ in range(steps):
+            index = torch.randint(0, 512, (batch,))
+            t = torch.randint(0, 1000, (batch,))
+            noise = torch.randn(batch, 3, 16, 16)
+            a = abar[t].view(-1, 1, 1, 1)
+            x_t = a.sqrt() * images[index] + (1 - a).sqrt() * noise
+            predicted = plain(x_t, t, class_labels=labels[index]).sample
+            loss = torch.nn.functional.mse_loss(predicted, noise)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+            optimizer.step()
+            with torch.no_grad():
+                for average, weight in zip(ema.parameters(), plain.parameters(), strict=True):
+                    average.mul_(0.999).add_(weight, alpha=0.001)
+
+    seconds: dict[str, list[float]] = {"ours": [], "plain": []}
+    our_steps()
+    plain_steps()
+    for _ in range(7):
+        for name, work in (("ours", our_steps), ("plain", plain_steps)):
+            started = time.perf_counter()
+            work()
+            seconds[name].append(time.perf_counter() - started)
+    ratios = [p / o for o, p in zip(seconds["ours"], seconds["plain"], strict=True)]
+    return {
+        "ratio": statistics.median(ratios),
+        "images_per_second": batch * steps / statistics.median(seconds["ours"]),
+        "plain_images_per_second": batch * steps / statistics.median(seconds["plain"]),
+    }
+
+
+def help_time() -> dict[str, Any]:
+    """Wall seconds of `fedpdm --help`, and how many times a bare Python start that is."""
+
+    def fastest(arguments: list[str]) -> float:
+        times = []
+        for _ in range(5):
+            started = time.perf_counter()
+            subprocess.run([sys.executable, *arguments], capture_output=True, check=True)
+            times.append(time.perf_counter() - started)
+        return min(times)
+
+    ours = fastest(["-m", "fedpdm.cli", "--help"])
+    return {"ratio": ours, "over_python_start": ours / fastest(["-c", "pass"])}
+
+
+def client_memory() -> dict[str, Any]:
+    """Peak resident memory that a client's round adds, over model + optimiser + EMA + data.
+
+    A client with a quarter of CIFAR-10 (12,500 images of 32x32) and the `paper` U-Net (35.7 M
+    parameters) as coarse and as fine model does one whole round: release, coarse steps, fine steps,
+    state written, reply made. Batches of one image: activations grow with the batch, the rest does
+    not. The two models are never in memory together, so one is counted.
+    """
+    import numpy as np
+    import torch
+
+    import fedpdm.config
+    from clients.local import LocalClient
+    from clients.pfdm_client import PFDMClient
+    from fedpdm import wire
+    from fedpdm.build import build_denoiser, build_image_spec
+    from fedpdm.data import ImageSet
+    from fedpdm.store import ClientStore
+
+    training = {"preset": "paper", "steps_per_round": 2, "batch_size": 1}
+    config = fedpdm.config.config_from_mapping(
+        {"name": "memory", "data": {"name": "cifar10"}, "coarse": training, "fine": training}
+    )
+    count = 12_500
+    rng = np.random.default_rng(0)
+    images = ImageSet(
+        images=rng.integers(0, 256, (count, 3, 32, 32), dtype=np.uint8),
+        labels=rng.integers(0, 10, count),
+        class_names=tuple("0123456789"),
+        background=0.0,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        local = LocalClient(
+            client_id=0,
+            config=config,
+            spec=build_image_spec(config, images),
+            images=images,
+            train=np.arange(count * 9 // 10),
+            heldout=np.arange(count * 9 // 10, count),
+            majority=tuple(range(10)),
+            minority=(),
+            store=ClientStore(Path(folder)),
+            reference=None,
+        )
+        client = PFDMClient(local)
+        model = build_denoiser(config, "coarse", spec=local.spec, schedule=client.schedule)
+        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        request = wire.encode_model(dict(model.unet.named_parameters()))
+        del model
+        torch.nn.Conv2d(4, 4, 3)(torch.randn(1, 4, 8, 8)).sum().backward()  # start the libraries
+        before = _resident()
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # forget the peak so far (proc(5))
+        answer = client.fit(request, {"round": 1, "phase": "coarse"})
+        peak = _resident("VmHWM")
+    assert "error" not in answer[2], answer[2]
+    data = images.images.nbytes * 5  # uint8 pixels (there before) and the float32 release
+    added = peak - before + images.images.nbytes
+    return {"ratio": added / (4 * weights + data), "peak_mb": added / 1e6}
+
+
+def _resident(field: str = "VmRSS") -> int:
+    """Bytes of resident memory now (VmRSS) or at its peak (VmHWM)."""
+    with open("/proc/self/status") as file:
+        line = next(line for line in file if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+CASES = {
+    "training_step": Case(
+        what="images/s over a plain diffusers loop", target=1.0, better="higher",
+        measure=training_step,
+    ),
+    "help_time": Case(
+        what="seconds for fedpdm --help", target=1.0, better="lower", measure=help_time
+    ),
+    "client_memory": Case(
+        what="peak memory over model + optimiser + EMA + data", target=1.5, better="lower",
+        measure=client_memory,
+    ),
+}  # fmt: skip

@@ -1,0 +1,57 @@
+"""Running the command line where it should refuse."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedpdm.cli import main
+from fedpdm.config import config_to_yaml
+from tests.federations import small_config
+
+CONFIG = small_config(data={"max_images": None})
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every path under a folder, with the contents of files."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b"folder"
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+class Refuser:
+    """A folder with an experiment in it, where every command is to be refused without a trace."""
+
+    def __init__(
+        self, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name in ("FEDPDM_DATA", "FEDPDM_RUNS"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.chdir(folder)
+        self.folder, self.out = folder, folder / "out"
+        self.experiment = folder / "digits.yaml"
+        self.experiment.write_text(config_to_yaml(CONFIG))
+        self._capsys = capsys
+
+    def line(self, *arguments: Any) -> str:
+        """The one line of a refusal: exit code 2, no other output, nothing written."""
+        before = tree(self.folder)
+        self._capsys.readouterr()
+        assert main([str(argument) for argument in arguments]) == 2
+        printed = self._capsys.readouterr()
+        assert printed.out == ""
+        assert printed.err.startswith("fedpdm: ")
+        assert printed.err.endswith("\n")
+        assert printed.err.count("\n") == 1
+        assert tree(self.folder) == before
+        return printed.err.strip()
+
+    def run_line(self, *settings: str, flags: tuple[str, ...] = ()) -> str:
+        """`line` of a run of the experiment with some keys set."""
+        sets = [word for setting in settings for word in ("--set", setting)]
+        return self.line(
+            "run", self.experiment, "--out", self.out, "--engine", "inprocess", *sets, *flags
+        )

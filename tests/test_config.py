@@ -1,0 +1,204 @@
+"""Configuration: strict keys, types and ranges, base files, overrides, round trips."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fedpdm.config import (
+    ConfigError,
+    RunConfig,
+    config_from_json,
+    config_from_mapping,
+    config_reference,
+    config_to_json,
+    config_to_yaml,
+    load_config,
+)
+
+SECTIONS = [f for f in dataclasses.fields(RunConfig) if f.name != "name"]
+KEYS = [
+    (section.name, key)
+    for section in SECTIONS
+    for key in dataclasses.fields(section.default)  # type: ignore[arg-type]
+]
+
+
+def write(tmp_path: Path, text: str, name: str = "run.yaml") -> Path:
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+# --- Defaults and round trips ---------------------------------------------------------------
+
+
+def test_the_defaults_pass_their_own_checks() -> None:
+    mapping = dataclasses.asdict(RunConfig())
+    assert config_from_mapping(mapping) == config_from_mapping({}) == RunConfig()
+
+
+def plausible(section: str, key: Any) -> Any:
+    """A value other than the default that the key's own checks allow."""
+    checks, value = key.metadata, getattr(getattr(RunConfig(), section), key.name)
+    if choices := checks.get("choices"):
+        return next(c for c in choices if c != value)
+    kind = str(key.type).split(" ")[0]
+    if kind == "bool":
+        return not value
+    if kind == "str":
+        return "other"
+    if kind == "int":
+        return max(int(value or 0), checks.get("low", 0)) + 1
+    low = checks.get("low", checks.get("above", 0.0))
+    high = checks.get("high", checks.get("below", low + 2.0))
+    return next(v for v in (low + (high - low) * 0.4, low + (high - low) * 0.6) if v != value)
+
+
+def test_every_key_survives_every_round_trip() -> None:
+    mapping: dict[str, Any] = {"name": "other"}
+    for section, key in KEYS:
+        mapping.setdefault(section, {})[key.name] = plausible(section, key)
+    mapping["privacy"]["t0"] = None
+    mapping["partition"] |= {"kind": "iid"}
+    mapping["evaluation"]["image_metrics"] = False
+    mapping["schedule"] |= {"beta_start": 0.001, "beta_end": 0.3}
+    config = config_from_mapping(mapping)
+    assert dataclasses.asdict(config) == mapping
+    for section, key in KEYS:
+        changed = getattr(getattr(config, section), key.name)
+        exempt = (section, key.name) in {("privacy", "t0")}
+        assert exempt or changed != getattr(getattr(RunConfig(), section), key.name)
+    assert config_from_json(config_to_json(config)) == config
+    assert "\n" not in config_to_json(config)
+    assert config_from_mapping(yaml.safe_load(config_to_yaml(config))) == config
+
+
+def test_floats_round_trip_exactly_and_yaml_exponents_are_numbers(tmp_path: Path) -> None:
+    config = config_from_mapping({"privacy": {"delta": 1e-5 / 3, "clip_norm": 0.1 + 0.2}})
+    assert config_from_json(config_to_json(config)).privacy == config.privacy
+    assert config_from_mapping(yaml.safe_load(config_to_yaml(config))).privacy == config.privacy
+    path = write(tmp_path, "privacy: {delta: 1e-6, epsilon: 3}")
+    privacy = load_config(path).privacy
+    assert (privacy.delta, privacy.epsilon) == (1e-6, 3.0)
+    assert type(privacy.epsilon) is float
+
+
+def test_configs_cannot_be_changed() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        RunConfig().run.seed = 3  # type: ignore[misc]
+
+
+def test_the_reference_lists_every_key() -> None:
+    table = config_reference()
+    for section, key in KEYS:
+        default = json.dumps(getattr(getattr(RunConfig(), section), key.name))
+        assert f"| `{section}.{key.name}` | `{default}` | {key.metadata['doc']}" in table
+        assert key.metadata["doc"]
+    assert table.count("\n") == len(KEYS) + 2
+    assert all(line.count("|") == 4 for line in table.splitlines())
+
+
+# --- What is refused ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("section", "key"), KEYS, ids=lambda v: getattr(v, "name", v))
+def test_every_key_refuses_wrong_types_and_values_beyond_its_bounds(section: str, key: Any) -> None:
+    kind = str(key.type).split(" ")[0]
+    path = re.escape(f"{section}.{key.name}: ")
+    wrong: dict[str, list[Any]] = {
+        "bool": [1, "yes", 0.0],
+        "int": [1.5, "3", True, [1]],
+        "float": ["much", True, [1.0], float("nan"), float("inf"), 10**400],
+        "str": [3, True, ["a"]],
+    }
+    for value in [*wrong[kind], {"a": 1}]:
+        with pytest.raises(ConfigError, match=f"^{path}must be ({kind}|finite)"):
+            config_from_mapping({section: {key.name: value}})
+    if "None" not in str(key.type):
+        with pytest.raises(ConfigError, match=f"^{path}must be {kind}, got None$"):
+            config_from_mapping({section: {key.name: None}})
+    checks, beyond = key.metadata, []
+    step = 1 if kind == "int" else 1e-9
+    if "low" in checks:
+        beyond.append((checks["low"] - step, f"must be at least {checks['low']:g}, got"))
+    if "high" in checks:
+        beyond.append((checks["high"] + step, f"must be at most {checks['high']:g}, got"))
+    if "above" in checks:
+        beyond.append((checks["above"], f"must be greater than {checks['above']:g}, got"))
+    if "below" in checks:
+        beyond.append((checks["below"], f"must be less than {checks['below']:g}, got"))
+    if "choices" in checks:
+        near = checks["choices"][0] + "x"
+        beyond.append((near, f"got '{near}'; did you mean "))
+        beyond.append(("?", f"must be one of {', '.join(checks['choices'])}, got '?'"))
+    for value, message in beyond:
+        with pytest.raises(ConfigError, match=path + ".*" + re.escape(message)):
+            config_from_mapping({section: {key.name: value}})
+
+
+def test_every_number_has_a_bound() -> None:
+    for section, key in KEYS:
+        if str(key.type).split(" ")[0] in ("int", "float"):
+            assert {"low", "above"} & key.metadata.keys(), f"{section}.{key.name}"
+
+
+@pytest.mark.parametrize(
+    ("mapping", "message"),
+    [
+        ({"privacy": {"clipnorm": 3}}, "privacy.clipnorm: unknown key; did you mean clip_norm?"),
+        ({"privcy": {}}, "privcy: unknown key; did you mean privacy?"),
+        ({"qqq": 1}, "qqq: unknown key"),
+        ({3: 4}, "3: unknown key"),
+        ({"run": {"seed ": 3}}, "run.seed : unknown key; did you mean seed?"),
+        ({"privacy": 3}, "privacy: must be a mapping, got 3"),
+        ({"privacy": []}, "privacy: must be a mapping, got []"),
+        ({"run": False}, "run: must be a mapping, got False"),
+        ({"run": ""}, "run: must be a mapping, got ''"),
+        ([], "config: must be a mapping, got []"),
+        (None, "config: must be a mapping, got None"),
+        ({"privacy": {"t0": 5}}, "privacy: give exactly one of epsilon and t0"),
+        ({"privacy": {"epsilon": None}}, "privacy: give exactly one of epsilon and t0"),
+        (
+            {"privacy": {"epsilon": None, "t0": 101}, "schedule": {"num_steps": 100}},
+            "privacy.t0: must be at most schedule.num_steps = 100, got 101",
+        ),
+        (
+            {"schedule": {"beta_start": 0.3, "beta_end": 0.2}},
+            "schedule.beta_start: must be at most beta_end = 0.2, got 0.3",
+        ),
+        (
+            {"partition": {"kind": "own", "num_clients": 2}},
+            "partition.kind: own has one client in simulation; set num_clients: 1",
+        ),
+        (
+            {"run": {"simulation": False}},
+            "evaluation.image_metrics: measured on raw data, so it needs run.simulation: true",
+        ),
+        ({"name": ""}, "name: must be usable as a directory name, got ''"),
+        ({"name": "a/b"}, "name: must be usable as a directory name, got 'a/b'"),
+        ({"name": ".."}, "name: must be usable as a directory name, got '..'"),
+        ({"name": "a\0"}, "name: must be usable as a directory name, got 'a\\x00'"),
+        ({"name": 3}, "name: must be str, got 3"),
+        ({"name": None}, "name: must be str, got None"),
+    ],
+)
+def test_bad_configs_are_refused_in_one_line(mapping: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match="^" + re.escape(message)) as caught:
+        config_from_mapping(mapping)
+    assert "\n" not in str(caught.value)
+
+
+def test_valid_neighbours_of_the_refused() -> None:
+    assert config_from_mapping({"privacy": {"epsilon": None, "t0": 1000}}).privacy.t0 == 1000
+    assert config_from_mapping({"privacy": None}) == RunConfig()
+    own = {"partition": {"kind": "own", "num_clients": 1}}
+    assert config_from_mapping(own).partition.kind == "own"
+    deployed = {"run": {"simulation": False}, "evaluation": {"image_metrics": False}}
+    assert not config_from_mapping(deployed).run.simulation
