@@ -109,13 +109,13 @@ def _resolved(options: argparse.Namespace) -> tuple[RunConfig, Path]:
     """The run's config, with the data directory made absolute, and its directory."""
     import dataclasses
 
-    from fedpdm.runs import RunDirectory
-
     if options.experiment is None:
         if not (options.resume and options.out):
             raise ConfigError("experiment: give a YAML file, or --resume with --out")
         if options.overrides:
             raise ConfigError("--set: a resumed run keeps its config; give the experiment file")
+        from fedpdm.runs import RunDirectory
+
         return RunDirectory(options.out).config(), options.out.absolute()
     config = load_config(options.experiment, options.overrides)
     root = config.data.root or os.environ.get("FEDPDM_DATA")

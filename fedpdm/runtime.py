@@ -34,15 +34,21 @@ def run_config_of(flat: Mapping[str, Any]) -> RunConfig:
     name = str(flat.get("experiment", "digits"))
     path = Path(name)
     if not path.is_absolute():
-        relative = path if path.suffix else path.with_suffix(".yaml")
+        relative = path if path.suffix else Path(f"{path}.yaml")
         if relative.parts and relative.parts[0] == "experiments":
             relative = Path(*relative.parts[1:])
         path = experiments_root() / relative
-    if not path.exists():
+    if not name or not path.is_file():
         known = sorted(p.stem for p in experiments_root().glob("*.yaml"))
         raise ConfigError(f"experiment: {name!r} not found; there are {', '.join(known)}")
-    overrides = shlex.split(str(flat.get("set", "")))
-    if num_clients := int(flat.get("num-clients", 0)):
+    try:
+        overrides = shlex.split(str(flat.get("set", "")))
+    except ValueError as error:
+        raise ConfigError(f"set: {error} in {flat['set']!r}") from None
+    num_clients = flat.get("num-clients", 0)
+    if type(num_clients) is not int:
+        raise ConfigError(f"num-clients: must be a whole number, got {num_clients!r}")
+    if num_clients:
         overrides.insert(0, f"partition.num_clients={num_clients}")
     return load_config(path, overrides)
 
@@ -58,4 +64,7 @@ def run_root(flat: Mapping[str, Any], config: RunConfig, run_id: int) -> Path:
 
 def is_resumed(flat: Mapping[str, Any]) -> bool:
     """Whether the run continues the one in `run-dir`."""
-    return bool(flat.get("resume", False))
+    resume = flat.get("resume", False)
+    if not isinstance(resume, bool):
+        raise ConfigError(f"resume: must be true or false, got {resume!r}")
+    return resume

@@ -148,6 +148,8 @@ def test_release_has_the_mean_and_variance_of_the_mechanism() -> None:
     x[:, 0, 0] = torch.tensor([30.0, -40.0, 0.0])  # norm 50: clipped tenfold
     abar = math.prod(1 - b for b in np.linspace(1e-4, 0.02, 1000)[:600])
     mean, cov = abar**0.5 * np.array([3.0, -4.0, 0.0]), (1 - abar) * np.eye(3)
+    exact = torch.from_numpy(mean + (1 - abar) ** 0.5 * seeded().standard_normal((3000, 3)))
+    assert torch.allclose(released(x).x_tilde.flatten(1).double(), exact, atol=1e-6)
     for source in (seeded(), SystemNoise()):
         assert moments_fault(released(x, source).x_tilde.flatten(1), mean, cov) is None
     for factor in (0.5, 0.0, 1.1):
