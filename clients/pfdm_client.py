@@ -162,6 +162,7 @@ class PFDMClient(NumPyClient):
                 "clip_norm": self.plan.clip_norm,
                 "shift": self.plan.shift,
                 "schedule": f"{self.schedule.kind}, {self.schedule.num_steps} steps",
+                "alpha_bar": self.schedule.alpha_bar(self.plan.t0),
             }
         )
         stored = store.load_release()

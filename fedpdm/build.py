@@ -94,7 +94,7 @@ def load_split(config: RunConfig, split: str, *, root: Path | None = None) -> Im
         root=root,
         resolution=data.resolution,
         coloring=typing.cast(Any, data.coloring),
-        max_images=data.max_images if split == "train" else None,
+        max_images=data.max_images if split == "train" else config.evaluation.num_reference,
         download=data.download,
     )
 

@@ -231,6 +231,7 @@ class EvaluationConfig:
     image_metrics: bool = _key(
         True, "image metrics on raw data, in the last round (simulation only)"
     )
+    num_reference: int = _key(2000, "test images that samples are compared with", low=2)
     num_images: int = _key(500, "samples per group and method for image metrics", low=2)
 
 

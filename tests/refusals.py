@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from fedpdm.cli import main
 from fedpdm.config import config_to_yaml
+from tests.command_line import call, forget_surroundings
 from tests.federations import small_config
 
 CONFIG = small_config(data={"max_images": None})
@@ -28,9 +28,7 @@ class Refuser:
     def __init__(
         self, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        for name in ("FEDPDM_DATA", "FEDPDM_RUNS"):
-            monkeypatch.delenv(name, raising=False)
-        monkeypatch.chdir(folder)
+        forget_surroundings(monkeypatch, folder)
         self.folder, self.out = folder, folder / "out"
         self.experiment = folder / "digits.yaml"
         self.experiment.write_text(config_to_yaml(CONFIG))
@@ -40,7 +38,7 @@ class Refuser:
         """The one line of a refusal: exit code 2, no other output, nothing written."""
         before = tree(self.folder)
         self._capsys.readouterr()
-        assert main([str(argument) for argument in arguments]) == 2
+        assert call(*arguments) == 2
         printed = self._capsys.readouterr()
         assert printed.out == ""
         assert printed.err.startswith("fedpdm: ")

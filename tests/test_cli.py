@@ -8,38 +8,23 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
 
 import fedpdm
-from clients.pfdm_client import PFDMClient
-from fedpdm.cli import main
 from fedpdm.config import RunConfig, config_to_yaml, load_config
 from fedpdm.store import ClientStore, read_tensors
-from tests.federations import small_config
+from tests.command_line import CONFIG, call, forget_surroundings, in_process
 
 ROOT = Path(fedpdm.__file__).resolve().parent.parent
-CONFIG = small_config(
-    run={"rounds": 1},
-    data={"max_images": 120},
-    partition={"num_clients": 2},
-    coarse={"steps_per_round": 1},
-    fine={"steps_per_round": 1},
-    sampling={"num_steps": 2},
-    evaluation={"num_images": 4},
-)
 COMMANDS = ("run", "show", "export", "sample", "stop", "config")
 
 
 @pytest.fixture(autouse=True)
 def _plain_surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in ("FEDPDM_DATA", "FEDPDM_RUNS"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.chdir(tmp_path)
+    forget_surroundings(monkeypatch, tmp_path)
 
 
 @pytest.fixture
@@ -50,21 +35,12 @@ def experiment(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that `main` has brought to its end."""
     folder = tmp_path_factory.mktemp("cli")
     (folder / "small.yaml").write_text(config_to_yaml(CONFIG))
-    arguments = ("run", folder / "small.yaml", "--engine", "inprocess", "--out", folder / "out")
-    assert main([str(argument) for argument in arguments]) == 0
-    yield folder / "out"
-
-
-def call(*arguments: Any) -> int:
-    return main([str(argument) for argument in arguments])
-
-
-def in_process(*arguments: Any) -> int:
-    return call("run", *arguments, "--engine", "inprocess")
+    assert in_process(folder / "small.yaml", "--out", folder / "out") == 0
+    return folder / "out"
 
 
 # Asking.
@@ -209,89 +185,6 @@ def test_data_directory_becomes_absolute(
     assert in_process("own.yaml", "--dry-run") == 0
     own = str(tmp_path / "own.npz")
     assert seen == [own, str(tmp_path / "images" / "own.npz"), own]
-
-
-# Failing.
-
-
-def test_failed_client_has_exit_code_1_and_a_name(
-    experiment: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    train = PFDMClient._train_fine
-
-    def fail_at_client_1(self: PFDMClient, *arguments: Any) -> Any:
-        if self.local.client_id == 1:
-            raise FloatingPointError("loss is nan at step 1")
-        return train(self, *arguments)
-
-    monkeypatch.setattr(PFDMClient, "_train_fine", fail_at_client_1)
-    assert in_process(experiment, "--out", tmp_path / "out") == 1
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last == "fedpdm: round 1 fit: client 1: loss is nan at step 1"
-    assert call("show", tmp_path / "out") == 2
-
-
-def test_unexpected_failure_of_a_client_names_it_too(
-    experiment: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    release = PFDMClient.release
-
-    def fail_at_client_0(self: PFDMClient) -> Any:
-        if self.local.client_id == 0:
-            raise RuntimeError("CUDA error: out of memory")
-        return release(self)
-
-    monkeypatch.setattr(PFDMClient, "release", fail_at_client_0)
-    assert in_process(experiment, "--out", tmp_path / "out") == 1
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last == "fedpdm: round 1 fit: client 0: CUDA error: out of memory"
-
-
-def test_diverging_server_training_has_exit_code_1(
-    experiment: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    settings = ("coarse.training=server", "coarse.lr=1e30", "coarse.steps_per_round=30")
-    sets = [word for setting in settings for word in ("--set", setting)]
-    assert in_process(experiment, "--out", tmp_path / "out", *sets) == 1
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert re.fullmatch(r"fedpdm: server round 1 coarse: loss is (nan|inf) at step \d+", last)
-
-
-def test_interrupted_run_has_exit_code_130_and_resumes(
-    experiment: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    out = tmp_path / "out"
-    with monkeypatch.context() as patch:
-
-        def interrupt(self: PFDMClient, *arguments: Any) -> Any:
-            raise KeyboardInterrupt
-
-        patch.setattr(PFDMClient, "_evaluate", interrupt)
-        assert in_process(experiment, "--out", out) == 130
-    assert capsys.readouterr().err.splitlines()[-1].startswith("interrupted; nothing is lost")
-    assert in_process("--resume", "--out", out) == 0
-    assert "resumed after round 1 of 1" in capsys.readouterr().out
-    assert in_process("--resume", "--out", out) == 2  # it has finished
-
-
-def test_a_bug_is_not_dressed_up(experiment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only foreseen failures become one line; the traceback of a fault in the code stays."""
-
-    def fault(*_: Any, **__: Any) -> None:
-        raise RuntimeError("not of ours")
-
-    monkeypatch.setattr("fedpdm.engines.preflight.check_run", fault)
-    with pytest.raises(RuntimeError, match="not of ours"):
-        in_process(experiment)
 
 
 # Afterwards.
