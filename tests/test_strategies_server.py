@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from fedpdm.build import build_denoiser, build_image_spec, build_schedule
 from fedpdm.config import RunConfig
 from fedpdm.mechanism import SeededNoise, release
 from fedpdm.runs import RunDirectory
-from fedpdm.types import ReleasedDataset
+from fedpdm.training import Trainer
+from fedpdm.types import ReleasedDataset, TrainReport
 from strategies.coarse import ClientFailure
 from strategies.server_training import CoarseServerTraining, join_releases
 from tests.federations import small_config
@@ -124,6 +126,20 @@ def test_training_moves_the_weights_and_repeats(tmp_path: Path) -> None:
     moved = [name for name in start if not np.array_equal(first[0][name], start[name])]
     assert len(moved) > len(start) / 2
     assert not np.array_equal(first[1][moved[0]], first[0][moved[0]])  # the average lags
+
+
+def test_every_round_and_seed_draws_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds = []
+
+    def look(self: Trainer, *_: Any, generator: torch.Generator, **__: Any) -> TrainReport:
+        seeds.append(generator.initial_seed())
+        return TrainReport(loss=0.0, num_steps=0, num_images=0, seconds=0.0)
+
+    monkeypatch.setattr(Trainer, "train", look)
+    other = dataclasses.replace(CONFIG, run=dataclasses.replace(CONFIG.run, seed=4))
+    train(make_server(tmp_path / "3"), 1, 3)
+    train(make_server(tmp_path / "4", other), 1, 3)
+    assert len(set(seeds)) == len(seeds) == 6
 
 
 def test_resuming_asks_for_no_release_again_and_changes_no_bit(tmp_path: Path) -> None:
