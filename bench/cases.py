@@ -168,7 +168,7 @@ def client_memory() -> dict[str, Any]:
             reference=None,
         )
         client = PFDMClient(local)
-        model = build_denoiser(config, "coarse", spec=local.spec, schedule=client.schedule)
+        model = build_denoiser(config, "coarse", spec=local.spec, schedule=client.work.schedule)
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         request = wire.encode_model(dict(model.unet.named_parameters()))
         del model

@@ -8,7 +8,6 @@ answered from the store, and an interrupted one goes on from its last checkpoint
 
 from __future__ import annotations
 
-import functools
 import time
 from typing import Any
 
@@ -18,48 +17,31 @@ from flwr.client import NumPyClient
 from flwr.common import NDArrays, Scalar
 
 from clients.local import LocalClient
-from clients.progress import work_progress
 from clients.samples import measure_images
+from clients.training import LocalTraining
 from fedpdm import wire
 from fedpdm.build import (
-    ReleasePlan,
     build_denoiser,
-    build_noise,
     build_optimizer_settings,
-    build_release_plan,
-    build_schedule,
     coarse_batch_loss,
 )
-from fedpdm.data import normalize
 from fedpdm.denoisers import Denoiser
 from fedpdm.evaluation import mean_loss
-from fedpdm.mechanism import clip_l2, release, select
-from fedpdm.objectives import denoising_loss, drop_labels
-from fedpdm.rng import Purpose, torch_generator
-from fedpdm.schedule import NoiseSchedule
+from fedpdm.mechanism import select
+from fedpdm.rng import Purpose
 from fedpdm.store import Reply, StoreError
-from fedpdm.training import Progress, Trainer, class_weights, load_named, select_device
-from fedpdm.types import CoarseUpdate, ReleasedDataset
+from fedpdm.training import Trainer, load_named
 
 __all__ = ["PFDMClient"]
-
-
-def _show_from(show: Progress, start: int, total: int, done: int, _: int, loss: float) -> None:
-    """Progress of a chunk that began at step `start` of `total`."""
-    show(start + done, total, loss)
 
 
 class PFDMClient(NumPyClient):
     """See the module. Errors in input are reported as an `error` metric, with no payload."""
 
     def __init__(self, local: LocalClient) -> None:
+        self.work = LocalTraining(local)
         self.local = local
         self.config = local.config
-        self.schedule: NoiseSchedule = build_schedule(self.config)
-        self.plan: ReleasePlan = build_release_plan(self.config, self.schedule, local.spec)
-        self.device = select_device(self.config.run.device)
-        if self.config.run.threads:
-            torch.set_num_threads(self.config.run.threads)
 
     # Flower's interface.
 
@@ -76,7 +58,7 @@ class PFDMClient(NumPyClient):
             return [], 0, self._failure(error)
         message = [np.frombuffer(reply.payload, dtype=np.uint8)] if reply.payload else []
         metrics = wire.check_metrics(
-            reply.metrics, allow_raw=self.config.run.simulation, who=self._who
+            reply.metrics, allow_raw=self.config.run.simulation, who=self.work.who
         )
         return message, reply.num_examples, dict(metrics)
 
@@ -88,15 +70,13 @@ class PFDMClient(NumPyClient):
                 metrics = self._evaluate(parameters, config)
         except (ValueError, FloatingPointError, OSError) as error:
             return 0.0, 0, self._failure(error)
-        checked = wire.check_metrics(metrics, allow_raw=self.config.run.simulation, who=self._who)
+        checked = wire.check_metrics(
+            metrics, allow_raw=self.config.run.simulation, who=self.work.who
+        )
         loss = float(metrics["heldout_coarse_loss"])  # the checked ones leave out NaN
         return loss, int(checked["num_heldout"]), dict(checked)
 
-    # The work.
-
-    @property
-    def _who(self) -> str:
-        return f"client {self.local.client_id}"
+    # What a message asks for.
 
     def _failure(self, error: Exception) -> dict[str, Scalar]:
         line = " ".join(str(error).split())[:300]
@@ -111,7 +91,7 @@ class PFDMClient(NumPyClient):
             if reply is None or reply.request != request:
                 raise StoreError(
                     f"{store.root}: round {round} was finished before with other coarse weights; "
-                    f"the store is {self._who}'s of another run or a later state of this one"
+                    f"the store is {self.work.who}'s of another run or a later state of this one"
                 )
             return Reply(**{**vars(reply), "metrics": {**reply.metrics, "replayed": True}})
         started = time.perf_counter()
@@ -119,7 +99,7 @@ class PFDMClient(NumPyClient):
         message, metrics = self._shared_part(parameters, round, config)
         store.draft_payload(round, message[0] if message else b"")
         del message  # it is on disk; fine training needs the memory
-        metrics |= self._train_fine(round)
+        metrics |= self.work.train_fine(round)
         metrics["seconds"] = time.perf_counter() - started
         return store.finish_round(
             Reply(
@@ -142,201 +122,36 @@ class PFDMClient(NumPyClient):
         phase = str(config["phase"])
         if phase == "fine":
             return wire.encode_nothing(), metrics
-        released = self.release()
+        released = self.work.release()
         if phase == "release":
             train = select(released, torch.from_numpy(self.local.train))
             return wire.encode_release(train, client_id=self.local.client_id), metrics
         if phase == "coarse":
-            message, trained = self._train_coarse(parameters, released, round, config)
+            message, trained = self.work.train_coarse(parameters, released, round, config)
             return message, metrics | trained
         raise ValueError(f"phase must be coarse, release or fine, got {phase!r}")
-
-    def release(self) -> ReleasedDataset:
-        """The stored release of all local images; made now if there is none. Call under lock."""
-        local, store = self.local, self.local.store
-        store.claim(
-            {
-                "client_id": local.client_id,
-                "data": local.images.digest(),
-                "t0": self.plan.t0,
-                "clip_norm": self.plan.clip_norm,
-                "shift": self.plan.shift,
-                "schedule": f"{self.schedule.kind}, {self.schedule.num_steps} steps",
-                "alpha_bar": self.schedule.alpha_bar(self.plan.t0),
-            }
-        )
-        stored = store.load_release()
-        if stored is not None:
-            return stored
-        released = release(
-            torch.from_numpy(local.images.images.copy()),
-            torch.from_numpy(local.images.labels.copy()),
-            schedule=self.schedule,
-            t0=self.plan.t0,
-            clip_norm=self.plan.clip_norm,
-            shift=self.plan.shift,
-            noise=build_noise(self.config, client=local.client_id),
-        )
-        store.save_release(released)
-        return released
-
-    def _generator(self, purpose: Purpose, round: int, chunk: int = 0) -> torch.Generator:
-        return torch_generator(
-            self.config.run.seed,
-            purpose,
-            client=self.local.client_id,
-            round=round,
-            chunk=chunk,
-            device=self.device,
-        )
-
-    def _train_coarse(
-        self,
-        parameters: NDArrays,
-        released: ReleasedDataset,
-        round: int,
-        config: dict[str, Scalar],
-    ) -> tuple[NDArrays, dict[str, Any]]:
-        """Local coarse steps from the received weights; Adam's moments stay with the client."""
-        store = self.local.store
-        received = wire.decode_model(parameters)
-        model = build_denoiser(self.config, "coarse", spec=self.local.spec, schedule=self.schedule)
-        settings = build_optimizer_settings(self.config, "coarse")
-        trainer = Trainer(model, settings, device=self.device)
-        if moments := store.load_state(store.last_round()).get("coarse"):
-            trainer.load_state({**trainer.state(), **moments}, what=f"coarse state of {self._who}")
-        trainer.load_weights(received, what="coarse weights from the server")
-        trainer.step = (round - 1) * self.config.coarse.steps_per_round
-        loss = coarse_batch_loss(
-            self.config,
-            model,
-            self.schedule,
-            released,
-            subset=self.local.train,
-            training=True,
-            device=self.device,
-        )
-        mu = float(config.get("proximal_mu", 0.0))
-        anchor = received if mu > 0 else None
-        del received
-        labels = released.labels[torch.from_numpy(self.local.train)]
-        where = f"{self._who} round {round} coarse"
-        report = trainer.train(
-            loss,
-            sample_weights=class_weights(labels, balance=self.config.coarse.class_balance),
-            num_steps=self.config.coarse.steps_per_round,
-            generator=self._generator(Purpose.COARSE_TRAINING, round),
-            anchor=anchor,
-            proximal_mu=mu,
-            progress=work_progress(where),
-            what=where,
-        )
-        update = CoarseUpdate(
-            weights=trainer.weights(),
-            num_examples=len(self.local.train),
-            client_id=self.local.client_id,
-            round=round,
-        )
-        kept = ("exp_avg", "step")  # Adam's moments and their age; the weights are the server's
-        moments = {k: v for k, v in trainer.state().items() if k.startswith(kept)}
-        store.draft_state(round, "coarse", moments)
-        metrics = {
-            "coarse_loss": report.loss,
-            "coarse_steps": report.num_steps,
-            "coarse_seconds": report.seconds,
-            "coarse_images": report.num_images,
-        }
-        del (
-            trainer,
-            model,
-            loss,
-            moments,
-        )  # moments, EMA and gradients go before the message is made
-        return wire.encode_update(update), metrics
-
-    def _resume_fine(self, trainer: Trainer, round: int) -> int:
-        """Load the fine model's last state; returns how many chunks of `round` are done."""
-        store = self.local.store
-        chunks_done, state = store.load_partial(round) or (0, None)
-        if state is None:
-            state = store.load_state(store.last_round()).get("fine")
-        if state is not None:
-            trainer.load_state(state, what=f"fine state of {self._who}")
-        return chunks_done
-
-    def _train_fine(self, round: int) -> dict[str, Any]:
-        """Fine steps on raw images, in chunks that are checkpointed and seeded one by one."""
-        local, section = self.local, self.config.fine
-        model = build_denoiser(
-            self.config, "fine", spec=local.spec, schedule=self.schedule, client=local.client_id
-        )
-        trainer = Trainer(model, build_optimizer_settings(self.config, "fine"), device=self.device)
-        chunks_done = self._resume_fine(trainer, round)
-        pixels = torch.from_numpy(local.images.images[local.train]).to(self.device)
-        labels = torch.from_numpy(local.images.labels[local.train]).to(self.device)
-        t_max = self.schedule.num_steps if section.t_range == "all" else self.plan.t0
-
-        def loss(indices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-            x_0 = normalize(pixels[indices], shift=self.plan.shift)
-            draw = torch.rand(len(indices), generator=generator, device=self.device)
-            clipped = draw < section.clipped_fraction
-            bounded = clip_l2(x_0, clip_norm=self.plan.clip_norm)
-            x_0 = torch.where(clipped.view(-1, 1, 1, 1), bounded, x_0)
-            chosen = drop_labels(
-                labels[indices], probability=section.label_dropout, generator=generator
-            )
-            return denoising_loss(
-                model,
-                self.schedule,
-                x_0,
-                labels=chosen,
-                clipped=clipped,
-                t_max=t_max,
-                weighting=section.weighting,
-                generator=generator,
-            )
-
-        where = f"{self._who} round {round} fine"
-        show = work_progress(where)
-        total, size = section.steps_per_round, section.checkpoint_every
-        losses, images = [], 0
-        for chunk, start in enumerate(range(0, total, size)):
-            if chunk < chunks_done:
-                continue
-            report = trainer.train(
-                loss,
-                sample_weights=class_weights(labels, balance=section.class_balance),
-                num_steps=min(size, total - start),
-                generator=self._generator(Purpose.FINE_TRAINING, round, chunk),
-                progress=functools.partial(_show_from, show, start, total),
-                what=where,
-            )
-            losses.append(report.loss)
-            images += report.num_images
-            if start + size < total:
-                local.store.save_partial(round, chunk + 1, trainer.state())
-        metrics: dict[str, Any] = {"fine_images": images}
-        if losses and self.config.run.simulation:
-            metrics["fine_loss"] = float(np.mean(losses))
-        local.store.draft_state(round, "fine", trainer.state())
-        return metrics
 
     def _evaluate(self, parameters: NDArrays, config: dict[str, Scalar]) -> dict[str, Any]:
         received = wire.decode_model(parameters)
         coarse = build_denoiser(
-            self.config, "coarse", spec=self.local.spec, schedule=self.schedule
-        ).to(self.device)
+            self.config, "coarse", spec=self.local.spec, schedule=self.work.schedule
+        ).to(self.work.device)
         load_named(dict(coarse.unet.named_parameters()), received, what="coarse weights")
         coarse.eval()
         heldout = self.local.heldout if len(self.local.heldout) else self.local.train
-        released = select(self.release(), torch.from_numpy(heldout))
+        released = select(self.work.release(), torch.from_numpy(heldout))
         loss = coarse_batch_loss(
-            self.config, coarse, self.schedule, released, training=False, device=self.device
+            self.config,
+            coarse,
+            self.work.schedule,
+            released,
+            training=False,
+            device=self.work.device,
         )
         value = mean_loss(
             loss,
             num_examples=len(released),
-            generator=self._generator(Purpose.EVALUATION, 0),
+            generator=self.work.generator(Purpose.EVALUATION, 0),
         )
         metrics: dict[str, Any] = {
             "client_id": self.local.client_id,
@@ -357,18 +172,20 @@ class PFDMClient(NumPyClient):
             self.config,
             "fine",
             spec=self.local.spec,
-            schedule=self.schedule,
+            schedule=self.work.schedule,
             client=self.local.client_id,
         )
-        trainer = Trainer(fine, build_optimizer_settings(self.config, "fine"), device=self.device)
-        trainer.load_state(store.load_state(last)["fine"], what=f"fine state of {self._who}")
+        trainer = Trainer(
+            fine, build_optimizer_settings(self.config, "fine"), device=self.work.device
+        )
+        trainer.load_state(store.load_state(last)["fine"], what=f"fine state of {self.work.who}")
         load_named(trainer.weights(), trainer.ema(), what="EMA of the fine model")
         fine.eval()
         return measure_images(
             self.local,
             coarse=coarse,
             fine=fine,
-            schedule=self.schedule,
-            plan=self.plan,
-            generator=self._generator(Purpose.SAMPLING, last),
+            schedule=self.work.schedule,
+            plan=self.work.plan,
+            generator=self.work.generator(Purpose.SAMPLING, last),
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -139,7 +140,11 @@ def _run(options: argparse.Namespace) -> int:
     if options.engine == "inprocess":
         from fedpdm.engines.inprocess import run_in_process
 
-        run_in_process(config, out, resume=options.resume)
+        previous = signal.signal(signal.SIGINT, _leave)
+        try:
+            run_in_process(config, out, resume=options.resume)
+        finally:
+            signal.signal(signal.SIGINT, previous)
     else:
         from fedpdm.engines.flower import run_with_flower
 
@@ -154,6 +159,12 @@ def _run(options: argparse.Namespace) -> int:
         if not options.verbose:  # the server's own words, which Flower's stream frames
             _show(argparse.Namespace(run=out))
     return 0
+
+
+def _leave(*_: object) -> None:
+    """End at once: Flower's server waits for its worker threads, and every file is crash-safe."""
+    print("interrupted; nothing is lost, --resume continues the run", file=sys.stderr, flush=True)
+    os._exit(130)
 
 
 def _show(options: argparse.Namespace) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import time
-import zipfile
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,11 +22,9 @@ from flwr.common import (
     FitIns,
     FitRes,
     GetPropertiesIns,
-    NDArrays,
     Parameters,
     Scalar,
     ndarrays_to_parameters,
-    parameters_to_ndarrays,
 )
 from flwr.server.client_manager import ClientManager
 from flwr.server.client_proxy import ClientProxy
@@ -36,8 +33,15 @@ from flwr.server.strategy import Strategy
 from fedpdm import wire
 from fedpdm.rng import Purpose, numpy_rng
 from fedpdm.runs import RunDirectory
+from strategies.answers import (
+    ClientAnswer,
+    accepted_metrics,
+    decode_arrays,
+    mean_metrics,
+    round_line,
+)
 
-__all__ = ["ClientAnswer", "ClientFailure", "CoarseStrategy", "ServerSettings"]
+__all__ = ["ClientFailure", "CoarseStrategy", "ServerSettings"]
 
 Weights = dict[str, torch.Tensor]
 
@@ -59,16 +63,6 @@ class ServerSettings:
     ema_decay: float
     seed: int
     wait_seconds: int = 86_400
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClientAnswer:
-    """One client's answer to a fit request, decoded as far as Flower does it."""
-
-    client_id: int
-    message: NDArrays
-    num_examples: int
-    metrics: Mapping[str, Scalar]
 
 
 class CoarseStrategy(Strategy):
@@ -214,7 +208,7 @@ class CoarseStrategy(Strategy):
         self.history["rounds"].append(
             {
                 "round": round,
-                **self._means(answers),
+                **mean_metrics(answers, seconds=time.perf_counter() - self._round_started),
                 **metrics,
                 "bytes_down": self._sent,
                 "bytes_up": received,
@@ -350,63 +344,12 @@ class CoarseStrategy(Strategy):
         if problems and (self.settings.on_failure == "raise" or num_good == 0):
             raise ClientFailure(f"round {round} {what}: {'; '.join(problems)}")
 
-    def _means(self, answers: Sequence[ClientAnswer]) -> dict[str, float]:
-        """Losses averaged over clients (weighted by examples), images per second in all."""
-        means = {}
-        total = sum(answer.num_examples for answer in answers)
-        for name in ("coarse_loss", "fine_loss"):
-            values = [a for a in answers if name in a.metrics]
-            if values:
-                weighted = sum(float(a.metrics[name]) * a.num_examples for a in values)
-                means[name] = weighted / max(1, total)
-        images = sum(
-            int(a.metrics.get(name, 0))
-            for a in answers
-            for name in ("coarse_images", "fine_images")
-        )
-        elapsed = time.perf_counter() - self._round_started
-        means["images_per_second"] = images / elapsed if elapsed > 0 else 0.0
-        return means
-
     def _tell(self, record: Mapping[str, Any]) -> None:
+        """Show a round, with the time that the rest will take at the pace so far."""
         rounds_here = self.rounds_done - self._first_round + 1
-        elapsed = time.perf_counter() - self._started
-        left = elapsed / max(1, rounds_here) * (self.settings.rounds - self.rounds_done)
-        parts = [f"round {record['round']}/{self.settings.rounds}"]
-        for name, label in (
-            ("coarse_loss", "coarse loss"),
-            ("heldout_coarse_loss", "held-out"),
-            ("fine_loss", "fine loss"),
-        ):
-            if name in record:
-                parts.append(f"{label} {record[name]:.4f}")
-        parts.append(f"{record['images_per_second']:.0f} images/s")
-        parts.append(
-            f"{record['bytes_down'] / 1e6:.1f} MB down, {record['bytes_up'] / 1e6:.1f} MB up"
-        )
-        parts.append(f"{left:.0f} s left")
-        self._announce("  ".join(parts))
-
-
-def accepted_metrics(metrics: Mapping[str, Scalar], *, client_id: int) -> dict[str, Any]:
-    """A client's metrics; `wire.WireError` for its own error, or for what it may not send."""
-    if error := metrics.get("error"):
-        raise wire.WireError(str(error))
-    checked = wire.check_metrics(metrics, allow_raw=True, who=f"client {client_id}")
-    if (named := checked.get("client_id", client_id)) != client_id:
-        raise wire.WireError(f"its metrics say client {named}")
-    return checked
-
-
-def decode_arrays(parameters: Parameters) -> NDArrays:
-    """Flower's arrays from a message; `wire.WireError` for bytes that are none."""
-    try:
-        arrays = parameters_to_ndarrays(parameters)
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
-        raise wire.WireError(f"message is not an array: {error}") from None
-    if not all(isinstance(array, np.ndarray) for array in arrays):
-        raise wire.WireError("message is not an array")
-    return arrays
+        pace = (time.perf_counter() - self._started) / max(1, rounds_here)
+        left = pace * (self.settings.rounds - self.rounds_done)
+        self._announce(round_line(record, rounds=self.settings.rounds, seconds_left=left))
 
 
 def round_half_up(value: float) -> int:

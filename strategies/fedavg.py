@@ -3,7 +3,8 @@
 Messages carry names; Flower's aggregators take positional lists. This strategy checks every
 update by name, shape and dtype, hands the arrays to Flower sorted by name and client, and puts the
 names back on the result. Arithmetic is Flower's: FedAvg (McMahan et al. 2017), FedAvgM (Hsu et al.
-2019), FedAdam (Reddi et al. 2021), FedProx (Li et al. 2020).
+2019), FedAdam (Reddi et al. 2021; Flower adds Adam's bias
+correction, which their Algorithm 2 lacks), FedProx (Li et al. 2020).
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from flwr.server.strategy import FedAdam, FedAvg, FedAvgM, FedProx
 
 from fedpdm import wire
 from fedpdm.config import AggregationConfig
-from strategies.coarse import ClientAnswer, CoarseStrategy, Weights
+from strategies.answers import ClientAnswer
+from strategies.coarse import CoarseStrategy, Weights
 
 __all__ = ["CoarseFedAvg", "make_aggregator"]
 

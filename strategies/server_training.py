@@ -29,7 +29,8 @@ from fedpdm.config import RunConfig
 from fedpdm.rng import Purpose, torch_generator
 from fedpdm.training import Trainer, class_weights, select_device
 from fedpdm.types import ReleasedDataset, ReleaseParameters
-from strategies.coarse import ClientAnswer, CoarseStrategy, Weights
+from strategies.answers import ClientAnswer
+from strategies.coarse import CoarseStrategy, Weights
 
 __all__ = ["CoarseServerTraining"]
 

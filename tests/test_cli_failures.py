@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from clients.pfdm_client import PFDMClient
+from clients.training import LocalTraining
 from fedpdm.config import config_to_yaml
 from strategies.coarse import CoarseStrategy
 from tests.command_line import CONFIG, call, forget_surroundings, in_process
@@ -28,14 +28,14 @@ def test_failed_client_has_exit_code_1_and_a_name(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    train = PFDMClient._train_fine
+    train = LocalTraining.train_fine
 
-    def fail_at_client_1(self: PFDMClient, *arguments: Any) -> Any:
+    def fail_at_client_1(self: LocalTraining, *arguments: Any) -> Any:
         if self.local.client_id == 1:
             raise FloatingPointError("loss is nan at step 1")
         return train(self, *arguments)
 
-    monkeypatch.setattr(PFDMClient, "_train_fine", fail_at_client_1)
+    monkeypatch.setattr(LocalTraining, "train_fine", fail_at_client_1)
     assert in_process(experiment, "--out", tmp_path / "out") == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert last == "fedpdm: round 1 fit: client 1: loss is nan at step 1"
@@ -48,14 +48,14 @@ def test_unexpected_failure_of_a_client_names_it_too(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    release = PFDMClient.release
+    release = LocalTraining.release
 
-    def fail_at_client_0(self: PFDMClient) -> Any:
+    def fail_at_client_0(self: LocalTraining) -> Any:
         if self.local.client_id == 0:
             raise RuntimeError("CUDA error: out of memory")
         return release(self)
 
-    monkeypatch.setattr(PFDMClient, "release", fail_at_client_0)
+    monkeypatch.setattr(LocalTraining, "release", fail_at_client_0)
     assert in_process(experiment, "--out", tmp_path / "out") == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert last == "fedpdm: round 1 fit: client 0: CUDA error: out of memory"

@@ -244,6 +244,30 @@ def test_kill_in_the_middle_of_a_round_then_resume(tmp_path: Path) -> None:
     assert after == release_digests(tmp_path / "reference")
 
 
+@pytest.mark.slow
+def test_ctrl_c_ends_the_in_process_engine_at_once(tmp_path: Path) -> None:
+    experiment, out = tmp_path / "small.yaml", tmp_path / "run"
+    experiment.write_text(
+        config_to_yaml(small_config(fine={"steps_per_round": 100_000, "checkpoint_every": 5}))
+    )
+    process = subprocess.Popen(
+        [
+            sys.executable, "-m", "fedpdm.cli", "run", str(experiment),
+            "--engine", "inprocess", "--out", str(out),
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not list(out.glob("clients/*/partial/*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert "--resume continues the run" in errors
+
+
 def test_every_message_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Walk everything that clients send: coarse updates and listed metrics, nothing else."""
     sent: list[tuple[bytes, dict[str, object]]] = []
@@ -288,7 +312,7 @@ def test_update_depends_on_the_release_alone(tmp_path: Path) -> None:
         assert released is not None
         second.local.store.save_release(released)
     flipped = second.local.images.images[..., ::-1].copy()
-    second.local = replace(second.local, images=replace(second.local.images, images=flipped))
+    second.work.local = replace(second.local, images=replace(second.local.images, images=flipped))
     again = second.fit(message, dict(request))
     assert wire.fingerprint(sent[0]) == wire.fingerprint(again[0])
 

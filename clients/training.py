@@ -1,0 +1,229 @@
+"""A client's own work: the release, coarse steps on it, fine steps on raw images.
+
+Free of Flower, except for the arrays of a message. Everything is kept in the client's store.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.common import NDArrays, Scalar
+
+from clients.local import LocalClient
+from clients.progress import work_progress
+from fedpdm import wire
+from fedpdm.build import (
+    ReleasePlan,
+    build_denoiser,
+    build_noise,
+    build_optimizer_settings,
+    build_release_plan,
+    build_schedule,
+    coarse_batch_loss,
+)
+from fedpdm.data import normalize
+from fedpdm.mechanism import clip_l2, release
+from fedpdm.objectives import denoising_loss, drop_labels
+from fedpdm.rng import Purpose, torch_generator
+from fedpdm.schedule import NoiseSchedule
+from fedpdm.training import Progress, Trainer, class_weights, select_device
+from fedpdm.types import CoarseUpdate, ReleasedDataset
+
+__all__ = ["LocalTraining"]
+
+
+def _show_from(show: Progress, start: int, total: int, done: int, _: int, loss: float) -> None:
+    """Progress of a chunk that began at step `start` of `total`."""
+    show(start + done, total, loss)
+
+
+class LocalTraining:
+    """One client's training, between its images and its store. Use under the store's lock."""
+
+    def __init__(self, local: LocalClient) -> None:
+        self.local = local
+        self.config = local.config
+        self.schedule: NoiseSchedule = build_schedule(self.config)
+        self.plan: ReleasePlan = build_release_plan(self.config, self.schedule, local.spec)
+        self.device = select_device(self.config.run.device)
+        if self.config.run.threads:
+            torch.set_num_threads(self.config.run.threads)
+
+    @property
+    def who(self) -> str:
+        """The client's name in errors."""
+        return f"client {self.local.client_id}"
+
+    def release(self) -> ReleasedDataset:
+        """The stored release of all local images; made now if there is none. Call under lock."""
+        local, store = self.local, self.local.store
+        store.claim(
+            {
+                "client_id": local.client_id,
+                "data": local.images.digest(),
+                "t0": self.plan.t0,
+                "clip_norm": self.plan.clip_norm,
+                "shift": self.plan.shift,
+                "schedule": f"{self.schedule.kind}, {self.schedule.num_steps} steps",
+                "alpha_bar": self.schedule.alpha_bar(self.plan.t0),
+            }
+        )
+        stored = store.load_release()
+        if stored is not None:
+            return stored
+        released = release(
+            torch.from_numpy(local.images.images.copy()),
+            torch.from_numpy(local.images.labels.copy()),
+            schedule=self.schedule,
+            t0=self.plan.t0,
+            clip_norm=self.plan.clip_norm,
+            shift=self.plan.shift,
+            noise=build_noise(self.config, client=local.client_id),
+        )
+        store.save_release(released)
+        return released
+
+    def generator(self, purpose: Purpose, round: int, chunk: int = 0) -> torch.Generator:
+        """The client's random stream for a purpose, round and chunk, on its device."""
+        return torch_generator(
+            self.config.run.seed,
+            purpose,
+            client=self.local.client_id,
+            round=round,
+            chunk=chunk,
+            device=self.device,
+        )
+
+    def train_coarse(
+        self,
+        parameters: NDArrays,
+        released: ReleasedDataset,
+        round: int,
+        config: dict[str, Scalar],
+    ) -> tuple[NDArrays, dict[str, Any]]:
+        """Local coarse steps from the received weights; Adam's moments stay with the client."""
+        store = self.local.store
+        received = wire.decode_model(parameters)
+        model = build_denoiser(self.config, "coarse", spec=self.local.spec, schedule=self.schedule)
+        settings = build_optimizer_settings(self.config, "coarse")
+        trainer = Trainer(model, settings, device=self.device)
+        if moments := store.load_state(store.last_round()).get("coarse"):
+            trainer.load_state({**trainer.state(), **moments}, what=f"coarse state of {self.who}")
+        trainer.load_weights(received, what="coarse weights from the server")
+        trainer.step = (round - 1) * self.config.coarse.steps_per_round
+        loss = coarse_batch_loss(
+            self.config,
+            model,
+            self.schedule,
+            released,
+            subset=self.local.train,
+            training=True,
+            device=self.device,
+        )
+        mu = float(config.get("proximal_mu", 0.0))
+        anchor = received if mu > 0 else None
+        del received
+        labels = released.labels[torch.from_numpy(self.local.train)]
+        where = f"{self.who} round {round} coarse"
+        report = trainer.train(
+            loss,
+            sample_weights=class_weights(labels, balance=self.config.coarse.class_balance),
+            num_steps=self.config.coarse.steps_per_round,
+            generator=self.generator(Purpose.COARSE_TRAINING, round),
+            anchor=anchor,
+            proximal_mu=mu,
+            progress=work_progress(where),
+            what=where,
+        )
+        update = CoarseUpdate(
+            weights=trainer.weights(),
+            num_examples=len(self.local.train),
+            client_id=self.local.client_id,
+            round=round,
+        )
+        kept = ("exp_avg", "step")  # Adam's moments and their age; the weights are the server's
+        moments = {k: v for k, v in trainer.state().items() if k.startswith(kept)}
+        store.draft_state(round, "coarse", moments)
+        metrics = {
+            "coarse_loss": report.loss,
+            "coarse_steps": report.num_steps,
+            "coarse_seconds": report.seconds,
+            "coarse_images": report.num_images,
+        }
+        del (
+            trainer,
+            model,
+            loss,
+            moments,
+        )  # moments, EMA and gradients go before the message is made
+        return wire.encode_update(update), metrics
+
+    def _resume_fine(self, trainer: Trainer, round: int) -> int:
+        """Load the fine model's last state; returns how many chunks of `round` are done."""
+        store = self.local.store
+        chunks_done, state = store.load_partial(round) or (0, None)
+        if state is None:
+            state = store.load_state(store.last_round()).get("fine")
+        if state is not None:
+            trainer.load_state(state, what=f"fine state of {self.who}")
+        return chunks_done
+
+    def train_fine(self, round: int) -> dict[str, Any]:
+        """Fine steps on raw images, in chunks that are checkpointed and seeded one by one."""
+        local, section = self.local, self.config.fine
+        model = build_denoiser(
+            self.config, "fine", spec=local.spec, schedule=self.schedule, client=local.client_id
+        )
+        trainer = Trainer(model, build_optimizer_settings(self.config, "fine"), device=self.device)
+        chunks_done = self._resume_fine(trainer, round)
+        pixels = torch.from_numpy(local.images.images[local.train]).to(self.device)
+        labels = torch.from_numpy(local.images.labels[local.train]).to(self.device)
+        t_max = self.schedule.num_steps if section.t_range == "all" else self.plan.t0
+
+        def loss(indices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+            x_0 = normalize(pixels[indices], shift=self.plan.shift)
+            draw = torch.rand(len(indices), generator=generator, device=self.device)
+            clipped = draw < section.clipped_fraction
+            bounded = clip_l2(x_0, clip_norm=self.plan.clip_norm)
+            x_0 = torch.where(clipped.view(-1, 1, 1, 1), bounded, x_0)
+            chosen = drop_labels(
+                labels[indices], probability=section.label_dropout, generator=generator
+            )
+            return denoising_loss(
+                model,
+                self.schedule,
+                x_0,
+                labels=chosen,
+                clipped=clipped,
+                t_max=t_max,
+                weighting=section.weighting,
+                generator=generator,
+            )
+
+        where = f"{self.who} round {round} fine"
+        show = work_progress(where)
+        total, size = section.steps_per_round, section.checkpoint_every
+        losses, images = [], 0
+        for chunk, start in enumerate(range(0, total, size)):
+            if chunk < chunks_done:
+                continue
+            report = trainer.train(
+                loss,
+                sample_weights=class_weights(labels, balance=section.class_balance),
+                num_steps=min(size, total - start),
+                generator=self.generator(Purpose.FINE_TRAINING, round, chunk),
+                progress=functools.partial(_show_from, show, start, total),
+                what=where,
+            )
+            losses.append(report.loss)
+            images += report.num_images
+            if start + size < total:
+                local.store.save_partial(round, chunk + 1, trainer.state())
+        metrics: dict[str, Any] = {"fine_images": images}
+        if losses and self.config.run.simulation:
+            metrics["fine_loss"] = float(np.mean(losses))
+        local.store.draft_state(round, "fine", trainer.state())
+        return metrics

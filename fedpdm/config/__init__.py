@@ -1,0 +1,52 @@
+"""Run configuration: frozen, typed, read from YAML, strict.
+
+Every key has a type, a default and a check. Unknown keys and wrong types are refused with the
+path of the key (`privacy.clipnorm: unknown key; did you mean clip_norm?`). Science functions
+never see these classes; `fedpdm.build` translates.
+"""
+
+from fedpdm.config.reading import (
+    apply_overrides,
+    config_from_json,
+    config_from_mapping,
+    config_reference,
+    config_to_json,
+    config_to_yaml,
+    load_config,
+)
+from fedpdm.config.schema import (
+    AggregationConfig,
+    CoarseConfig,
+    ConfigError,
+    DataConfig,
+    EvaluationConfig,
+    FineConfig,
+    PartitionConfig,
+    PrivacyConfig,
+    RunConfig,
+    RunSection,
+    SamplingConfig,
+    ScheduleConfig,
+)
+
+__all__ = [
+    "AggregationConfig",
+    "CoarseConfig",
+    "ConfigError",
+    "DataConfig",
+    "EvaluationConfig",
+    "FineConfig",
+    "PartitionConfig",
+    "PrivacyConfig",
+    "RunConfig",
+    "RunSection",
+    "SamplingConfig",
+    "ScheduleConfig",
+    "apply_overrides",
+    "config_from_json",
+    "config_from_mapping",
+    "config_reference",
+    "config_to_json",
+    "config_to_yaml",
+    "load_config",
+]

@@ -1,0 +1,199 @@
+"""Reading and writing configurations, strictly; the only module that reads YAML."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import difflib
+import json
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fedpdm.config.schema import ConfigError, RunConfig
+
+__all__ = [
+    "apply_overrides",
+    "config_from_json",
+    "config_from_mapping",
+    "config_reference",
+    "config_to_json",
+    "config_to_yaml",
+    "load_config",
+]
+
+
+def _describe(annotation: Any) -> str:
+    return str(getattr(annotation, "__name__", annotation)).replace("NoneType", "null")
+
+
+def _coerce(annotation: Any, value: Any, path: str) -> Any:
+    """`value` as `annotation` (int, float, str, bool, or one of them or None); strict."""
+    if isinstance(annotation, types.UnionType):
+        if value is None:
+            return None
+        annotation = next(a for a in typing.get_args(annotation) if a is not type(None))
+    if annotation is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value) if abs(value) < 10**300 else math.inf
+    if annotation is float and isinstance(value, str):
+        with contextlib.suppress(ValueError):  # YAML 1.1 reads 1e-5 as text
+            value = float(value)
+    wrong_bool = isinstance(value, bool) and annotation is not bool
+    if not isinstance(value, annotation) or wrong_bool:
+        raise ConfigError(f"{path}: must be {_describe(annotation)}, got {value!r}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{path}: must be finite, got {value}")
+    return value
+
+
+def _check(value: Any, checks: Mapping[str, Any], path: str) -> None:
+    if value is None:
+        return
+    if (choices := checks.get("choices")) and value not in choices:
+        near = difflib.get_close_matches(str(value), choices, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"{path}: must be one of {', '.join(choices)}, got {value!r}{hint}")
+    for name, holds, words in (
+        ("low", lambda v, b: v >= b, "at least"),
+        ("high", lambda v, b: v <= b, "at most"),
+        ("above", lambda v, b: v > b, "greater than"),
+        ("below", lambda v, b: v < b, "less than"),
+    ):
+        if name in checks and not holds(value, checks[name]):
+            raise ConfigError(f"{path}: must be {words} {checks[name]:g}, got {value!r}")
+
+
+def _build(cls: type[Any], mapping: Any, path: str) -> Any:
+    """A config dataclass from a nested mapping; every error names the key's path."""
+    if not isinstance(mapping, Mapping):
+        raise ConfigError(f"{path or 'config'}: must be a mapping, got {mapping!r}")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    values = {}
+    for key, value in mapping.items():
+        full = f"{path}.{key}" if path else str(key)
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"{full}: unknown key{hint}")
+        if dataclasses.is_dataclass(hints[key]):
+            section = {} if value is None else value
+            values[key] = _build(typing.cast(type[Any], hints[key]), section, full)
+        else:
+            values[key] = _coerce(hints[key], value, full)
+            _check(values[key], fields[key].metadata, full)
+    return cls(**values)
+
+
+def config_from_mapping(mapping: Mapping[str, Any]) -> RunConfig:
+    """A `RunConfig` from nested plain data. `ConfigError` as described in the module."""
+    config = _build(RunConfig, mapping, "")
+    assert isinstance(config, RunConfig)
+    return config
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        line = " ".join(str(error).split())
+        raise ConfigError(f"{where}: not valid YAML: {line}") from None
+
+
+def apply_overrides(mapping: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """`mapping` with `section.key=value` overrides applied; values are parsed as YAML."""
+    result: dict[str, Any] = copy.deepcopy(dict(mapping))
+    for override in overrides:
+        path, separator, text = override.partition("=")
+        if not separator or not path.strip():
+            raise ConfigError(f"--set {override!r}: must have the form section.key=value")
+        keys = path.strip().split(".")
+        node = result
+        for key in keys[:-1]:
+            child = node.get(key)
+            if child is None:
+                child = node[key] = {}
+            if not isinstance(child, dict):
+                raise ConfigError(f"{path}: {key} is not a section")
+            node = child
+        node[keys[-1]] = _parse_yaml(text, path)
+    return result
+
+
+def load_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """Read an experiment file and apply overrides.
+
+    A file may say `base: other.yaml` (relative to itself): sections are merged over the base's.
+    The run's default name is the file's stem.
+    """
+    mapping = _read_mapping(path)
+    mapping.setdefault("name", path.stem)
+    return config_from_mapping(apply_overrides(mapping, overrides))
+
+
+def _read_mapping(path: Path, depth: int = 0) -> dict[str, Any]:
+    if depth > 8:
+        raise ConfigError(f"{path}: base files nest deeper than 8 levels")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: is not UTF-8 text") from None
+    mapping = _parse_yaml(text, str(path)) or {}
+    if not isinstance(mapping, dict):
+        raise ConfigError(f"{path}: must hold a mapping, got {type(mapping).__name__}")
+    base = mapping.pop("base", None)
+    if base is None:
+        return mapping
+    merged = _read_mapping(path.parent / str(base), depth + 1)
+    merged.pop("name", None)
+    for key, value in mapping.items():
+        if isinstance(value, dict) and isinstance(merged.get(key), dict):
+            merged[key] = {**merged[key], **value}
+        elif value is None and isinstance(merged.get(key), dict):
+            continue  # an empty section changes nothing
+        else:
+            merged[key] = value
+    return merged
+
+
+def config_to_json(config: RunConfig) -> str:
+    """The resolved config as one line of JSON; `config_from_json` is its inverse."""
+    return json.dumps(dataclasses.asdict(config), sort_keys=True)
+
+
+def config_from_json(text: str) -> RunConfig:
+    """Inverse of `config_to_json`. `ConfigError` also for text that is not JSON."""
+    try:
+        mapping = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"config: not valid JSON: {error}") from None
+    return config_from_mapping(mapping)
+
+
+def config_to_yaml(config: RunConfig) -> str:
+    """The resolved config as YAML, every key written out."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+
+
+def config_reference() -> str:
+    """Every key with its default and meaning, as a Markdown table (docs are made from it)."""
+    lines = ["| key | default | meaning |", "|---|---|---|", "| `name` | file name | of the run |"]
+    for section in dataclasses.fields(RunConfig):
+        default = section.default
+        if not dataclasses.is_dataclass(default):
+            continue
+        for key in dataclasses.fields(default):
+            value = json.dumps(getattr(default, key.name))
+            meaning = key.metadata["doc"]
+            if choices := key.metadata.get("choices"):
+                meaning += f" ({', '.join(choices)})"
+            lines.append(f"| `{section.name}.{key.name}` | `{value}` | {meaning} |")
+    return "\n".join(lines)

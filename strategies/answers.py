@@ -1,0 +1,84 @@
+"""Clients' answers: decoded, checked, averaged, and shown as a line."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from flwr.common import NDArrays, Parameters, Scalar, parameters_to_ndarrays
+
+from fedpdm import wire
+
+__all__ = [
+    "ClientAnswer",
+    "accepted_metrics",
+    "decode_arrays",
+    "mean_metrics",
+    "round_line",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientAnswer:
+    """One client's answer to a fit request, decoded as far as Flower does it."""
+
+    client_id: int
+    message: NDArrays
+    num_examples: int
+    metrics: Mapping[str, Scalar]
+
+
+def accepted_metrics(metrics: Mapping[str, Scalar], *, client_id: int) -> dict[str, Any]:
+    """A client's metrics; `wire.WireError` for its own error, or for what it may not send."""
+    if error := metrics.get("error"):
+        raise wire.WireError(str(error))
+    checked = wire.check_metrics(metrics, allow_raw=True, who=f"client {client_id}")
+    if (named := checked.get("client_id", client_id)) != client_id:
+        raise wire.WireError(f"its metrics say client {named}")
+    return checked
+
+
+def decode_arrays(parameters: Parameters) -> NDArrays:
+    """Flower's arrays from a message; `wire.WireError` for bytes that are none."""
+    try:
+        arrays = parameters_to_ndarrays(parameters)
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
+        raise wire.WireError(f"message is not an array: {error}") from None
+    if not all(isinstance(array, np.ndarray) for array in arrays):
+        raise wire.WireError("message is not an array")
+    return arrays
+
+
+def mean_metrics(answers: Sequence[ClientAnswer], *, seconds: float) -> dict[str, float]:
+    """Losses averaged over clients (weighted by examples), images per second in all."""
+    means = {}
+    total = sum(answer.num_examples for answer in answers)
+    for name in ("coarse_loss", "fine_loss"):
+        values = [a for a in answers if name in a.metrics]
+        if values:
+            weighted = sum(float(a.metrics[name]) * a.num_examples for a in values)
+            means[name] = weighted / max(1, total)
+    images = sum(
+        int(a.metrics.get(name, 0)) for a in answers for name in ("coarse_images", "fine_images")
+    )
+    means["images_per_second"] = images / seconds if seconds > 0 else 0.0
+    return means
+
+
+def round_line(record: Mapping[str, Any], *, rounds: int, seconds_left: float) -> str:
+    """A round's record as the one line that is shown."""
+    parts = [f"round {record['round']}/{rounds}"]
+    for name, label in (
+        ("coarse_loss", "coarse loss"),
+        ("heldout_coarse_loss", "held-out"),
+        ("fine_loss", "fine loss"),
+    ):
+        if name in record:
+            parts.append(f"{label} {record[name]:.4f}")
+    parts.append(f"{record['images_per_second']:.0f} images/s")
+    parts.append(f"{record['bytes_down'] / 1e6:.1f} MB down, {record['bytes_up'] / 1e6:.1f} MB up")
+    parts.append(f"{seconds_left:.0f} s left")
+    return "  ".join(parts)
