@@ -313,7 +313,7 @@ class CoarseStrategy(Strategy):
             )
         ordered = [proxies[cid] for cid in sorted(proxies, key=lambda cid: ids[cid])]
         if not everyone and self.settings.fraction_fit < 1.0:
-            count = max(1, round_half_up(self.settings.fraction_fit * len(ordered)))
+            count = max(1, math.floor(self.settings.fraction_fit * len(ordered) + 0.5))
             rng = numpy_rng(self.settings.seed, Purpose.CLIENT_SELECTION, round=round)
             picked = sorted(rng.choice(len(ordered), size=count, replace=False))
             ordered = [ordered[index] for index in picked]
@@ -350,8 +350,3 @@ class CoarseStrategy(Strategy):
         pace = (time.perf_counter() - self._started) / max(1, rounds_here)
         left = pace * (self.settings.rounds - self.rounds_done)
         self._announce(round_line(record, rounds=self.settings.rounds, seconds_left=left))
-
-
-def round_half_up(value: float) -> int:
-    """Nearest integer, halves up (Python's `round` goes to even)."""
-    return int(np.floor(value + 0.5))
