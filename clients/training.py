@@ -153,12 +153,8 @@ class LocalTraining:
             "coarse_seconds": report.seconds,
             "coarse_images": report.num_images,
         }
-        del (
-            trainer,
-            model,
-            loss,
-            moments,
-        )  # moments, EMA and gradients go before the message is made
+        # Moments, EMA and gradients go before the message is made: memory peaks there.
+        del trainer, model, loss, moments
         return wire.encode_update(update), metrics
 
     def _resume_fine(self, trainer: Trainer, round: int) -> int:
