@@ -76,6 +76,18 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--verbose", action="store_true", help="show Flower's own output too")
     run.set_defaults(action=_run)
 
+    privacy = commands.add_parser(
+        "privacy", help="of epsilon, t0 and clip norm give two, get the third"
+    )
+    privacy.add_argument("--epsilon", type=float)
+    privacy.add_argument("--t0", type=int, help="noising steps")
+    privacy.add_argument("--clip-norm", type=float, help="L2 bound C")
+    privacy.add_argument("--delta", type=float, default=1e-5)
+    privacy.add_argument("--schedule", choices=("linear", "cosine"), default="linear")
+    privacy.add_argument("--steps", type=int, default=1000, help="T")
+    privacy.add_argument("--json", action="store_true", help="print JSON")
+    privacy.set_defaults(action=_privacy)
+
     show = commands.add_parser("show", help="summary of a finished run")
     show.add_argument("run", type=Path)
     show.set_defaults(action=_show)
@@ -165,6 +177,48 @@ def _leave(*_: object) -> None:
     """End at once: Flower's server waits for its worker threads, and every file is crash-safe."""
     print("interrupted; nothing is lost, --resume continues the run", file=sys.stderr, flush=True)
     os._exit(130)
+
+
+def _privacy(options: argparse.Namespace) -> None:
+    import dataclasses
+    import json
+
+    from fedpdm.calibration import ACCOUNTINGS, calibrate
+    from fedpdm.schedule import make_schedule
+
+    schedule = make_schedule(options.schedule, num_steps=options.steps)
+    answers = {
+        accounting: dataclasses.asdict(
+            calibrate(
+                schedule,
+                epsilon=options.epsilon,
+                t0=options.t0,
+                clip_norm=options.clip_norm,
+                delta=options.delta,
+                accounting=accounting,
+            )
+        )
+        for accounting in ACCOUNTINGS
+    }
+    if options.json:
+        print(json.dumps(answers, indent=1))
+        return
+    print(f"{'':<38}{'exact':>12}{'paper bound':>14}")
+    for key, label in (
+        ("epsilon", f"epsilon at delta {options.delta:g}"),
+        ("t0", f"t0 of {schedule.num_steps}"),
+        ("clip_norm", "clip norm C"),
+        ("sigma", "noise sigma, clean image's scale"),
+        ("signal_to_noise", "C / sigma"),
+        ("linkage_auc", "worst-case linkage AUC"),
+        ("linkage_tpr", "  and TPR at 1% FPR"),
+    ):
+        exact, paper = (answers[accounting][key] for accounting in ACCOUNTINGS)
+        print(f"{label:<38}{exact:>12.5g}{paper:>14.5g}")
+    for k in answers["exact"]["group_epsilon"]:
+        exact, paper = (answers[accounting]["group_epsilon"][k] for accounting in ACCOUNTINGS)
+        label = f"exact epsilon for {k} image{'s' if k > 1 else ''} of a person"
+        print(f"{label:<38}{exact:>12.5g}{paper:>14.5g}")
 
 
 def _show(options: argparse.Namespace) -> None:

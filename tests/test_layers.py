@@ -30,6 +30,7 @@ RANKS: dict[str, int] = {
     "fedpdm.objectives": 4,
     "fedpdm.sampling": 4,
     "fedpdm.mechanism": 4,
+    "fedpdm.calibration": 5,
     "fedpdm.training": 5,
     "fedpdm.evaluation": 5,
     "fedpdm.build": 6,
