@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ __all__ = [
     "ClientAnswer",
     "accepted_metrics",
     "decode_arrays",
+    "describe_failures",
     "mean_metrics",
     "round_line",
 ]
@@ -50,6 +51,32 @@ def decode_arrays(parameters: Parameters) -> NDArrays:
     if not all(isinstance(array, np.ndarray) for array in arrays):
         raise wire.WireError("message is not an array")
     return arrays
+
+
+def describe_failures(
+    results: Sequence[Any],
+    failures: Sequence[Any],
+    *,
+    ids: Mapping[str, int],
+    asked: Collection[int],
+) -> list[str]:
+    """One line per failure of a round.
+
+    `results` and `failures` are Flower's, `ids` maps its node names to client ids. Its exceptions
+    do not say whose they are: of the clients `asked`, those that have not answered are named.
+    """
+    lines = []
+    answered = {ids.get(proxy.cid, -1) for proxy, _ in results}
+    errors = [failure for failure in failures if isinstance(failure, BaseException)]
+    for proxy, result in (f for f in failures if not isinstance(f, BaseException)):
+        client_id = ids.get(proxy.cid, -1)
+        answered.add(client_id)
+        lines.append(f"client {client_id}: {result.status.message}")
+    silent = " or ".join(f"client {k}" for k in sorted(set(asked) - answered))
+    for error in errors:
+        line = " ".join(str(error).split())[:500] or type(error).__name__
+        lines.append(f"{silent}: {line}" if silent else line)
+    return lines
 
 
 def mean_metrics(answers: Sequence[ClientAnswer], *, seconds: float) -> dict[str, float]:

@@ -37,6 +37,7 @@ from strategies.answers import (
     ClientAnswer,
     accepted_metrics,
     decode_arrays,
+    describe_failures,
     mean_metrics,
     round_line,
 )
@@ -321,20 +322,7 @@ class CoarseStrategy(Strategy):
         return ordered
 
     def _describe_failures(self, results: Sequence[Any], failures: Sequence[Any]) -> list[str]:
-        """One line per failure. Flower's exceptions do not say whose they are: the clients that
-        have not answered are named."""
-        lines = []
-        answered = {self._client_ids.get(proxy.cid, -1) for proxy, _ in results}
-        errors = [failure for failure in failures if isinstance(failure, BaseException)]
-        for proxy, result in (f for f in failures if not isinstance(f, BaseException)):
-            client_id = self._client_ids.get(proxy.cid, -1)
-            answered.add(client_id)
-            lines.append(f"client {client_id}: {result.status.message}")
-        silent = " or ".join(f"client {k}" for k in sorted(self._asked - answered))
-        for error in errors:
-            line = " ".join(str(error).split())[:500] or type(error).__name__
-            lines.append(f"{silent}: {line}" if silent else line)
-        return lines
+        return describe_failures(results, failures, ids=self._client_ids, asked=self._asked)
 
     def _report_problems(
         self, round: int, what: str, problems: Sequence[str], *, num_good: int

@@ -13,6 +13,7 @@ stated two-sided significance, shared evenly among the comparisons made.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import numpy as np
@@ -23,7 +24,7 @@ from scipy import integrate, stats
 Array = NDArray[np.float64]
 
 
-class _PosteriorMean:
+class _PosteriorMean(ABC):
     """A denoising function that remembers how it was called."""
 
     def __init__(self, alphas_cumprod: ArrayLike) -> None:
@@ -31,8 +32,9 @@ class _PosteriorMean:
         self.levels: list[int] = []
         self.flags: list[torch.Tensor | None] = []
 
+    @abstractmethod
     def _estimate(self, x: Array, abar: Array, labels: NDArray[np.int64]) -> Array:
-        raise NotImplementedError
+        """x0_hat (B, d) of x (B, d) at abar (B, 1)."""
 
     def __call__(
         self,

@@ -28,7 +28,9 @@ def test_dry_run(path: Path, tmp_path: Path) -> None:
         pytest.skip(f"{config.data.name} needs FEDPDM_DATA, which is not set")
     lines = check_run(config, tmp_path / "out", resume=False)
     assert config.name in lines[0]
-    assert "epsilon" in lines[1]
+    spent = float(lines[1].split("epsilon ")[1].split()[0])
+    assert config.privacy.epsilon is not None
+    assert 0.9 * config.privacy.epsilon < spent <= config.privacy.epsilon
     assert not (tmp_path / "out").exists()
 
 

@@ -28,11 +28,13 @@ from fedpdm.build import (
     coarse_batch_loss,
 )
 from fedpdm.config import RunConfig, config_to_yaml
+from fedpdm.data import normalize
 from fedpdm.engines import inprocess
 from fedpdm.engines.inprocess import run_in_process
 from fedpdm.mechanism import select
 from fedpdm.rng import Purpose, torch_generator
 from fedpdm.store import ClientStore, read_tensors
+from fedpdm.tensorfile import pack
 from fedpdm.training import Trainer, class_weights
 from strategies.coarse import ClientFailure
 from tests.federations import flat, node, small_config
@@ -288,16 +290,35 @@ def test_every_message_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     config = small_config()
     run_in_process(config, tmp_path / "run")
     assert len(sent) == 3 * 2 * 2
-    fine_values = []
-    for client in range(3):
-        store = ClientStore(tmp_path / "run" / "clients" / str(client))
-        fine = store.load_state(store.last_round())["fine"]
-        fine_values += [t.numpy().tobytes()[:64] for n, t in fine.items() if t.numel() >= 64]
+    secrets = private_bytes(config, tmp_path / "run")
     for payload, metrics in sent:
         assert metrics.keys() <= {*wire.FIT_METRICS, *wire.RAW_METRICS}
         assert all(np.isscalar(value) for value in metrics.values())
-        assert not any(value in payload for value in fine_values)
-    assert any(fine_values[0] in (payload + fine_values[0]) for payload, _ in sent)  # probe works
+        assert not any(secret in payload for secret in secrets)
+    # Planted: a message with a fine model in it, and one with raw pixels, would have been seen.
+    store = ClientStore(tmp_path / "run" / "clients" / "1")
+    leak = pack(store.load_state(2)["fine"], {"kind": "coarse-update"})
+    pixels = open_local_client(node(config, 1), flat(config, tmp_path / "run"), 0).images.images
+    raw = pack({"x": torch.from_numpy(pixels.copy())}, {})
+    assert any(secret in leak for secret in secrets)
+    assert any(secret in raw for secret in secrets)
+
+
+def private_bytes(config: RunConfig, out: Path) -> list[bytes]:
+    """Pieces of everything private: fine states of both rounds, images as pixels and scaled.
+
+    Pieces of few distinct bytes (zeros, ones, black) are left out: they prove nothing.
+    """
+    pieces: list[bytes] = []
+    for client in range(config.partition.num_clients):
+        store = ClientStore(out / "clients" / str(client))
+        for round in (1, 2):
+            state = store.load_state(round)["fine"]
+            pieces += [t.numpy().tobytes()[:64] for t in state.values() if t.numel() >= 16]
+        pixels = open_local_client(node(config, client), flat(config, out), 0).images.images
+        scaled = normalize(torch.from_numpy(pixels.copy()), shift=-1.0).numpy()
+        pieces += [image.tobytes() for image in (*pixels, *scaled)]
+    return [piece for piece in pieces if len(set(piece)) > 8]
 
 
 def test_update_depends_on_the_release_alone(tmp_path: Path) -> None:
