@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from clients.failures import Refusal
 from fedpdm.build import ImageSpec, build_image_spec, build_partitions, load_split
 from fedpdm.config import ConfigError, RunConfig, config_from_json, config_to_json
 from fedpdm.data import ImageSet
+from fedpdm.releases import ReleaseStore
 from fedpdm.rng import Purpose, numpy_rng
 from fedpdm.runs import RunDirectory
-from fedpdm.runtime import run_config_of, run_root
+from fedpdm.runtime import new_release_allowed, release_path, run_config_of, run_root
 from fedpdm.store import ClientStore
 
-__all__ = ["LocalClient", "open_local_client"]
+__all__ = ["LocalClient", "is_deployed", "open_local_client"]
+
+OWN_KEYS = ("data-dir", "store-dir")  # what a deployed node's config says of its own disk
 
 
 @dataclass(frozen=True, kw_only=True)
 class LocalClient:
     """One client's private side.
 
-    `images` are its raw images; `train` and `heldout` index them (int64). `reference` is the
-    data set's public test split, None outside simulation.
+    `images` are its raw images, each once; `train` and `heldout` index them (int64). `reference`
+    is the data set's public test split, None where no image metrics are measured. `raw_metrics`
+    says whether metrics computed on raw images may leave, `allow_new_release` whether images may
+    be noised once more.
     """
 
     client_id: int
@@ -37,6 +44,9 @@ class LocalClient:
     majority: tuple[int, ...]
     minority: tuple[int, ...]
     store: ClientStore
+    releases: ReleaseStore
+    raw_metrics: bool
+    allow_new_release: bool
     reference: ImageSet | None
 
     @property
@@ -64,17 +74,28 @@ def split_heldout(
     return np.sort(order[num_heldout:]), np.sort(order[:num_heldout])
 
 
+def is_deployed(node_config: Mapping[str, Any]) -> bool:
+    """Whether a node's config says that it is a client of its own, not part of a simulation."""
+    return any(key in node_config for key in OWN_KEYS)
+
+
 def open_local_client(
     node_config: dict[str, Any], flower_run_config: dict[str, Any], run_id: int
 ) -> LocalClient:
     """The client that this node is.
 
     In simulation `partition-id` says which part of the configured data set it holds; elsewhere
-    `node_config` gives `partition-id`, `data-dir` and `store-dir`.
+    `node_config` gives `partition-id`, `data-dir` and `store-dir`, and may allow what the server
+    cannot: `raw-metrics` and `allow-new-release`. Of equal images the first is kept.
     """
     config = run_config_of(flower_run_config)
     client_id = int(node_config["partition-id"])
     if config.run.simulation:
+        if is_deployed(node_config):
+            raise Refusal(
+                "run.simulation: true seeds the privacy noise, so this deployed node refuses the "
+                f"run (client {client_id})"
+            )
         train, test, partitions = _simulated_data(config_to_json(config))
         if client_id >= len(partitions):
             raise ConfigError(
@@ -84,14 +105,24 @@ def open_local_client(
         part = partitions[client_id]
         images, majority, minority = train.subset(part.indices), part.majority, part.minority
         reference: ImageSet | None = test
-        store = RunDirectory(run_root(flower_run_config, config, run_id)).client_path(client_id)
+        run = RunDirectory(run_root(flower_run_config, config, run_id))
+        store = run.client_path(client_id)
+        releases = release_path(flower_run_config, run, client_id)
+        raw_metrics, allow_new_release = True, new_release_allowed(flower_run_config)
     else:
-        for key in ("data-dir", "store-dir"):
+        for key in OWN_KEYS:
             if key not in node_config:
                 raise ConfigError(f"node config: {key} is missing (client {client_id})")
-        images = load_split(config, "train", root=Path(str(node_config["data-dir"])))
-        majority, minority, reference = tuple(np.unique(images.labels).tolist()), (), None
-        store = Path(str(node_config["store-dir"]))
+        root = Path(str(node_config["data-dir"]))
+        images = load_split(config, "train", root=root)
+        majority, minority = tuple(np.unique(images.labels).tolist()), ()
+        raw_metrics = _flag(node_config, "raw-metrics")
+        allow_new_release = _flag(node_config, "allow-new-release")
+        wanted = raw_metrics and config.evaluation.image_metrics
+        reference = load_split(config, "test", root=root) if wanted else None
+        store = releases = Path(str(node_config["store-dir"]))
+    first = images.distinct()
+    images = images if len(first) == len(images) else images.subset(first)
     train_indices, heldout = split_heldout(
         len(images), fraction=config.data.holdout_fraction, seed=config.run.seed, client=client_id
     )
@@ -105,5 +136,16 @@ def open_local_client(
         majority=tuple(majority),
         minority=tuple(minority),
         store=ClientStore(store),
+        releases=ReleaseStore(releases),
+        raw_metrics=raw_metrics,
+        allow_new_release=allow_new_release,
         reference=reference,
     )
+
+
+def _flag(node_config: dict[str, Any], key: str) -> bool:
+    """A yes or no of the node's own config, false where it says nothing."""
+    value = node_config.get(key, False)
+    if not isinstance(value, bool):
+        raise ConfigError(f"node config: {key} must be true or false, got {value!r}")
+    return value

@@ -9,6 +9,7 @@ answered from the store, and an interrupted one goes on from its last checkpoint
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from flwr.client import NumPyClient
 from flwr.common import NDArrays, Scalar
 
+from clients.failures import EXPECTED, failure_line
 from clients.local import LocalClient
 from clients.samples import measure_images
 from clients.training import LocalTraining
@@ -27,9 +29,10 @@ from fedpdm.build import (
 )
 from fedpdm.denoisers import Denoiser
 from fedpdm.evaluation import mean_loss
+from fedpdm.files import StoreError
 from fedpdm.mechanism import select
 from fedpdm.rng import Purpose
-from fedpdm.store import Reply, StoreError
+from fedpdm.store import Reply
 from fedpdm.training import Trainer, load_named
 
 __all__ = ["PFDMClient"]
@@ -54,13 +57,11 @@ class PFDMClient(NumPyClient):
         try:
             with self.local.store.lock():
                 reply = self._fit(parameters, int(config["round"]), config)
-        except (ValueError, FloatingPointError, OSError) as error:
+            metrics = self._checked(reply.metrics)
+        except self._caught as error:
             return [], 0, self._failure(error)
         message = [np.frombuffer(reply.payload, dtype=np.uint8)] if reply.payload else []
-        metrics = wire.check_metrics(
-            reply.metrics, allow_raw=self.config.run.simulation, who=self.work.who
-        )
-        return message, reply.num_examples, dict(metrics)
+        return message, reply.num_examples, metrics
 
     def evaluate(
         self, parameters: NDArrays, config: dict[str, Scalar]
@@ -68,19 +69,27 @@ class PFDMClient(NumPyClient):
         try:
             with self.local.store.lock():
                 metrics = self._evaluate(parameters, config)
-        except (ValueError, FloatingPointError, OSError) as error:
+            checked = self._checked(metrics)
+        except self._caught as error:
             return 0.0, 0, self._failure(error)
-        checked = wire.check_metrics(
-            metrics, allow_raw=self.config.run.simulation, who=self.work.who
-        )
         loss = float(metrics["heldout_coarse_loss"])  # the checked ones leave out NaN
-        return loss, int(checked["num_heldout"]), dict(checked)
+        return loss, int(metrics["num_heldout"]), checked
 
     # What a message asks for.
 
+    @property
+    def _caught(self) -> tuple[type[Exception], ...]:
+        """Errors that become an answer: of a deployed client all, for Flower sends their text."""
+        return EXPECTED if self.config.run.simulation else (Exception,)
+
     def _failure(self, error: Exception) -> dict[str, Scalar]:
-        line = " ".join(str(error).split())[:300]
+        deployed = not self.config.run.simulation
+        line = failure_line(error, who=self.work.who, deployed=deployed)
         return {"client_id": self.local.client_id, "error": line}
+
+    def _checked(self, metrics: Mapping[str, Any]) -> dict[str, Scalar]:
+        raw = self.local.raw_metrics
+        return dict(wire.check_metrics(metrics, allow_raw=raw, who=self.work.who))
 
     def _fit(self, parameters: NDArrays, round: int, config: dict[str, Scalar]) -> Reply:
         store = self.local.store
@@ -93,7 +102,12 @@ class PFDMClient(NumPyClient):
                     f"{store.root}: round {round} was finished before with other coarse weights; "
                     f"the store is {self.work.who}'s of another run or a later state of this one"
                 )
-            return Reply(**{**vars(reply), "metrics": {**reply.metrics, "replayed": True}})
+            kept = {
+                name: value
+                for name, value in reply.metrics.items()
+                if self.local.raw_metrics or name not in wire.RAW_METRICS  # since turned off
+            }
+            return Reply(**{**vars(reply), "metrics": {**kept, "replayed": True}})
         started = time.perf_counter()
         store.begin_round(round)
         message, metrics = self._shared_part(parameters, round, config)
@@ -108,6 +122,7 @@ class PFDMClient(NumPyClient):
                 num_examples=len(self.local.train),
                 metrics=metrics,
                 request=request,
+                ledger=self.local.releases.ledger().head,
             )
         )
 

@@ -9,21 +9,32 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-__all__ = ["work_progress"]
+__all__ = ["count_progress", "work_progress"]
 
 SECONDS_BETWEEN_LINES = 10.0
 
 
 def work_progress(title: str) -> Callable[[int, int, float], None]:
     """A callback (steps done, steps in all, loss) that shows how far `title` is."""
+    show = _progress(title, "step")
+    return lambda done, total, loss: show(done, total, f"loss {loss:.4f}")
+
+
+def count_progress(title: str, unit: str) -> Callable[[int, int], None]:
+    """A callback (done, in all) for work without a loss."""
+    show = _progress(title, unit)
+    return lambda done, total: show(done, total, "")
+
+
+def _progress(title: str, unit: str) -> Callable[[int, int, str], None]:
     started = time.perf_counter()
     if sys.stderr.isatty():
-        bar: Any = tqdm(desc=title, leave=False, unit="step")
+        bar: Any = tqdm(desc=title, leave=False, unit=unit)
 
-        def advance(done: int, total: int, loss: float) -> None:
+        def advance(done: int, total: int, note: str) -> None:
             bar.total = total
             bar.update(done - bar.n)
-            bar.set_postfix(loss=f"{loss:.4f}")
+            bar.set_postfix_str(note)
             if done >= total:
                 bar.close()
 
@@ -31,7 +42,7 @@ def work_progress(title: str) -> Callable[[int, int, float], None]:
 
     last = started
 
-    def tell(done: int, total: int, loss: float) -> None:
+    def tell(done: int, total: int, note: str) -> None:
         nonlocal last
         now = time.perf_counter()
         if now - last < SECONDS_BETWEEN_LINES or done >= total:
@@ -39,7 +50,7 @@ def work_progress(title: str) -> Callable[[int, int, float], None]:
         last = now
         left = (now - started) / done * (total - done)
         print(
-            f"{title}: step {done}/{total}, loss {loss:.4f}, {left:.0f} s left",
+            f"{title}: {unit} {done}/{total}, {note + ', ' if note else ''}{left:.0f} s left",
             file=sys.stderr,
             flush=True,
         )

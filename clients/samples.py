@@ -34,7 +34,7 @@ def measure_images(
     """Sample with coarse then fine, and with the fine model alone; store pictures; return metrics.
 
     `alone` needs a fine model that was trained at every t (`fine.t_range: all`). Metrics are
-    empty where the config or the deployment does not allow them.
+    empty where the config does not ask for them or the client does not allow them.
     """
     config = local.config
     methods: dict[str, DenoisingFunction | None] = {"pfdm": coarse}
@@ -47,9 +47,8 @@ def measure_images(
         "batch_size": config.sampling.batch_size,
     }
     _store_pictures(local, methods, fine, plan, options)
-    if not (config.run.simulation and config.evaluation.image_metrics):
+    if not (local.raw_metrics and config.evaluation.image_metrics and local.reference):
         return {}
-    assert local.reference is not None
     parts = {}
     for group, classes in local.groups.items():
         judge = ImageJudge(local.reference, classes)

@@ -13,22 +13,23 @@ import torch
 from flwr.common import NDArrays, Scalar
 
 from clients.local import LocalClient
-from clients.progress import work_progress
+from clients.progress import count_progress, work_progress
 from fedpdm import wire
 from fedpdm.build import (
     ReleasePlan,
     build_denoiser,
-    build_noise,
     build_optimizer_settings,
     build_release_plan,
+    build_release_request,
     build_schedule,
     coarse_batch_loss,
 )
 from fedpdm.data import normalize
-from fedpdm.mechanism import clip_l2, release
+from fedpdm.mechanism import clip_l2
 from fedpdm.objectives import denoising_loss, drop_labels
 from fedpdm.rng import Purpose, torch_generator
 from fedpdm.schedule import NoiseSchedule
+from fedpdm.statement import client_statement, plain_text
 from fedpdm.training import Progress, Trainer, class_weights, select_device
 from fedpdm.types import CoarseUpdate, ReleasedDataset
 
@@ -58,32 +59,23 @@ class LocalTraining:
         return f"client {self.local.client_id}"
 
     def release(self) -> ReleasedDataset:
-        """The stored release of all local images; made now if there is none. Call under lock."""
+        """The release of all local images; those never released before are noised now."""
         local, store = self.local, self.local.store
-        store.claim(
-            {
-                "client_id": local.client_id,
-                "data": local.images.digest(),
-                "t0": self.plan.t0,
-                "clip_norm": self.plan.clip_norm,
-                "shift": self.plan.shift,
-                "schedule": f"{self.schedule.kind}, {self.schedule.num_steps} steps",
-                "alpha_bar": self.schedule.alpha_bar(self.plan.t0),
-            }
+        local.releases.check_history(store.ledger_heads())
+        request = build_release_request(
+            self.config,
+            self.schedule,
+            self.plan,
+            client=local.client_id,
+            allow_new_release=local.allow_new_release,
         )
-        stored = store.load_release()
-        if stored is not None:
-            return stored
-        released = release(
-            torch.from_numpy(local.images.images.copy()),
-            torch.from_numpy(local.images.labels.copy()),
-            schedule=self.schedule,
-            t0=self.plan.t0,
-            clip_norm=self.plan.clip_norm,
-            shift=self.plan.shift,
-            noise=build_noise(self.config, client=local.client_id),
+        head = local.releases.ledger().head
+        released = local.releases.obtain(
+            local.images, request, progress=count_progress(f"{self.who} release", "image")
         )
-        store.save_release(released)
+        if local.releases.ledger().head != head or store.load_statement() is None:
+            statement = client_statement(local.releases, delta=self.config.privacy.delta)
+            store.save_statement(statement, plain_text(statement))
         return released
 
     def generator(self, purpose: Purpose, round: int, chunk: int = 0) -> torch.Generator:
@@ -143,6 +135,7 @@ class LocalTraining:
             num_examples=len(self.local.train),
             client_id=self.local.client_id,
             round=round,
+            seeded=released.seeded,
         )
         kept = ("exp_avg", "step")  # Adam's moments and their age; the weights are the server's
         moments = {k: v for k, v in trainer.state().items() if k.startswith(kept)}
@@ -219,7 +212,7 @@ class LocalTraining:
             if start + size < total:
                 local.store.save_partial(round, chunk + 1, trainer.state())
         metrics: dict[str, Any] = {"fine_images": images}
-        if losses and self.config.run.simulation:
+        if losses and local.raw_metrics:
             metrics["fine_loss"] = float(np.mean(losses))
         local.store.draft_state(round, "fine", trainer.state())
         return metrics

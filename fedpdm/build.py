@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import typing
 from dataclasses import dataclass
@@ -22,9 +21,11 @@ from fedpdm.mechanism import (
     SystemNoise,
     calibrate_t0,
     release_event,
+    release_parameters,
 )
 from fedpdm.objectives import denoising_loss, drop_labels, truncated_loss
 from fedpdm.partition import ClientPartition, partition
+from fedpdm.releases import ReleaseRequest
 from fedpdm.rng import Purpose, numpy_rng, seed_sequence
 from fedpdm.schedule import NoiseSchedule, make_schedule
 from fedpdm.training import BatchLoss, OptimizerSettings
@@ -39,10 +40,10 @@ __all__ = [
     "build_optimizer_settings",
     "build_partitions",
     "build_release_plan",
+    "build_release_request",
     "build_schedule",
     "coarse_batch_loss",
     "load_split",
-    "privacy_statement",
     "sampler_options",
 ]
 
@@ -173,11 +174,36 @@ def build_release_plan(config: RunConfig, schedule: NoiseSchedule, spec: ImageSp
     )
 
 
-def build_noise(config: RunConfig, *, client: int) -> NoiseSource:
-    """Seeded noise in simulation, operating-system noise everywhere else."""
+def build_noise(config: RunConfig, *, client: int, release: int) -> NoiseSource:
+    """Seeded noise in simulation, operating-system noise everywhere else.
+
+    The seeded stream is the client's and the release's own: no two releases share noise.
+    """
     if config.run.simulation:
-        return SeededNoise(seed_sequence(config.run.seed, Purpose.RELEASE_NOISE, client=client))
+        seed = config.run.seed
+        return SeededNoise(seed_sequence(seed, Purpose.RELEASE_NOISE, client=client, chunk=release))
     return SystemNoise()
+
+
+def build_release_request(
+    config: RunConfig,
+    schedule: NoiseSchedule,
+    plan: ReleasePlan,
+    *,
+    client: int,
+    allow_new_release: bool,
+) -> ReleaseRequest:
+    """What a client of this run asks of its release store."""
+    return ReleaseRequest(
+        client_id=client,
+        parameters=release_parameters(
+            schedule, t0=plan.t0, clip_norm=plan.clip_norm, shift=plan.shift
+        ),
+        delta=config.privacy.delta,
+        noise=lambda release: build_noise(config, client=client, release=release),
+        simulation=config.run.simulation,
+        allow_new_release=allow_new_release,
+    )
 
 
 def build_denoiser(
@@ -280,30 +306,4 @@ def sampler_options(
         "num_steps": config.sampling.num_steps,
         "guidance": config.sampling.guidance,
         "chain": config.coarse.objective,
-    }
-
-
-def privacy_statement(config: RunConfig, plan: ReleasePlan, *, noise_source: str) -> dict[str, Any]:
-    """What is promised, in numbers and words: the content of `privacy.json`."""
-    return {
-        "guarantee": "local differential privacy per image, replace-one, one release per image",
-        "epsilon": plan.epsilon_exact,
-        "epsilon_requested": config.privacy.epsilon,
-        "epsilon_paper_bound": plan.epsilon_paper,
-        "accounting": config.privacy.accounting,
-        "delta": config.privacy.delta,
-        "t0": plan.t0,
-        "clip_norm": plan.clip_norm,
-        "shift": plan.shift,
-        "schedule": dataclasses.asdict(config.schedule),
-        "releases_per_image": 1,
-        "noise_source": noise_source,
-        "simulation": config.run.simulation,
-        "protects": "each image, against whoever sees everything that its client sends",
-        "does_not_protect": [
-            "labels, which are public",
-            "the number of images a client holds",
-            "metrics computed on raw data (sent in simulation only)",
-            "a client's own images if it publishes its fine model",
-        ],
     }

@@ -8,7 +8,11 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from fedpdm.commands.attack import add_attack_parser
+from fedpdm.commands.ledger import add_ledger_parser
+from fedpdm.commands.privacy import add_privacy_parser
 from fedpdm.config import ConfigError, RunConfig, config_reference, load_config
 
 __all__ = ["main"]
@@ -37,6 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         print(f"fedpdm: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except MemoryError as error:
+        print(f"fedpdm: not enough memory: {error or 'the data do not fit'}", file=sys.stderr)
         return 2
     except OSError as error:
         print(f"fedpdm: {error.filename or 'system'}: {error.strerror or error}", file=sys.stderr)
@@ -69,6 +76,15 @@ def _parser() -> argparse.ArgumentParser:
         "--engine", choices=("flower", "inprocess"), default="flower",
         help="flower: flwr run with Ray; inprocess: one client after the other, no Ray",
     )  # fmt: skip
+    run.add_argument(
+        "--releases", type=Path, metavar="DIR",
+        help="keep the clients' releases and ledgers here and share them between runs; "
+        "default: in the run directory",
+    )  # fmt: skip
+    run.add_argument(
+        "--allow-new-release", action="store_true",
+        help="noise released images once more if the settings changed; the ledger adds it up",
+    )  # fmt: skip
     run.add_argument("--resume", action="store_true", help="continue the run in --out")
     run.add_argument("--dry-run", action="store_true", help="check everything, train nothing")
     run.add_argument("--port", type=int, help="of the local SuperLink; default: a free one")
@@ -76,17 +92,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--verbose", action="store_true", help="show Flower's own output too")
     run.set_defaults(action=_run)
 
-    privacy = commands.add_parser(
-        "privacy", help="of epsilon, t0 and clip norm give two, get the third"
-    )
-    privacy.add_argument("--epsilon", type=float)
-    privacy.add_argument("--t0", type=int, help="noising steps")
-    privacy.add_argument("--clip-norm", type=float, help="L2 bound C")
-    privacy.add_argument("--delta", type=float, default=1e-5)
-    privacy.add_argument("--schedule", choices=("linear", "cosine"), default="linear")
-    privacy.add_argument("--steps", type=int, default=1000, help="T")
-    privacy.add_argument("--json", action="store_true", help="print JSON")
-    privacy.set_defaults(action=_privacy)
+    add_privacy_parser(commands)
+    add_ledger_parser(commands)
+    add_attack_parser(commands)
 
     show = commands.add_parser("show", help="summary of a finished run")
     show.add_argument("run", type=Path)
@@ -145,7 +153,12 @@ def _run(options: argparse.Namespace) -> int:
     config, out = _resolved(options)
     from fedpdm.engines.preflight import check_run
 
-    for line in check_run(config, out, resume=options.resume):
+    chosen: dict[str, Any] = {
+        "resume": options.resume,
+        "releases": options.releases.absolute() if options.releases else None,
+        "allow_new_release": options.allow_new_release,
+    }
+    for line in check_run(config, out, **chosen):
         print(line, flush=True)
     if options.dry_run:
         return 0
@@ -154,7 +167,7 @@ def _run(options: argparse.Namespace) -> int:
 
         previous = signal.signal(signal.SIGINT, _leave)
         try:
-            run_in_process(config, out, resume=options.resume)
+            run_in_process(config, out, **chosen)
         finally:
             signal.signal(signal.SIGINT, previous)
     else:
@@ -163,7 +176,7 @@ def _run(options: argparse.Namespace) -> int:
         run_with_flower(
             config,
             out,
-            resume=options.resume,
+            **chosen,
             port=options.port,
             num_cpus=options.cpus,
             verbose=options.verbose,
@@ -177,48 +190,6 @@ def _leave(*_: object) -> None:
     """End at once: Flower's server waits for its worker threads, and every file is crash-safe."""
     print("interrupted; nothing is lost, --resume continues the run", file=sys.stderr, flush=True)
     os._exit(130)
-
-
-def _privacy(options: argparse.Namespace) -> None:
-    import dataclasses
-    import json
-
-    from fedpdm.calibration import ACCOUNTINGS, calibrate
-    from fedpdm.schedule import make_schedule
-
-    schedule = make_schedule(options.schedule, num_steps=options.steps)
-    answers = {
-        accounting: dataclasses.asdict(
-            calibrate(
-                schedule,
-                epsilon=options.epsilon,
-                t0=options.t0,
-                clip_norm=options.clip_norm,
-                delta=options.delta,
-                accounting=accounting,
-            )
-        )
-        for accounting in ACCOUNTINGS
-    }
-    if options.json:
-        print(json.dumps(answers, indent=1))
-        return
-    print(f"{'':<38}{'exact':>12}{'paper bound':>14}")
-    for key, label in (
-        ("epsilon", f"epsilon at delta {options.delta:g}"),
-        ("t0", f"t0 of {schedule.num_steps}"),
-        ("clip_norm", "clip norm C"),
-        ("sigma", "noise sigma, clean image's scale"),
-        ("signal_to_noise", "C / sigma"),
-        ("linkage_auc", "worst-case linkage AUC"),
-        ("linkage_tpr", "  and TPR at 1% FPR"),
-    ):
-        exact, paper = (answers[accounting][key] for accounting in ACCOUNTINGS)
-        print(f"{label:<38}{exact:>12.5g}{paper:>14.5g}")
-    for k in answers["exact"]["group_epsilon"]:
-        exact, paper = (answers[accounting]["group_epsilon"][k] for accounting in ACCOUNTINGS)
-        label = f"exact epsilon for {k} image{'s' if k > 1 else ''} of a person"
-        print(f"{label:<38}{exact:>12.5g}{paper:>14.5g}")
 
 
 def _show(options: argparse.Namespace) -> None:

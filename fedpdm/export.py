@@ -25,13 +25,14 @@ from diffusers.utils import logging as diffusers_logging
 
 from fedpdm.build import ImageSpec, build_denoiser, build_schedule, load_split
 from fedpdm.config import RunConfig
+from fedpdm.files import StoreError, read_tensors
 from fedpdm.pictures import draw_image_grid
 from fedpdm.pictures.files import png_path
 from fedpdm.pipeline import PFDMPipeline
 from fedpdm.rng import Purpose, torch_generator
 from fedpdm.runs import RunDirectory
 from fedpdm.sampling import make_scheduler
-from fedpdm.store import ClientStore, StoreError, read_tensors
+from fedpdm.store import ClientStore
 from fedpdm.training import load_named, select_device
 
 __all__ = ["export_pipeline", "load_pipeline", "sample_grid"]
@@ -109,7 +110,7 @@ def export_pipeline(
     fine, shape = _client(run, folder, privacy, client_id=client_id)
     schedule, t0, shift = build_schedule(config), int(privacy["t0"]), float(privacy["shift"])
     num_classes = len(coarse.get("class_embedding.weight", ())) - 1  # the last is "no label"
-    spec = ImageSpec(channels=shape[1], resolution=shape[2], num_classes=num_classes, shift=shift)
+    spec = ImageSpec(channels=shape[0], resolution=shape[1], num_classes=num_classes, shift=shift)
     models: dict[str, Any] = {}
     for role, weights in (("coarse", coarse), ("fine", fine)):
         models[role] = build_denoiser(config, role, spec=spec, schedule=schedule)
@@ -221,11 +222,11 @@ def _finished(run: RunDirectory) -> tuple[dict[str, Any], dict[str, torch.Tensor
 
 def _client(
     run: RunDirectory, folder: Path, privacy: Mapping[str, Any], *, client_id: int
-) -> tuple[dict[str, torch.Tensor], torch.Size]:
-    """EMA weights of the client's last round, and the shape of its release; `ValueError` if there
+) -> tuple[dict[str, torch.Tensor], tuple[int, int, int]]:
+    """EMA weights of the client's last round, and the shape of its images; `ValueError` if there
     are none, or not of this run."""
     store = ClientStore(folder)
-    state, released = store.load_state(store.last_round()).get("fine", {}), store.load_release()
+    state, released = store.load_state(store.last_round()).get("fine", {}), store.load_statement()
     if not state or released is None:
         folders = (run.root / "clients").glob("[0-9]*")
         known = sorted(int(p.name) for p in folders if ClientStore(p).last_round() > 0)
@@ -234,13 +235,13 @@ def _client(
             f"{', '.join(map(str, known)) or 'none'}"
         )
     for key in ("t0", "clip_norm", "shift"):
-        if (value := getattr(released.parameters, key)) != privacy[key]:
+        if (value := released["latest_release"][key]) != privacy[key]:
             raise StoreError(
                 f"{folder}: client {client_id} released with {key} = {value:g}, this run has "
                 f"{privacy[key]:g}; the store belongs to another run"
             )
     weights = {k.removeprefix("ema."): v for k, v in state.items() if k.startswith("ema.")}
-    return weights, released.x_tilde.shape
+    return weights, tuple(released["image_shape"])
 
 
 def _class_names(config: RunConfig, *, num_classes: int) -> dict[str, str] | None:

@@ -10,13 +10,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedpdm.build import ReleasePlan, build_noise, privacy_statement
+from fedpdm.build import ReleasePlan, build_noise, build_schedule
 from fedpdm.config import RunConfig
 from fedpdm.data import ImageSet
+from fedpdm.files import write_tensors
 from fedpdm.partition import ClientPartition, partition_table
 from fedpdm.pictures import draw_image_grid, draw_partition
+from fedpdm.releases import ReleaseStore
 from fedpdm.runs import RunDirectory
-from fedpdm.store import ClientStore, write_tensors
+from fedpdm.statement import plain_text, run_statement
+from fedpdm.store import ClientStore
 
 __all__ = ["RunLog", "draw_samples", "draw_split", "finish_run", "summarise"]
 
@@ -94,13 +97,21 @@ def finish_run(
     config: RunConfig,
     plan: ReleasePlan,
     log: RunLog,
+    stores: Sequence[ReleaseStore],
     ema: Mapping[str, torch.Tensor],
     history: Mapping[str, Any],
 ) -> None:
-    """Write what a finished run leaves behind and say where it is."""
-    write_tensors(run.root / "coarse.safetensors", ema)
-    noise_source = build_noise(config, client=0).description
-    run.write_json("privacy.json", privacy_statement(config, plan, noise_source=noise_source))
+    """Write what a finished run leaves behind and say where it is.
+
+    `stores` are the clients' release stores in simulation, empty elsewhere.
+    """
+    noise_source = build_noise(config, client=0, release=1).description
+    write_tensors(run.root / "coarse.safetensors", ema, {"noise_source": noise_source})
+    statement = run_statement(
+        config, plan, build_schedule(config), noise_source=noise_source, stores=stores
+    )
+    run.write_json("privacy.json", statement)
+    run.write_text("privacy.txt", plain_text(statement))
     run.write_json("metrics.json", history)
     if config.run.simulation:
         draw_samples(run, config)
@@ -118,6 +129,7 @@ def summarise(run: RunDirectory) -> str:
     for name, what in (
         ("samples.png", "samples of each class: coarse output, coarse then fine, training alone"),
         ("partition.png", "who holds what"),
+        ("privacy.txt", "what is promised, in plain words"),
         ("metrics.json", "losses, bytes and metrics per round and client"),
         ("coarse.safetensors", "the shared coarse model"),
     ):
@@ -132,12 +144,16 @@ def summarise(run: RunDirectory) -> str:
 
 
 def _privacy_lines(privacy: Mapping[str, Any]) -> list[str]:
+    groups = ", ".join(f"{v:.4g} for {k}" for k, v in privacy["group_epsilon"].items() if k != "1")
+    releases = privacy["releases_per_image"]
     lines = [
         f"Privacy  each image is ({privacy['epsilon']:.4g}, {privacy['delta']:g})-locally "
         "differentially private, by exact accounting (analytic Gaussian);",
         f"         t0 = {privacy['t0']}, clip norm {privacy['clip_norm']:g} around "
-        f"{privacy['shift']:g}, one release per image; the paper's bound would say "
-        f"{privacy['epsilon_paper_bound']:.4g}.",
+        f"{privacy['shift']:g}, "
+        f"{'one release' if releases == 1 else f'up to {releases} releases'} per image; the "
+        f"paper's bound would say {privacy['epsilon_paper_bound']:.4g}.",
+        f"         A person with more images in one client: epsilon {groups}.",
         "         Not covered: labels, counts, metrics on raw data, fine models once published.",
     ]
     if privacy["simulation"]:

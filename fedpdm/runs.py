@@ -1,7 +1,7 @@
 """The run directory: what a run leaves behind, and the server's checkpoint.
 
 config.yaml          the resolved configuration
-privacy.json         what is promised
+privacy.json  privacy.txt   what is promised, in numbers and in words
 metrics.json         per round and final
 coarse.safetensors   the shared model (EMA), when the run has finished
 samples.png  partition.png
@@ -23,8 +23,8 @@ from typing import Any
 import torch
 
 from fedpdm.config import ConfigError, RunConfig, config_to_yaml, load_config
+from fedpdm.files import StoreError, read_tensors, write_atomic, write_tensors
 from fedpdm.mechanism import release_metadata, restore_release
-from fedpdm.store import StoreError, read_tensors, write_atomic, write_tensors
 from fedpdm.types import ReleasedDataset
 
 __all__ = ["RunDirectory"]
@@ -109,7 +109,12 @@ class RunDirectory:
         write_tensors(
             self.root / "server" / "releases" / f"{client_id:06d}.safetensors",
             {"x_tilde": released.x_tilde, "labels": released.labels},
-            release_metadata(released),
+            release_metadata(
+                released.parameters,
+                released.event,
+                noise_source=released.noise_source,
+                seeded=released.seeded,
+            ),
         )
 
     def load_releases(self) -> list[ReleasedDataset]:

@@ -14,8 +14,16 @@ from typing import Any
 
 import fedpdm
 from fedpdm.config import ConfigError, RunConfig, config_from_json, load_config
+from fedpdm.runs import RunDirectory
 
-__all__ = ["experiments_root", "is_resumed", "run_config_of", "run_root"]
+__all__ = [
+    "experiments_root",
+    "is_resumed",
+    "new_release_allowed",
+    "release_path",
+    "run_config_of",
+    "run_root",
+]
 
 
 def experiments_root() -> Path:
@@ -62,9 +70,26 @@ def run_root(flat: Mapping[str, Any], config: RunConfig, run_id: int) -> Path:
     return base / f"{config.name}-{run_id}"
 
 
+def release_path(flat: Mapping[str, Any], run: RunDirectory, client_id: int) -> Path:
+    """Where a simulated client keeps its releases: under `release-dir` where given, to share them
+    between runs, else in its store in the run directory."""
+    if chosen := str(flat.get("release-dir", "")):
+        return Path(chosen).expanduser().absolute() / str(client_id)
+    return run.client_path(client_id)
+
+
 def is_resumed(flat: Mapping[str, Any]) -> bool:
     """Whether the run continues the one in `run-dir`."""
-    resume = flat.get("resume", False)
-    if not isinstance(resume, bool):
-        raise ConfigError(f"resume: must be true or false, got {resume!r}")
-    return resume
+    return _flag(flat, "resume")
+
+
+def new_release_allowed(flat: Mapping[str, Any]) -> bool:
+    """Whether simulated clients may noise released images once more."""
+    return _flag(flat, "allow-new-release")
+
+
+def _flag(flat: Mapping[str, Any], key: str) -> bool:
+    value = flat.get(key, False)
+    if not isinstance(value, bool):
+        raise ConfigError(f"{key}: must be true or false, got {value!r}")
+    return value

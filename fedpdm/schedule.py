@@ -8,6 +8,15 @@ With betas b_1..b_T, `abar_t = prod_{s<=t} (1 - b_s)` and `abar_0 = 1`, the forw
 `t` counts the noising steps that were applied: 0 is clean, T is the end. diffusers counts from 0
 for one step; that conversion is made in `fedpdm.sampling` and `fedpdm.denoisers` alone.
 Coefficients are kept in float64.
+
+Kinds of schedule, with u_t = (t / T + s) / (1 + s) pi / 2 and s = 0.008:
+
+    linear           b_t evenly spaced from beta_start to beta_end       (DDPM section 4)
+    cosine           abar_t = cos(u_t) / cos(u_0)                        (not squared)
+    squared_cosine   abar_t = cos(u_t)^2 / cos(u_0)^2                    (Nichol and Dhariwal 2021,
+                     Eq. 17; squaredcos_cap_v2 in diffusers)
+
+In both cosines abar_T would be 0, so betas are capped at 0.999 as in the paper.
 """
 
 from __future__ import annotations
@@ -18,7 +27,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-__all__ = ["NoiseSchedule", "make_schedule", "q_sample", "q_sample_from"]
+__all__ = ["SCHEDULE_KINDS", "NoiseSchedule", "make_schedule", "q_sample", "q_sample_from"]
+
+SCHEDULE_KINDS = ("linear", "cosine", "squared_cosine")
+
+MAX_STEPS = 1_000_000
+COSINE_OFFSET = 0.008  # s; keeps the first betas from vanishing
+MAX_BETA = 0.999  # of the cosines; leaves the last step a signal
+_COSINE_POWERS = {"cosine": 1, "squared_cosine": 2}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -66,35 +82,46 @@ def make_schedule(
     beta_start: float = 1e-4,
     beta_end: float = 0.02,
 ) -> NoiseSchedule:
-    """`linear` (DDPM section 4) or `cosine` (Nichol and Dhariwal 2021, Eq. 17) schedule.
+    """A schedule of one of `SCHEDULE_KINDS` (see the module); only `linear` takes the betas.
 
-    `ValueError` for another kind, for num_steps < 2 and for betas outside (0, 1).
+    `ValueError` for another kind, for num_steps outside [2, 1,000,000], for betas outside (0, 1)
+    and for an abar_T that float32 cannot hold.
     """
     if num_steps < 2:
         raise ValueError(f"schedule.num_steps must be at least 2, got {num_steps}")
+    if num_steps > MAX_STEPS:
+        raise ValueError(f"schedule.num_steps must be at most {MAX_STEPS}, got {num_steps}")
     if kind == "linear":
-        if not 0.0 < beta_start <= beta_end < 1.0:
-            raise ValueError(
-                "schedule.beta_start and beta_end must satisfy 0 < start <= end < 1, "
-                f"got {beta_start} and {beta_end}"
-            )
-        betas = np.linspace(beta_start, beta_end, num_steps, dtype=np.float64)
-    elif kind == "cosine":
-        offset = 0.008
-        grid = np.arange(num_steps + 1, dtype=np.float64) / num_steps
-        f = np.cos((grid + offset) / (1.0 + offset) * np.pi / 2.0) ** 2
-        betas = np.minimum(1.0 - f[1:] / f[:-1], 0.999)
+        betas = _linear_betas(num_steps, beta_start, beta_end)
+    elif kind in _COSINE_POWERS:
+        betas = _cosine_betas(num_steps, power=_COSINE_POWERS[kind])
     else:
-        raise ValueError(f"schedule.kind must be linear or cosine, got {kind!r}")
+        known = f"{', '.join(SCHEDULE_KINDS[:-1])} or {SCHEDULE_KINDS[-1]}"
+        raise ValueError(f"schedule.kind must be {known}, got {kind!r}")
     alphas_cumprod = np.concatenate([[1.0], np.cumprod(1.0 - betas)])
     if alphas_cumprod[-1] < np.finfo(np.float32).tiny:
-        raise ValueError(
+        raise ValueError(  # linear alone: abar_T of the cosines is at least 2e-15
             f"schedule.beta_end: alphas_cumprod falls to {alphas_cumprod[-1]:.3g} at the last "
             "step, too small for float32; lower beta_end or num_steps"
         )
     betas.setflags(write=False)
     alphas_cumprod.setflags(write=False)
     return NoiseSchedule(kind=kind, betas=betas, alphas_cumprod=alphas_cumprod)
+
+
+def _linear_betas(num_steps: int, beta_start: float, beta_end: float) -> np.ndarray:
+    if not 0.0 < beta_start <= beta_end < 1.0:
+        raise ValueError(
+            "schedule.beta_start and beta_end must satisfy 0 < start <= end < 1, "
+            f"got {beta_start} and {beta_end}"
+        )
+    return np.linspace(beta_start, beta_end, num_steps, dtype=np.float64)
+
+
+def _cosine_betas(num_steps: int, *, power: int) -> np.ndarray:
+    grid = np.arange(num_steps + 1, dtype=np.float64) / num_steps
+    f = np.cos((grid + COSINE_OFFSET) / (1.0 + COSINE_OFFSET) * np.pi / 2.0) ** power
+    return np.minimum(1.0 - f[1:] / f[:-1], MAX_BETA)
 
 
 def q_sample(

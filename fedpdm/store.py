@@ -1,7 +1,7 @@
-"""A client's disk: the stored release, the training state and the replies already given.
+"""A client's disk: its training state and the replies already given.
 
-    identity.json             whose store this is: the data digest and the release settings
-    release.safetensors       x_tilde and labels with their parameters; written once
+    ledger.jsonl  releases/   what it has released (`fedpdm.releases`), here or elsewhere
+    privacy.json  privacy.txt what that promises
     rounds/000007/            one directory per finished round, renamed into place when complete
         coarse.safetensors    optimiser moments of the coarse model
         fine.safetensors      fine model, EMA, moments, step
@@ -17,15 +17,13 @@ process.
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import fcntl
 import io
 import json
 import os
 import shutil
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,87 +31,30 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedpdm.mechanism import release_metadata, restore_release
-from fedpdm.tensorfile import TensorFileError, read_file, write_file
-from fedpdm.types import ReleasedDataset
+from fedpdm.files import (
+    StoreError,
+    flush_directory,
+    locked,
+    read_json,
+    read_tensors,
+    write_atomic,
+    write_tensors,
+)
 
-__all__ = ["ClientStore", "Reply", "StoreError", "read_tensors", "write_atomic", "write_tensors"]
-
-
-class StoreError(ValueError):
-    """A store that cannot be used as asked; one line that names the path."""
-
-
-def _flush_directory(path: Path) -> None:
-    """Make the renames in a directory durable: a release lost to a power cut would be redrawn."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; `StoreError` if it is damaged."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise StoreError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(value, dict):
-        raise StoreError(f"{path}: must hold an object, got {type(value).__name__}")
-    return value
-
-
-@contextlib.contextmanager
-def _appearing(path: Path) -> Iterator[Path]:
-    """A temporary path to write to; renamed to `path` at the end, on disk, or removed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _flush_directory(path.parent)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        reason = "no space left on the device" if error.errno == errno.ENOSPC else error.strerror
-        raise StoreError(f"{path}: cannot be written: {reason}") from None
-
-
-def write_atomic(path: Path, data: bytes | np.ndarray) -> None:
-    """Write a file so that it appears complete or not at all; `StoreError` if it cannot be."""
-    with _appearing(path) as temporary, open(temporary, "wb") as file:
-        file.write(data if isinstance(data, bytes) else data.data)
-
-
-def write_tensors(
-    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
-) -> None:
-    """Write named tensors as safetensors, as atomically; no copy of them is made in memory."""
-    with _appearing(path) as temporary:
-        write_file(temporary, tensors, metadata or {})
-
-
-def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Named tensors and metadata of a file of `write_tensors`; `StoreError` if it is damaged."""
-    try:
-        return read_file(path)
-    except (OSError, TensorFileError) as error:
-        raise StoreError(f"{path}: cannot be read: {error}") from None
+__all__ = ["ClientStore", "Reply"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
     """What a client answered in a round: `payload` (empty for nothing, None if it was drafted),
-    metrics, and the fingerprint of the message it answered."""
+    metrics, the fingerprint of the message it answered, and the head of its ledger of releases."""
 
     round: int
     payload: bytes | None
     num_examples: int
     metrics: dict[str, Any]
     request: str
+    ledger: str = ""
 
 
 class ClientStore:
@@ -124,64 +65,24 @@ class ClientStore:
     def __init__(self, root: Path) -> None:
         self.root = root
 
-    @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self) -> AbstractContextManager[None]:
         """Exclusive access to the store across processes; waits for the other holder."""
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            handle = open(self.root / ".lock", "w")  # noqa: SIM115
-        except OSError as error:
-            raise StoreError(f"{self.root}: store cannot be written: {error.strerror}") from None
-        with handle:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            yield
+        return locked(self.root / ".lock")
 
-    def claim(self, identity: Mapping[str, Any]) -> None:
-        """Bind the store to `identity` on first use; `StoreError` if it belongs to another."""
-        path = self.root / "identity.json"
-        text = json.dumps(dict(identity), sort_keys=True, indent=1)
-        if not path.exists():
-            write_atomic(path, text.encode())
-            return
-        known = _read_json(path)
-        for key, value in identity.items():
-            if known.get(key) != value:
-                raise StoreError(
-                    f"{self.root}: this store was made with {key} = {known.get(key)!r}, "
-                    f"now {value!r}; noising the same images again would be a second release: "
-                    "use another directory or restore the old setting"
-                )
+    def ledger_heads(self) -> list[str]:
+        """Where the ledger of releases ended when the kept rounds were answered."""
+        records = (read_json(folder / "reply.json") for folder in self._finished())
+        return [str(record["ledger"]) for record in records if record.get("ledger")]
 
-    # The release.
+    def save_statement(self, statement: Mapping[str, Any], words: str) -> None:
+        """Write what this client has released, in numbers and in words."""
+        write_atomic(self.root / "privacy.json", (json.dumps(statement, indent=1) + "\n").encode())
+        write_atomic(self.root / "privacy.txt", words.encode())
 
-    @property
-    def release_path(self) -> Path:
-        return self.root / "release.safetensors"
-
-    def load_release(self) -> ReleasedDataset | None:
-        """The stored release, or None if this store has none yet."""
-        if not self.release_path.exists():
-            if self.last_round() > 0:
-                raise StoreError(
-                    f"{self.release_path}: is gone, but rounds were finished with it; noising the "
-                    "same images again would be a second release"
-                )
-            return None
-        tensors, metadata = read_tensors(self.release_path)
-        try:
-            return restore_release(tensors["x_tilde"], tensors["labels"], metadata)
-        except (KeyError, ValueError) as error:
-            raise StoreError(f"{self.release_path}: {error}") from None
-
-    def save_release(self, released: ReleasedDataset) -> None:
-        """Store the release; refuses to replace one."""
-        if self.release_path.exists():
-            raise StoreError(f"{self.release_path}: a release is stored already")
-        write_tensors(
-            self.release_path,
-            {"x_tilde": released.x_tilde, "labels": released.labels},
-            release_metadata(released),
-        )
+    def load_statement(self) -> dict[str, Any] | None:
+        """The numbers of `save_statement`, or None."""
+        path = self.root / "privacy.json"
+        return read_json(path) if path.exists() else None
 
     # Rounds.
 
@@ -221,7 +122,7 @@ class ClientStore:
         folder = self._round_path(round)
         if not (folder / "reply.json").exists():
             return None
-        record = _read_json(folder / "reply.json")
+        record = read_json(folder / "reply.json")
         try:
             payload = (folder / "reply.safetensors").read_bytes()
             return Reply(round=round, payload=payload, **record)
@@ -244,6 +145,7 @@ class ClientStore:
             "num_examples": reply.num_examples,
             "metrics": reply.metrics,
             "request": reply.request,
+            "ledger": reply.ledger,
         }
         try:
             for name, tensors in (state or {}).items():
@@ -252,7 +154,7 @@ class ClientStore:
                 self.draft_payload(reply.round, reply.payload)
             write_atomic(draft / "reply.json", json.dumps(record, indent=1).encode())
             os.replace(draft, final)
-            _flush_directory(final.parent)
+            flush_directory(final.parent)
         except StoreError:
             shutil.rmtree(draft, ignore_errors=True)
             raise

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
 import torch
 
-__all__ = ["TensorFileError", "pack", "read_file", "unpack", "write_file"]
+__all__ = ["TensorFileError", "header", "pack", "read_file", "unpack", "write_file"]
 
 ENTRY = "fedpdm"
 
@@ -44,6 +46,26 @@ def write_file(
         text = str(error)
         code = errno.ENOSPC if "os error 28" in text or "No space" in text else errno.EIO
         raise OSError(code, text) from None
+
+
+def header(layout: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+    """The bytes before the values, for a file whose values are written piece by piece.
+
+    `layout` maps each name to its safetensors type (U8, F32) and shape; the values follow in that
+    order, row by row, little-endian.
+    """
+    sizes = {"U8": 1, "F32": 4}
+    table: dict[str, Any] = {
+        "__metadata__": {ENTRY: json.dumps(dict(metadata), sort_keys=True)},
+    }
+    start = 0
+    for name, (dtype, shape) in layout.items():
+        end = start + sizes[dtype] * math.prod(shape)
+        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(table).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def read_file(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -39,7 +39,8 @@ class ReleaseParameters:
 
     `t0` is the number of noising steps (0 is clean), `clip_norm` the L2 bound C in units of
     the shifted [-1, 1] pixel scale, `shift` the public constant that was subtracted before
-    clipping, `alpha_bar` the schedule's cumulative product at `t0`.
+    clipping, `alpha_bar` the schedule's cumulative product at `t0`, `grid` the steps per standard
+    deviation of the noise of the grid that the release is rounded to (`fedpdm.noise`).
     """
 
     t0: int
@@ -48,6 +49,7 @@ class ReleaseParameters:
     schedule: str
     num_steps: int
     alpha_bar: float
+    grid: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +57,8 @@ class ReleasedDataset:
     """Privatised images: the only form in which images leave a client.
 
     `x_tilde` is float32 (N, C, H, W), `sqrt(abar_t0) CLIP(x) + sqrt(1 - abar_t0) z`; `labels`
-    is int64 (N,), public. Constructed in `fedpdm.mechanism` alone (a test holds that).
+    is int64 (N,), public; `seeded` marks noise that can be drawn again from a seed (simulation).
+    Constructed in `fedpdm.mechanism` alone (a test holds that).
     """
 
     x_tilde: torch.Tensor
@@ -63,6 +66,7 @@ class ReleasedDataset:
     parameters: ReleaseParameters
     event: GaussianEvent
     noise_source: str
+    seeded: bool
 
     def __len__(self) -> int:
         return len(self.x_tilde)
@@ -73,13 +77,14 @@ class CoarseUpdate:
     """Coarse weights after local steps on one client's `ReleasedDataset`.
 
     `weights` maps parameter names to tensors; `num_examples` is the number of released
-    images that the client holds (never the number of batches).
+    images that the client holds (never the number of batches); `seeded` is that of the release.
     """
 
     weights: Mapping[str, torch.Tensor]
     num_examples: int
     client_id: int
     round: int
+    seeded: bool
 
 
 @dataclass(frozen=True, kw_only=True)

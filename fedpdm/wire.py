@@ -55,7 +55,8 @@ FIT_METRICS: Mapping[str, type] = {
     "num_heldout": int,
 }
 
-# Computed on raw data: not covered by the guarantee, sent in simulation only.
+# Computed on raw data: not covered by the guarantee. Sent in simulation; elsewhere only if the
+# client itself says so (`raw-metrics` in its node config), whatever the server asks for.
 RAW_METRICS: Mapping[str, type] = {
     "fine_loss": float,
     **{
@@ -132,6 +133,7 @@ def encode_update(update: CoarseUpdate) -> Message:
             "num_examples": str(update.num_examples),
             "client_id": str(update.client_id),
             "round": str(update.round),
+            "seeded": str(update.seeded).lower(),
         },
     )
 
@@ -163,6 +165,7 @@ def decode_update(
             num_examples=int(metadata["num_examples"]),
             client_id=int(metadata["client_id"]),
             round=int(metadata["round"]),
+            seeded={"true": True, "false": False}[metadata["seeded"]],
         )
     except (KeyError, ValueError) as error:
         raise WireError(f"update of {who}: malformed header: {error}") from None
@@ -179,7 +182,16 @@ def encode_release(released: ReleasedDataset, *, client_id: int) -> Message:
         raise WireError(f"only a ReleasedDataset may leave here, got {type(released).__name__}")
     return _pack(
         {"x_tilde": released.x_tilde, "labels": released.labels},
-        {"kind": "release", "client_id": str(client_id), **release_metadata(released)},
+        {
+            "kind": "release",
+            "client_id": str(client_id),
+            **release_metadata(
+                released.parameters,
+                released.event,
+                noise_source=released.noise_source,
+                seeded=released.seeded,
+            ),
+        },
     )
 
 
@@ -204,8 +216,9 @@ def check_metrics(
 ) -> dict[str, bool | int | float]:
     """The metrics mapping that may leave a client: known names, scalars of the listed type.
 
-    `allow_raw` admits `RAW_METRICS`, which are computed on raw data (simulation only). Values
-    that are not finite are left out. `WireError` for any other name or type.
+    `allow_raw` admits `RAW_METRICS`, which are computed on raw data: in simulation, or where the
+    client's own node config says so. Values that are not finite are left out. `WireError` for any
+    other name or type.
     """
     allowed = {**FIT_METRICS, **(RAW_METRICS if allow_raw else {})}
     checked: dict[str, Any] = {}

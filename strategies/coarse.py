@@ -54,7 +54,7 @@ class ClientFailure(RuntimeError):
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
     """The server's part of the configuration. `min_clients` nodes are waited for, `wait_seconds` at
-    most."""
+    most; only in a `simulation` may privacy noise be seeded."""
 
     rounds: int
     min_clients: int
@@ -64,6 +64,7 @@ class ServerSettings:
     ema_decay: float
     seed: int
     wait_seconds: int = 86_400
+    simulation: bool = False
 
 
 class CoarseStrategy(Strategy):

@@ -77,6 +77,11 @@ class CoarseFedAvg(CoarseStrategy):
                 f"update of client {answer.client_id}: header says client {update.client_id}, "
                 f"{update.num_examples} examples; Flower says {answer.num_examples}"
             )
+        if update.seeded and not self.settings.simulation:
+            raise wire.WireError(
+                f"update of client {answer.client_id}: made from a release whose noise is seeded, "
+                "outside simulation"
+            )
 
     def absorb(self, round: int, answers: Sequence[ClientAnswer]) -> dict[str, float]:
         names = sorted(self.weights)

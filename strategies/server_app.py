@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 from flwr.common import Context
@@ -18,9 +19,10 @@ from fedpdm.build import (
     load_split,
 )
 from fedpdm.config import RunConfig
+from fedpdm.releases import ReleaseStore
 from fedpdm.reporting import RunLog, draw_split, finish_run
 from fedpdm.runs import RunDirectory
-from fedpdm.runtime import is_resumed, run_config_of, run_root
+from fedpdm.runtime import is_resumed, release_path, run_config_of, run_root
 from strategies.coarse import CoarseStrategy, ServerSettings
 from strategies.fedavg import CoarseFedAvg
 from strategies.server_training import CoarseServerTraining
@@ -28,8 +30,13 @@ from strategies.server_training import CoarseServerTraining
 __all__ = ["app", "build_strategy", "server_fn"]
 
 
-def build_strategy(config: RunConfig, run: RunDirectory, *, resume: bool) -> CoarseStrategy:
-    """The strategy that a config asks for, started or resumed; claims the run directory."""
+def build_strategy(
+    config: RunConfig, run: RunDirectory, *, resume: bool, stores: Sequence[ReleaseStore] = ()
+) -> CoarseStrategy:
+    """The strategy that a config asks for, started or resumed; claims the run directory.
+
+    `stores` are the clients' release stores where this party holds them (simulation).
+    """
     images = load_split(config, "train") if config.run.simulation else None
     spec: ImageSpec = build_image_spec(config, images)
     schedule = build_schedule(config)
@@ -50,11 +57,12 @@ def build_strategy(config: RunConfig, run: RunDirectory, *, resume: bool) -> Coa
             wait_seconds=120 if config.run.simulation else 86_400,
             ema_decay=section.ema_decay,
             seed=config.run.seed,
+            simulation=config.run.simulation,
         ),
         "weights": {name: p.detach() for name, p in model.unet.named_parameters()},
         "run": run,
         "announce": log.say,
-        "finish": functools.partial(finish_run, run, config, plan, log),
+        "finish": functools.partial(finish_run, run, config, plan, log, stores),
     }
     strategy: CoarseStrategy
     if config.coarse.training == "server":
@@ -70,7 +78,11 @@ def server_fn(context: Context) -> ServerAppComponents:
     """Strategy and number of rounds for this run."""
     config = run_config_of(context.run_config)
     run = RunDirectory(run_root(context.run_config, config, context.run_id))
-    strategy = build_strategy(config, run, resume=is_resumed(context.run_config))
+    stores = [
+        ReleaseStore(release_path(context.run_config, run, client))
+        for client in range(config.partition.num_clients if config.run.simulation else 0)
+    ]
+    strategy = build_strategy(config, run, resume=is_resumed(context.run_config), stores=stores)
     return ServerAppComponents(
         strategy=strategy,
         config=ServerConfig(

@@ -8,7 +8,6 @@ fine models.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -26,9 +25,10 @@ from fedpdm.build import (
     server_steps_per_round,
 )
 from fedpdm.config import RunConfig
+from fedpdm.mechanism import release_parameters, same_release
 from fedpdm.rng import Purpose, torch_generator
 from fedpdm.training import Trainer, class_weights, select_device
-from fedpdm.types import ReleasedDataset, ReleaseParameters
+from fedpdm.types import ReleasedDataset
 from strategies.answers import ClientAnswer
 from strategies.coarse import CoarseStrategy, Weights
 
@@ -64,16 +64,14 @@ class CoarseServerTraining(CoarseStrategy):
             answer.message, who=f"client {answer.client_id}", client_id=answer.client_id
         )
         got, shape = released.parameters, tuple(released.x_tilde.shape[1:])
-        wanted = ReleaseParameters(
-            t0=self._plan.t0,
-            clip_norm=self._plan.clip_norm,
-            shift=self._plan.shift,
-            schedule=self._schedule.kind,
-            num_steps=self._schedule.num_steps,
-            alpha_bar=self._schedule.alpha_bar(self._plan.t0),
+        wanted = release_parameters(
+            self._schedule, t0=self._plan.t0, clip_norm=self._plan.clip_norm, shift=self._plan.shift
         )
-        same = math.isclose(got.alpha_bar, wanted.alpha_bar, rel_tol=1e-9)  # machines may round
-        same = same and got == replace(wanted, alpha_bar=got.alpha_bar)
+        if released.seeded and not self.settings.simulation:
+            raise wire.WireError(
+                f"release of client {answer.client_id}: its noise is seeded, outside simulation"
+            )
+        same = same_release(got, wanted)
         if not same or shape != self._spec.shape:
             raise wire.WireError(
                 f"release of client {answer.client_id}: made with {got} of images {shape}, "

@@ -103,6 +103,26 @@ class ImageSet:
             sha.update(np.ascontiguousarray(array).data)
         return sha.hexdigest()
 
+    def image_digests(self) -> NDArray[np.uint8]:
+        """SHA-256 of each image's shape and pixels, (N, 32) uint8: what an image is known by.
+
+        It depends on the pixels only, not on label, position, file or memory layout. Digests of
+        private images are private: whoever has one can test a guess.
+        """
+        shape = f"{self.images.shape[1:]}".encode()
+        digests = [hashlib.sha256(shape + image.tobytes()).digest() for image in self.images]
+        return np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(-1, 32)
+
+    def distinct(self) -> NDArray[np.int64]:
+        """Positions (n,) of the first of each group of equal images, in order; n <= N."""
+        seen: set[bytes] = set()
+        first = []
+        for position, digest in enumerate(self.image_digests()):
+            if (key := digest.tobytes()) not in seen:
+                seen.add(key)
+                first.append(position)
+        return np.array(first, dtype=np.int64)
+
 
 def _check_images(images: NDArray[np.uint8]) -> None:
     if not isinstance(images, np.ndarray) or images.dtype != np.uint8:
@@ -140,15 +160,21 @@ def _check_labels(labels: NDArray[np.int64], *, num_images: int, num_classes: in
         raise ValueError(f"labels[{at}] must be in [0, {num_classes}), got {labels[at]}")
 
 
-def normalize(images_uint8: torch.Tensor | NDArray[np.uint8], *, shift: float) -> torch.Tensor:
+def normalize(
+    images_uint8: torch.Tensor | NDArray[np.uint8],
+    *,
+    shift: float,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Scale pixels for a model: `pixel / 127.5 - 1 - shift`.
 
     Args:
         images_uint8: any shape, uint8, 0..255; a tensor stays on its device.
         shift: public background level in [-1, 1].
+        out: float32 tensor of the same shape and device to write to; default: a new one.
 
     Returns:
-        float32 tensor of the same shape, range [-1 - shift, 1 - shift].
+        float32 tensor of the same shape (`out` if given), range [-1 - shift, 1 - shift].
 
     Raises:
         ValueError: if the dtype is not uint8 or `shift` is outside [-1, 1].
@@ -156,11 +182,10 @@ def normalize(images_uint8: torch.Tensor | NDArray[np.uint8], *, shift: float) -
     _check_shift(shift)
     if images_uint8.dtype not in (torch.uint8, np.uint8):
         raise ValueError(f"images_uint8 must be uint8, got {images_uint8.dtype}")
-    if isinstance(images_uint8, np.ndarray):
-        scaled = torch.from_numpy(images_uint8.astype(np.float32))
-    else:
-        scaled = images_uint8.to(torch.float32)
-    return scaled.div_(127.5).sub_(1.0 + shift)
+    pixels = images_uint8
+    if isinstance(pixels, np.ndarray):
+        pixels = torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy())
+    return torch.div(pixels, 127.5, out=out).sub_(1.0 + shift)
 
 
 def denormalize(x: torch.Tensor, *, shift: float) -> torch.Tensor:

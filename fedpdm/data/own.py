@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import warnings
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedpdm.data.rawsplit import ArrayReader, RawSplit, Split, split_of
 from fedpdm.data.resizing import resize
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 __all__ = ["IMAGE_SUFFIXES", "read_image_folder", "read_npz"]
 
@@ -106,16 +112,11 @@ def _image_files(folder: Path) -> list[Path]:
 
 def _all_grey(files: list[Path], *, same_size: bool) -> bool:
     """Whether every file is grey, from the headers alone; checks modes and sizes on the way."""
-    from PIL import Image
-
     is_grey = True
     first: tuple[Path, tuple[int, int]] | None = None
     for file in files:
-        try:
-            with Image.open(file) as picture:
-                mode, size = picture.mode, picture.size
-        except (OSError, SyntaxError, ValueError) as error:
-            raise ValueError(f"data.root: {file} is not a readable image: {error}") from error
+        with _opened(file) as picture:
+            mode, size = picture.mode, picture.size
         if mode not in _GREY_MODES + _COLOR_MODES:
             raise ValueError(f"data.root: {file} must have 8 bits per channel, got mode {mode}")
         is_grey = is_grey and mode in _GREY_MODES
@@ -132,15 +133,28 @@ def _describe(size: tuple[int, int]) -> str:
     return f"{size[0]}x{size[1]}"
 
 
-def _decode(file: Path, *, is_grey: bool) -> NDArray[np.uint8]:
-    """(C, H, W) uint8 of one image file."""
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[Image.Image]:
+    """An image file, for reading; `ValueError` if it is none, damaged, or too large."""
     from PIL import Image
 
     try:
-        with Image.open(file) as picture:
-            pixels = np.asarray(picture.convert("L" if is_grey else "RGB"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # half the limit
+            with Image.open(file) as picture:
+                yield picture
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"data.root: {file} is too large to be read: {error}") from None
+    except MemoryError:
+        raise ValueError(f"data.root: {file} is larger than the free memory") from None
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"data.root: {file} is not a readable image: {error}") from error
+
+
+def _decode(file: Path, *, is_grey: bool) -> NDArray[np.uint8]:
+    """(C, H, W) uint8 of one image file."""
+    with _opened(file) as picture:
+        pixels = np.asarray(picture.convert("L" if is_grey else "RGB"))
     return pixels[None] if is_grey else pixels.transpose(2, 0, 1)
 
 

@@ -39,6 +39,8 @@ def run_with_flower(
     out: Path,
     *,
     resume: bool = False,
+    releases: Path | None = None,
+    allow_new_release: bool = False,
     port: int | None = None,
     num_cpus: int | None = None,
     verbose: bool = False,
@@ -48,6 +50,8 @@ def run_with_flower(
     Args:
         config: the resolved configuration; out: the run directory.
         resume: continue the run in `out`.
+        releases: where clients keep their releases; default: in the run directory.
+        allow_new_release: let clients noise released images once more.
         port: of the local SuperLink's HTTP interface on loopback; default: a free one.
         num_cpus: processors for Ray; default: all of this machine.
         verbose: show Flower's and Ray's own lines too (they are in `flower.log` either way).
@@ -68,6 +72,8 @@ def run_with_flower(
                 f"resolved-config = {json.dumps(config_to_json(config))}",
                 f"run-dir = {json.dumps(str(out))}",
                 f"resume = {'true' if resume else 'false'}",
+                f"release-dir = {json.dumps(str(releases.absolute()) if releases else '')}",
+                f"allow-new-release = {'true' if allow_new_release else 'false'}",
             )
         )
         + "\n",
@@ -206,6 +212,8 @@ set = ""
 num-clients = 2
 run-dir = ""
 resume = false
+release-dir = ""
+allow-new-release = false
 resolved-config = ""
 """
 

@@ -70,8 +70,18 @@ class _LocalProxy(ClientProxy):
         return DisconnectRes(reason="")
 
 
-def run_in_process(config: RunConfig, out: Path, *, resume: bool = False) -> None:
+def run_in_process(
+    config: RunConfig,
+    out: Path,
+    *,
+    resume: bool = False,
+    releases: Path | None = None,
+    allow_new_release: bool = False,
+) -> None:
     """Run a whole federation here; results are under `out` when it returns.
+
+    `releases` is where clients keep their releases (default: in the run directory),
+    `allow_new_release` lets them noise released images once more.
 
     Raises what the server raises: `ConfigError` for a run directory of another config,
     `ClientFailure` for a failed client.
@@ -80,6 +90,8 @@ def run_in_process(config: RunConfig, out: Path, *, resume: bool = False) -> Non
         "resolved-config": config_to_json(config),
         "run-dir": str(out.absolute()),
         "resume": resume,
+        "release-dir": str(releases.absolute()) if releases else "",
+        "allow-new-release": allow_new_release,
     }
 
     def context(node_id: int, node_config: dict[str, Any]) -> Context:

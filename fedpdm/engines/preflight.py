@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from fedpdm.build import (
     build_optimizer_settings,
     build_partitions,
     build_release_plan,
+    build_release_request,
     build_schedule,
     load_split,
     sampler_options,
@@ -28,6 +29,7 @@ from fedpdm.build import (
 from fedpdm.config import ConfigError, RunConfig
 from fedpdm.data import ImageSet
 from fedpdm.partition import ClientPartition
+from fedpdm.releases import ReleaseStore
 from fedpdm.runs import RunDirectory
 from fedpdm.sampling import make_scheduler, sample
 from fedpdm.schedule import NoiseSchedule
@@ -36,8 +38,17 @@ from fedpdm.training import select_device
 __all__ = ["check_run"]
 
 
-def check_run(config: RunConfig, out: Path, *, resume: bool) -> list[str]:
+def check_run(
+    config: RunConfig,
+    out: Path,
+    *,
+    resume: bool,
+    releases: Path | None = None,
+    allow_new_release: bool = False,
+) -> list[str]:
     """Load the data, split it, calibrate, build the models; returns lines that say what will run.
+
+    Clients' release stores are opened and asked whether they would do what the run needs.
 
     Raises `ConfigError` or `ValueError` (one line) for whatever would stop the run later.
     """
@@ -70,6 +81,17 @@ def check_run(config: RunConfig, out: Path, *, resume: bool) -> list[str]:
     }
     build_optimizer_settings(config, "coarse")
     _check_space(config, out, sizes, num_bytes=4 * images.images.size)
+    if releases is not None:
+        _check_writable(releases)
+    again = _check_releases(
+        config,
+        images,
+        partitions,
+        {part.client_id: _release_root(out, releases, part.client_id) for part in partitions},
+        plan=plan,
+        schedule=schedule,
+        allow_new_release=allow_new_release,
+    )
     counts = [len(part.indices) for part in partitions]
     rounds = config.run.rounds
     return [
@@ -83,6 +105,49 @@ def check_run(config: RunConfig, out: Path, *, resume: bool) -> list[str]:
         f"{rounds} rounds of {config.coarse.steps_per_round} coarse and "
         f"{config.fine.steps_per_round} fine steps",
         f"run directory: {out}",
+        *again,
+    ]
+
+
+def _release_root(out: Path, releases: Path | None, client: int) -> Path:
+    return (releases / str(client)) if releases else RunDirectory(out).client_path(client)
+
+
+def _check_releases(
+    config: RunConfig,
+    images: ImageSet,
+    partitions: Sequence[ClientPartition],
+    roots: Mapping[int, Path],
+    *,
+    plan: ReleasePlan,
+    schedule: NoiseSchedule,
+    allow_new_release: bool,
+) -> list[str]:
+    """Ask stores that are there what the run would do to them; they refuse by `StoreError`.
+
+    Returns a line that says what images will pay if some are to be noised once more.
+    """
+    previews = []
+    for part in partitions:
+        store = ReleaseStore(roots[part.client_id])
+        if not store.ledger().records:
+            continue
+        request = build_release_request(
+            config,
+            schedule,
+            plan,
+            client=part.client_id,
+            allow_new_release=allow_new_release,
+        )
+        previews.append(store.preview(images.subset(part.indices), request))
+    num_again = sum(preview.again for preview in previews)
+    if not num_again:
+        return []
+    worst = max(previews, key=lambda preview: preview.epsilon_after)
+    return [
+        f"NEW RELEASE of {num_again} released images: epsilon of an image goes up to "
+        f"{worst.epsilon_after:.4g} (from {worst.epsilon_before:.4g}) at delta "
+        f"{config.privacy.delta:g}"
     ]
 
 

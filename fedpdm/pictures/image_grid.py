@@ -35,6 +35,7 @@ def draw_image_grid(
     column_labels: Sequence[str] | None = None,
     scale: int | None = None,
     title: str | None = None,
+    note: str | None = None,
 ) -> None:
     """Rows of small images with labels at the left, as a PNG file; every pixel stays a square.
 
@@ -47,7 +48,7 @@ def draw_image_grid(
             one group share it, and groups stand apart.
         column_labels: one per column, above; turned where they are too wide.
         scale: pixels per image pixel, >= 1. Default: the least for at least 48 per image.
-        title: one line at the top.
+        title: one line at the top; note: a smaller line below it.
 
     Raises:
         ValueError: if numbers of labels, or types or sizes of images do not fit.
@@ -67,6 +68,7 @@ def draw_image_grid(
             row_groups=row_groups,
             column_labels=column_labels or [],
             title=title,
+            note=note,
         ),
         target,
     )
@@ -112,6 +114,7 @@ def _grid_figure(
     row_groups: Sequence[str] | None,
     column_labels: Sequence[str],
     title: str | None,
+    note: str | None,
 ) -> Figure:
     """The grid, laid out in whole pixels: images are pasted, never resampled."""
     from matplotlib.figure import Figure
@@ -125,7 +128,7 @@ def _grid_figure(
     left += group_width + 2 * _LABEL_GAP if group_width else 0
     heading_width = _text_width(column_labels, size=9.0)
     is_turned = heading_width > cell[1]
-    top = _MARGIN + (26 if title else 0)
+    top = _MARGIN + (26 if title else 0) + (20 if note else 0)
     top += (heading_width + 6 if is_turned else 18) if column_labels else 0
     tops = [
         top + row * (cell[0] + _GAP) + sum(row >= start for start in starts[1:]) * _GROUP_GAP
@@ -133,7 +136,9 @@ def _grid_figure(
     ]
     canvas_height = tops[-1] + cell[0] + _MARGIN
     canvas_width = left + num_columns * (cell[1] + _GAP) - _GAP + _MARGIN
-    canvas_width = max(canvas_width, _text_width([title or ""], size=11.0, bold=True) + 2 * _MARGIN)
+    title_width = _text_width([title or ""], size=11.0, bold=True)
+    title_width = max(title_width, _text_width([note or ""], size=9.0))
+    canvas_width = max(canvas_width, title_width + 2 * _MARGIN)
     canvas = np.full((canvas_height, canvas_width, 3), 255, dtype=np.uint8)
     for row, y in zip(rows, tops, strict=True):
         for column in range(num_columns):
@@ -151,6 +156,8 @@ def _grid_figure(
 
     if title:
         write(_MARGIN, _MARGIN + 7, title, fontsize=11.0, fontweight="bold")
+    if note:
+        write(_MARGIN, _MARGIN + (26 if title else 0) + 4, note, color=MUTED)
     for column, label in enumerate(column_labels):
         middle = left + column * (cell[1] + _GAP) + cell[1] / 2
         write(middle, top - 5, label, ha="center", va="bottom", rotation=90 if is_turned else 0)

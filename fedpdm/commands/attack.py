@@ -1,0 +1,305 @@
+"""`fedpdm attack`: break the release, if it can be broken, on the code that clients run."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedpdm.config.schema import ScheduleConfig
+
+if TYPE_CHECKING:
+    from fedpdm.attacks import AuditReport, LinkageResult
+    from fedpdm.config import RunConfig
+    from fedpdm.data import ImageSet
+
+__all__ = ["add_attack_parser"]
+
+EXAMPLES = """\
+examples:
+  fedpdm attack linkage --data mnist --epsilon 10 --clip-norm 10 --out linkage
+  fedpdm attack audit --t0 690 --clip-norm 10 --canaries 10000
+  fedpdm attack audit --epsilon 10 --clip-norm 10 --seeded 0 --known-seed 0     (must fail)
+"""
+LINKAGE = """\
+The server's best test: from which of two known images was an upload made? Images of a data set go
+through a client's real release path; the likelihood ratio's ROC curve is compared with the one that
+follows from the noise. Exit code 1 if the two disagree.
+"""
+AUDIT = """\
+One-run audit: a client is given one of each of many pairs of canaries, by a secret coin; everything
+it uploads in two rounds, with a restart between them, is used to guess the coins. What the right
+guesses prove about epsilon, and checks of the noise itself, are held against the client's ledger.
+Exit code 1 if the release leaks more than the ledger says.
+"""
+
+
+def add_attack_parser(commands: Any) -> None:
+    """Add the command to the subparsers of `fedpdm`."""
+    attack = commands.add_parser(
+        "attack",
+        help="attack the release: linkage of uploads, one-run audit",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    kinds = attack.add_subparsers(required=True, metavar="ATTACK")
+    linkage = kinds.add_parser(
+        "linkage",
+        help="from which of two images was an upload made?",
+        description=LINKAGE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    linkage.add_argument(
+        "--data", default="digits", metavar="IMAGES",
+        help="a data set by name, a folder with one folder per class, or a .npz file; "
+        "default: %(default)s",
+    )  # fmt: skip
+    linkage.add_argument("--resolution", type=int, help="pixels; default: as they are")
+    linkage.add_argument("--pairs", type=int, help="default: as many as there are, at most 10,000")
+    linkage.set_defaults(action=run_linkage)
+    audit = kinds.add_parser(
+        "audit",
+        help="what do a client's uploads prove about epsilon?",
+        description=AUDIT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    audit.add_argument("--canaries", type=int, default=5000, help="default: %(default)s")
+    audit.add_argument("--shape", default="3x32x32", metavar="CxHxW", help="default: %(default)s")
+    audit.add_argument(
+        "--known-seed", type=int, action="append", default=[], metavar="SEED",
+        help="a seed that somebody else may know (repeatable)",
+    )  # fmt: skip
+    audit.set_defaults(action=run_audit)
+    for parser in (linkage, audit):
+        _add_release_options(parser)
+
+
+def _add_release_options(parser: argparse.ArgumentParser) -> None:
+    kind = next(f for f in dataclasses.fields(ScheduleConfig) if f.name == "kind")
+    parser.add_argument("--epsilon", type=float, help="give it or --t0; default: 10")
+    parser.add_argument("--t0", type=int, help="noising steps")
+    parser.add_argument("--clip-norm", type=float, default=10.0, help="default: %(default)s")
+    parser.add_argument("--delta", type=float, default=1e-5, help="default: %(default)s")
+    parser.add_argument("--shift", type=float, help="default: the set's background")
+    parser.add_argument("--schedule", choices=kind.metadata["choices"], default=kind.default)
+    parser.add_argument("--steps", type=int, default=1000, help="T; default: %(default)s")
+    parser.add_argument("--seed", type=int, help="of pairs and coins; default: drawn and reported")
+    parser.add_argument(
+        "--seeded", type=int, metavar="SEED", help="seeded noise, as in a simulation with this seed"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write figures in JSON, pictures")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _config(options: argparse.Namespace) -> RunConfig:
+    """The client's run; checks every option of the release."""
+    from fedpdm.engines.one_client import attack_config
+
+    if options.epsilon is not None and options.t0 is not None:
+        raise ValueError("give --epsilon or --t0, not both")
+    epsilon = 10.0 if options.epsilon is None and options.t0 is None else options.epsilon
+    for name in ("seed", "seeded"):
+        if (value := getattr(options, name)) is not None and value < 0:
+            raise ValueError(f"--{name}: must be at least 0, got {value}")
+    if options.seed is None:
+        import secrets
+
+        options.seed = secrets.randbits(32)
+    return attack_config(
+        epsilon=epsilon,
+        t0=options.t0,
+        delta=options.delta,
+        clip_norm=options.clip_norm,
+        shift=options.shift,
+        schedule=options.schedule,
+        num_steps=options.steps,
+        seed=options.seeded,
+    )
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def run_linkage(options: argparse.Namespace) -> int:
+    """The action of `attack linkage`: 0 if measured and analytic AUC agree, else 1."""
+    import numpy as np
+
+    from fedpdm.attacks import linkage_attack
+    from fedpdm.engines.one_client import upload_releases
+
+    config, images = _config(options), _images(options)
+    most = len(images.distinct()) // 2
+    pairs = min(10_000, most) if options.pairs is None else options.pairs
+    _say(f"linkage: {pairs:,} pairs of {options.data}, through a client's release path ...")
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="fedpdm-attack-") as folder:
+        result = linkage_attack(
+            images,
+            lambda chosen: upload_releases(config, chosen, Path(folder))[0][0],
+            num_pairs=pairs,
+            rng=np.random.default_rng(options.seed),
+        )
+    _say(f"linkage: done in {time.perf_counter() - started:.1f} s")
+    summary = result.summary
+    facts = {
+        "data": options.data,
+        "seed": options.seed,
+        "t0": result.parameters.t0,
+        "shift": result.parameters.shift,
+        **dataclasses.asdict(summary),
+    }
+    if options.out is not None:
+        _draw(result, options.out / "linkage.png", facts)
+    _tell(options, "linkage.json", facts, _linkage_text(facts))
+    return 0 if summary.agrees else 1
+
+
+def _images(options: argparse.Namespace) -> ImageSet:
+    import numpy as np
+
+    from fedpdm.commands.public_images import open_public_images
+    from fedpdm.data import ImageSet
+
+    source = open_public_images(options.data, option="--data", resolution=options.resolution)
+    return ImageSet(
+        images=source.read(np.arange(len(source))),
+        labels=source.labels,
+        class_names=source.class_names,
+        background=source.background,
+    )
+
+
+def _linkage_text(facts: dict[str, Any]) -> str:
+    low, high = facts["auc_low"], facts["auc_high"]
+    middle = facts["distance_quantiles"][3]
+    return "\n".join(
+        (
+            f"Linkage of uploads, {facts['num_pairs']:,} pairs of {facts['data']} (seed "
+            f"{facts['seed']}), t0 = {facts['t0']}, clip norm {facts['clip_norm']:g} around "
+            f"{facts['shift']:g}, sigma {facts['sigma']:.4g}",
+            f"{'':<34}{'measured':>10}{'analytic':>10}{'worst case':>12}",
+            f"{'AUC':<34}{facts['auc']:>10.4f}{facts['auc_analytic']:>10.4f}"
+            f"{facts['worst_auc']:>12.4f}",
+            f"{'TPR at ' + format(facts['fpr'], '.0%') + ' FPR':<34}{facts['tpr']:>10.4f}"
+            f"{facts['tpr_analytic']:>10.4f}{facts['worst_tpr']:>12.4f}",
+            f"{facts['confidence']:.0%} interval of the AUC: {low:.4f} to {high:.4f}, the analytic "
+            f"value is {'inside' if facts['agrees'] else 'OUTSIDE'}",
+            f"median distance of a pair after clipping: {middle:.4g}; the worst case is two images "
+            f"at {2 * facts['clip_norm']:g}",
+            "This is what a server can do that knows both images and asks which was uploaded.",
+        )
+    )
+
+
+def _draw(result: LinkageResult, path: Path, facts: dict[str, Any]) -> None:
+    import numpy as np
+    from scipy import special
+
+    from fedpdm.attacks import linkage_roc, roc_points
+    from fedpdm.pictures import draw_roc
+
+    fpr = np.geomspace(1e-6, 1.0, 400)[:-1]
+    ratio = 2.0 * facts["clip_norm"] / facts["sigma"]
+    draw_roc(
+        path,
+        {
+            f"measured, AUC {facts['auc']:.3f}": roc_points(result.positive, result.negative),
+            f"analytic, AUC {facts['auc_analytic']:.3f}": linkage_roc(
+                result.distances, sigma=facts["sigma"]
+            ),
+            f"worst case, AUC {facts['worst_auc']:.3f}": (
+                fpr,
+                special.ndtr(special.ndtri(fpr) + ratio),
+            ),
+        },
+        title=f"Linkage of uploads, {facts['data']}, t0 = {facts['t0']}, "
+        f"clip norm {facts['clip_norm']:g}",
+        smallest=max(1e-4, 2.0 / facts["num_pairs"]),
+    )
+
+
+def run_audit(options: argparse.Namespace) -> int:
+    """The action of `attack audit`: 0 if the release keeps to its ledger, else 1."""
+    import numpy as np
+
+    from fedpdm.attacks import audit, draw_game
+    from fedpdm.build import build_noise
+    from fedpdm.engines.one_client import upload_releases
+
+    config = _config(options)
+    shift = 0.0 if options.shift is None else options.shift
+    game = draw_game(
+        options.canaries,
+        shape=_shape(options.shape),
+        rng=np.random.default_rng(options.seed),
+        background=shift,
+    )
+    _say(f"audit: {options.canaries:,} canaries of {options.shape}, two rounds ...")
+    started = time.perf_counter()
+    suspects = []
+    for seed in options.known_seed:
+        run = dataclasses.replace(config.run, simulation=True, seed=seed)
+        suspects.append(build_noise(dataclasses.replace(config, run=run), client=0, release=1))
+    with tempfile.TemporaryDirectory(prefix="fedpdm-attack-") as folder:
+        uploads, store = upload_releases(config, game.images, Path(folder), rounds=2)
+        report = audit(
+            game,
+            uploads,
+            claimed_epsilon=store.spent(delta=options.delta).largest,
+            delta=options.delta,
+            recorded=len(store.ledger().releases()),
+            suspects=suspects,
+        )
+    _say(f"audit: done in {time.perf_counter() - started:.1f} s")
+    facts = {"seed": options.seed, **dataclasses.asdict(report)}
+    _tell(options, "audit.json", facts, _audit_text(report, options))
+    return 0 if report.passed else 1
+
+
+def _shape(text: str) -> tuple[int, int, int]:
+    try:
+        channels, height, width = (int(part) for part in text.split("x"))
+    except ValueError:
+        raise ValueError(f"--shape: must be like 3x32x32, got {text!r}") from None
+    return channels, height, width
+
+
+def _audit_text(report: AuditReport, options: argparse.Namespace) -> str:
+    made = report.guesses
+    lines = [
+        f"One-run audit, {made.num_canaries:,} canaries of {options.shape} (seed {options.seed}); "
+        f"{report.num_uploads} uploads, {report.num_distinct} distinct, {report.recorded} in the "
+        "ledger",
+        f"  claimed epsilon at delta {report.delta:g}        {report.claimed_epsilon:8.4f}",
+        f"  lower bounds at {made.confidence:.0%} confidence:",
+        f"    one run, any mechanism (Steinke)     {report.epsilon_steinke:8.4f}   "
+        f"({made.num_right} of the {made.num_guesses} surest guesses right)",
+        f"    one run, Gaussian DP (Mahloujifar)   {report.epsilon_gaussian:8.4f}",
+        f"    images noised independently          {report.epsilon_independent:8.4f}   "
+        f"({made.num_right_of_all} of {made.num_canaries} right, {report.accuracy:.4f}; theory "
+        f"{report.expected_accuracy:.4f})",
+        f"  canaries are {report.distance_ratio:.3f} of the largest possible distance apart",
+        "  checks:",
+    ]
+    for finding in report.findings:
+        chance = "" if finding.p_value is None else f" (p = {finding.p_value:.2g})"
+        verdict = "ok  " if finding.passed else "FAIL"
+        lines.append(f"    {verdict} {finding.name}: {finding.seen}{chance}")
+    verdict = "keeps to" if report.passed else "LEAKS MORE THAN"
+    lines.append(f"  the release {verdict} what its ledger says")
+    return "\n".join(lines)
+
+
+def _tell(options: argparse.Namespace, name: str, facts: dict[str, Any], text: str) -> None:
+    """Print the result as text or JSON, and write it where asked."""
+    from fedpdm.files import write_atomic
+
+    if options.out is not None:
+        write_atomic(options.out / name, (json.dumps(facts, indent=1) + "\n").encode())
+    print(json.dumps(facts, indent=1) if options.json else text)

@@ -1,0 +1,138 @@
+"""`fedpdm ledger`: what clients have released and what each image has paid."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedpdm.ledger import Record, ReleaseRecord
+    from fedpdm.releases import ReleaseStore
+
+__all__ = ["add_ledger_parser"]
+
+NAME = "ledger.jsonl"
+DESCRIPTION = """\
+Print the ledger of a client's store: what was released when, with which parameters and noise, and
+the epsilon that each image has spent. Checks every record and every release file first; a ledger
+that was edited or cut is refused (exit code 2). Keep the head somewhere else: it also shows a
+ledger that was replaced as a whole.
+"""
+
+
+def add_ledger_parser(commands: Any) -> None:
+    """Add the command to the subparsers of `fedpdm`."""
+    parser = commands.add_parser(
+        "ledger",
+        help="what clients have released, and what each image has paid",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("directory", type=Path, help="a client's store, a run or a --releases DIR")
+    parser.add_argument("--delta", type=float, help="default: that of each latest release")
+    parser.add_argument("--head", help="fail unless the (one) ledger has been at this head")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(action=run_ledger)
+
+
+def find_ledgers(directory: Path) -> list[Path]:
+    """Stores with a ledger: the directory itself, or one per client below it."""
+    if not directory.is_dir():
+        raise ValueError(f"{directory}: is not a directory")
+    if (directory / NAME).exists():
+        return [directory]
+    for pattern in (f"clients/*/{NAME}", f"*/{NAME}"):
+        if found := [path.parent for path in directory.glob(pattern)]:
+            return sorted(found, key=lambda path: (len(path.name), path.name))
+    raise ValueError(
+        f"{directory}: holds no {NAME}; give a client's store, a run, or the --releases directory "
+        "of a run"
+    )
+
+
+def run_ledger(options: argparse.Namespace) -> None:
+    """The command's action. `ValueError` with one line for a ledger that does not check out."""
+    from fedpdm.releases import ReleaseStore
+
+    stores = [ReleaseStore(path) for path in find_ledgers(options.directory)]
+    if options.head:
+        if len(stores) != 1:
+            raise ValueError(f"--head: needs one ledger, {options.directory} has {len(stores)}")
+        stores[0].check_history([options.head])
+    found = [_describe(store, options.delta) for store in stores]
+    if options.json:
+        print(json.dumps(found, indent=1))
+        return
+    for store, facts in zip(stores, found, strict=True):
+        print(_text(store, facts))
+
+
+def _describe(store: ReleaseStore, delta: float | None) -> dict[str, Any]:
+    ledger = store.ledger()
+    releases = ledger.releases()
+    chosen = delta if delta is not None else (releases[-1].delta if releases else 1e-5)
+    spent = store.spent(delta=chosen)
+    return {
+        "store": str(store.root),
+        "client_id": ledger.client_id,
+        "head": ledger.head,
+        "delta": chosen,
+        "epsilon_max": spent.largest,
+        "epsilon_distribution": [
+            {"epsilon": epsilon, "images": count} for epsilon, count in spent.distribution
+        ],
+        "images": spent.images,
+        "simulation": any(release.seeded for release in releases),
+        "records": [
+            {
+                "record": record.number,
+                "kind": record.kind,
+                "at": record.at,
+                **record.fields,
+                "chain": record.chain,
+            }
+            for record in ledger.records
+        ],
+    }
+
+
+def _text(store: ReleaseStore, facts: dict[str, Any]) -> str:
+    ledger = store.ledger()
+    releases = iter(ledger.releases())
+    lines = [
+        f"Client {facts['client_id']}  {ledger.path}",
+        f"  {len(ledger.records)} records and {len(ledger.releases())} release files check out; "
+        f"head {ledger.head}",
+    ]
+    for record in ledger.records:
+        lines += _record_lines(record, next(releases) if record.kind == "release" else None)
+    lines.append(
+        f"  Spent per image at delta {facts['delta']:g}: epsilon {facts['epsilon_max']:.4g} at most"
+    )
+    lines += [
+        f"    epsilon {row['epsilon']:<8.4g} {row['images']:>9,} images"
+        for row in facts["epsilon_distribution"]
+    ]
+    if facts["simulation"]:
+        lines.append("  SIMULATION: seeded noise; it protects from nobody who knows the seed.")
+    return "\n".join(lines)
+
+
+def _record_lines(record: Record, release: ReleaseRecord | None) -> list[str]:
+    title = f"  {record.number:>3}  {record.at}  {record.kind}"
+    if release is None:
+        facts = ", ".join(f"{key} {value}" for key, value in record.fields.items())
+        return [f"{title}  {facts}"]
+    settings = release.parameters
+    shape = "x".join(map(str, release.image_shape))
+    return [
+        f"{title} {release.release}: {release.images:,} images of {shape}, epsilon "
+        f"{release.epsilon:.4g} at delta {release.delta:g}",
+        f"{'':9}t0 {settings.t0} of {settings.num_steps} ({settings.schedule}), clip norm "
+        f"{settings.clip_norm:g} around {settings.shift:g}, noise multiplier "
+        f"{release.event.noise_multiplier:.5g}",
+        f"{'':9}noise: {release.noise_source}",
+        f"{'':9}file: {release.file}, SHA-256 {release.sha256[:16]}...",
+    ]

@@ -1,0 +1,36 @@
+"""The local differential privacy mechanism: clip, noise, and the record of having done so."""
+
+from fedpdm.mechanism.events import (
+    calibrate_t0,
+    implied_event,
+    release_event,
+    release_parameters,
+    same_release,
+)
+from fedpdm.mechanism.gaussian import clip_l2, clip_to_grid, noised_chunks, release
+from fedpdm.mechanism.records import (
+    read_release_metadata,
+    release_metadata,
+    restore_release,
+    select,
+)
+from fedpdm.noise import NoiseSource, SeededNoise, SystemNoise
+
+__all__ = [
+    "NoiseSource",
+    "SeededNoise",
+    "SystemNoise",
+    "calibrate_t0",
+    "clip_l2",
+    "clip_to_grid",
+    "implied_event",
+    "noised_chunks",
+    "read_release_metadata",
+    "release",
+    "release_event",
+    "release_metadata",
+    "release_parameters",
+    "restore_release",
+    "same_release",
+    "select",
+]
