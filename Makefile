@@ -9,7 +9,7 @@ NOW := $(shell date +%Y%m%d-%H%M%S)
 export FLWR_TELEMETRY_ENABLED = 0
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast lint format bench stop clean \
+.PHONY: help install demo test test-fast audit lint format bench stop clean \
 	experiment-cifar experiment-colored-mnist
 
 help: ## this list
@@ -41,6 +41,10 @@ experiment-cifar: install ## CIFAR-10, majority/minority clients (PROFILE=smoke)
 experiment-colored-mnist: install ## Colorized MNIST, majority/minority clients (PROFILE=smoke)
 	$(BIN)/fedpdm run experiments/colored-mnist-$(PROFILE).yaml \
 		--out runs/colored-mnist-$(PROFILE)-$(NOW)
+
+audit: install ## attack the release as clients make it: linkage and one-run audit, a minute
+	$(BIN)/fedpdm attack linkage --data digits
+	$(BIN)/fedpdm attack audit --canaries 5000
 
 lint: install ## ruff and mypy
 	$(BIN)/ruff check .

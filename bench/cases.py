@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.release import release_memory, release_secure, release_seeded
+
 __all__ = ["CASES", "Case"]
 
 
@@ -195,6 +197,18 @@ CASES = {
     "training_step": Case(
         what="images/s over a plain diffusers loop", target=1.0, better="higher",
         measure=training_step,
+    ),
+    "release_seeded": Case(
+        what="MB/s of float32 released, one core, seeded", target=300.0, better="higher",
+        measure=release_seeded,
+    ),
+    "release_secure": Case(
+        what="MB/s of float32 released, one core, secure", target=60.0, better="higher",
+        measure=release_secure,
+    ),
+    "release_memory": Case(
+        what="peak MB beyond the data, 50,000 CIFAR images released", target=300.0, better="lower",
+        measure=release_memory,
     ),
     "help_time": Case(
         what="seconds for fedpdm --help", target=1.0, better="lower", measure=help_time
