@@ -104,6 +104,7 @@ def settings(**changes: Any) -> ServerSettings:
         "evaluate_every": 1,
         "ema_decay": 0.5,
         "seed": 0,
+        "simulation": True,
     }
     return ServerSettings(**{**values, **changes})
 
@@ -151,6 +152,7 @@ def update(
     metrics: Mapping[str, Any] | None = None,
     says: int | None = None,
     counts: int | None = None,
+    seeded: bool = False,
 ) -> FitRes:
     """A client's coarse update; its header may say another client or another count."""
     sent = CoarseUpdate(
@@ -158,6 +160,7 @@ def update(
         num_examples=num_examples if counts is None else counts,
         client_id=client_id if says is None else says,
         round=round,
+        seeded=seeded,
     )
     default = {"client_id": client_id, "coarse_loss": 0.5, "num_released": num_examples}
     return fit_result(

@@ -17,7 +17,8 @@ from fedpdm.accountant import (
     multiplier_for,
     multiplier_for_bound,
 )
-from fedpdm.mechanism import calibrate_t0, release_event
+from fedpdm.calibration import calibrate_t0
+from fedpdm.mechanism import release_event
 from fedpdm.schedule import make_schedule
 from fedpdm.types import GaussianEvent
 from tests.oracles import hockey_stick
@@ -68,7 +69,7 @@ def test_calibrated_t0_is_the_smallest_that_fits(accounting: str, spent: str) ->
                 return epsilon_spent([one], delta=DELTA)
             return epsilon_bound(one, delta=DELTA)
 
-        assert cost(t0) <= eps + 1e-9
+        assert cost(t0) <= eps
         assert t0 == 1 or cost(t0 - 1) > eps
 
 
@@ -181,27 +182,6 @@ def test_bad_epsilons_are_refused(eps: float) -> None:
     for function in (multiplier_for, multiplier_for_bound):
         with pytest.raises(ValueError, match=message):
             function(epsilon=eps, delta=DELTA)
-
-
-@pytest.mark.parametrize("accounting", ["exact", "paper"])
-@pytest.mark.parametrize("clip", [23.0, 77.0, 1e6])
-def test_an_epsilon_out_of_reach_says_what_would_do(accounting: str, clip: float) -> None:
-    options = {"epsilon": 1.0, "delta": DELTA, "accounting": accounting}
-    with pytest.raises(ValueError, match="cannot be reached") as caught:
-        calibrate_t0(LINEAR, clip_norm=clip, **options)
-    message = str(caught.value)
-    assert message.startswith(f"privacy.epsilon 1 cannot be reached with clip_norm {clip:g}: ")
-    found = re.search(r"t0 = 1000 gives ([\d.e+]+); lower clip_norm to ([\d.]+) or less", message)
-    assert found is not None
-    last = release_event(LINEAR, t0=1000, clip_norm=clip)
-    exact = epsilon_spent([last], delta=DELTA)
-    best = exact if accounting == "exact" else epsilon_bound(last, delta=DELTA)
-    assert float(found[1]) == pytest.approx(best, rel=1e-3)
-    # The advice works, and is not much stricter than needed.
-    advised = float(found[2])
-    assert calibrate_t0(LINEAR, clip_norm=advised, **options) > 990
-    with pytest.raises(ValueError, match="cannot be reached"):
-        calibrate_t0(LINEAR, clip_norm=1.002 * advised, **options)
 
 
 def test_bad_calibrations_are_refused() -> None:

@@ -157,7 +157,7 @@ def test_default_directory_is_named_after_the_experiment(
     seen = []
     monkeypatch.setattr(
         "fedpdm.engines.inprocess.run_in_process",
-        lambda config, out, resume: seen.append((config.name, out, resume)),
+        lambda config, out, resume, **_: seen.append((config.name, out, resume)),
     )
     assert in_process(experiment) == 0
     monkeypatch.setenv("FEDPDM_RUNS", str(tmp_path / "disk"))
@@ -175,7 +175,7 @@ def test_data_directory_becomes_absolute(
     seen = []
     monkeypatch.setattr(
         "fedpdm.engines.preflight.check_run",
-        lambda config, out, resume: seen.append(config.data.root) or [],
+        lambda config, out, **_: seen.append(config.data.root) or [],
     )
     (tmp_path / "own.yaml").write_text("data: {name: npz, root: own.npz}")
     (tmp_path / "env.yaml").write_text("data: {name: npz}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -231,3 +233,34 @@ def test_npz_files_that_are_not(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match=exactly("data.root: npz has no train image")):
         load_image_set("npz", split="train", root=tmp_path / "none.npz")
+
+
+def test_an_image_too_large_to_read_is_refused_by_its_header(tmp_path: Path) -> None:
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        checked = kind + content
+        return struct.pack(">I", len(content)) + checked + struct.pack(">I", zlib.crc32(checked))
+
+    size = struct.pack(">IIBBBBB", 40_000, 30_000, 8, 0, 0, 0, 0)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        Image.new("L", (8, 8), 7).save(tmp_path / name / "small.png")
+    (tmp_path / "b" / "vast.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+    )
+    with pytest.raises(ValueError, match=r"vast.png is too large to be read: .*1200000000 pixels"):
+        load_image_set("image_folder", split="train", root=tmp_path, resolution=8)
+
+
+def test_an_image_that_does_not_fit_into_memory_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("train/a", "test/a"):
+        (tmp_path / name).mkdir(parents=True)
+        Image.new("L", (8, 8), 7).save(tmp_path / name / "1.png")
+
+    def convert(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Image.Image, "convert", convert)
+    with pytest.raises(ValueError, match=r"1.png is larger than the free memory"):
+        load_image_set("image_folder", split="train", root=tmp_path)

@@ -19,19 +19,21 @@ from safetensors.torch import load_file
 from fedpdm.build import (
     build_denoiser,
     build_image_spec,
-    build_noise,
     build_optimizer_settings,
     build_release_plan,
+    build_release_request,
     build_schedule,
-    privacy_statement,
 )
 from fedpdm.config import RunConfig, config_from_mapping
+from fedpdm.data import ImageSet
 from fedpdm.denoisers import NO_LABEL, Denoiser
 from fedpdm.export import export_pipeline, load_pipeline, sample_grid
-from fedpdm.mechanism import release
+from fedpdm.files import write_tensors
+from fedpdm.releases import ReleaseStore
 from fedpdm.runs import RunDirectory
 from fedpdm.sampling import sample
-from fedpdm.store import ClientStore, Reply, write_tensors
+from fedpdm.statement import client_statement, plain_text, run_statement
+from fedpdm.store import ClientStore, Reply
 from fedpdm.training import Trainer
 from tests.toys import seeded
 
@@ -70,7 +72,7 @@ class FakeRun:
         for client in (0, 2):
             self.fine[client] = self._trained("fine", seed=10 + client)
             self._fill_store(client)
-        statement = privacy_statement(self.config, self.plan, noise_source="seeded")
+        statement = run_statement(self.config, self.plan, self.schedule, noise_source="seeded")
         self.run.write_json("privacy.json", statement)
 
     def _trained(self, role: str, *, seed: int) -> Trainer:
@@ -85,17 +87,20 @@ class FakeRun:
 
     def _fill_store(self, client: int) -> None:
         store = ClientStore(self.run.client_path(client))
-        released = release(
-            torch.rand((4, *self.spec.shape), generator=seeded()),
-            torch.zeros(4, dtype=torch.int64),
-            schedule=self.schedule,
-            t0=self.plan.t0,
-            clip_norm=self.plan.clip_norm,
-            shift=self.plan.shift,
-            noise=build_noise(self.config, client=client),
+        images = ImageSet(
+            images=np.random.default_rng(client).integers(0, 256, (4, *self.spec.shape), np.uint8),
+            labels=np.zeros(4, dtype=np.int64),
+            class_names=("0",),
+            background=self.spec.shift,
         )
+        request = build_release_request(
+            self.config, self.schedule, self.plan, client=client, allow_new_release=False
+        )
+        releases = ReleaseStore(store.root)
+        releases.obtain(images, request)
+        statement = client_statement(releases, delta=1e-5)
         with store.lock():
-            store.save_release(released)
+            store.save_statement(statement, plain_text(statement))
             reply = Reply(round=3, payload=b"", num_examples=4, metrics={}, request="")
             store.finish_round(reply, {"fine": self.fine[client].state()})
 

@@ -20,9 +20,10 @@ from fedpdm.build import (
     load_split,
 )
 from fedpdm.config import ConfigError, RunConfig
+from fedpdm.files import read_tensors
 from fedpdm.reporting import RunLog, draw_samples, draw_split, finish_run, metrics_table, summarise
 from fedpdm.runs import RunDirectory
-from fedpdm.store import ClientStore, read_tensors
+from fedpdm.store import ClientStore
 from tests.federations import small_config
 
 CONFIG = small_config()
@@ -163,7 +164,7 @@ def finish(root: Path, config: RunConfig, clients: list[dict[str, Any]]) -> RunD
     plan = build_release_plan(config, schedule, spec)
     history = {"rounds": [], "final": {"heldout_coarse_loss": 0.98765, "clients": clients}}
     store_samples(run, 0)
-    finish_run(run, config, plan, RunLog(run), {"w": torch.ones(2)}, history)
+    finish_run(run, config, plan, RunLog(run), [], {"w": torch.ones(2)}, history)
     return run
 
 
@@ -174,6 +175,10 @@ def test_finished_run_leaves_its_results(tmp_path: Path) -> None:
     assert privacy["epsilon"] <= privacy["epsilon_requested"] == 10.0
     assert privacy["epsilon_paper_bound"] > privacy["epsilon"]
     assert privacy["releases_per_image"] == 1
+    words = (tmp_path / "privacy.txt").read_text()
+    assert "THIS IS A SIMULATION" in words
+    assert f"epsilon = {privacy['epsilon']:.4g} at delta = 1e-05" in words
+    assert all(line in words for line in privacy["does_not_protect"])
     assert run.read_json("metrics.json")["final"]["clients"][0]["client_id"] == 0
     assert (tmp_path / "samples.png").exists()
     assert summarise(run).splitlines()[1] in (tmp_path / "log.txt").read_text()
@@ -187,6 +192,7 @@ def test_summary_says_what_is_promised_and_what_is_not(tmp_path: Path) -> None:
     assert f"bound would say {privacy['epsilon_paper_bound']:.4g}" in told
     assert "Not covered: labels, counts, metrics on raw data, fine models" in told
     assert "SIMULATION: the noise is seeded" in told
+    assert f"epsilon {privacy['group_epsilon']['2']:.4g} for 2" in told
     assert "held-out releases: 0.9877" in told
     assert str(tmp_path) in told
     assert "samples.png" in told
@@ -205,6 +211,7 @@ def test_summary_of_a_deployed_run(tmp_path: Path) -> None:
     assert not (tmp_path / "samples.png").exists()
     assert "SIMULATION" not in told
     assert "No image metrics" in told
+    assert "SIMULATION" not in (tmp_path / "privacy.txt").read_text()
     assert "operating-system" in run.read_json("privacy.json")["noise_source"]
 
 

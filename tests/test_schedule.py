@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedpdm.schedule import make_schedule, q_sample, q_sample_from
+from fedpdm.config.schema import ScheduleConfig
+from fedpdm.schedule import SCHEDULE_KINDS, make_schedule, q_sample, q_sample_from
 from tests.oracles import moments_fault
 
 
@@ -26,8 +28,8 @@ def noise_like(x: torch.Tensor, seed: int) -> torch.Tensor:
     [
         ("linear", "linear", 1000),
         ("linear", "linear", 37),
-        ("cosine", "squaredcos_cap_v2", 1000),
-        ("cosine", "squaredcos_cap_v2", 50),
+        ("squared_cosine", "squaredcos_cap_v2", 1000),
+        ("squared_cosine", "squaredcos_cap_v2", 50),
     ],
 )
 def test_alphas_cumprod_are_those_of_diffusers(kind: str, theirs: str, num_steps: int) -> None:
@@ -54,18 +56,48 @@ def test_linear_is_exact_in_float64() -> None:
         assert schedule.noise_to_signal(t) == pytest.approx(sigma, rel=1e-11, abs=1e-12)
 
 
-def test_cosine_has_nichol_and_dhariwals_closed_form() -> None:
-    schedule = make_schedule("cosine", num_steps=200)
+@pytest.mark.parametrize("num_steps", [2, 10, 200, 1000])
+@pytest.mark.parametrize(("kind", "power"), [("cosine", 1), ("squared_cosine", 2)])
+def test_cosines_have_their_closed_forms(kind: str, power: int, num_steps: int) -> None:
+    """Nichol and Dhariwal 2021, Eq. 17, squares the cosine; `cosine` does not."""
+    schedule = make_schedule(kind, num_steps=num_steps)
 
     def f(t: float) -> float:
-        return math.cos((t / 200 + 0.008) / 1.008 * math.pi / 2) ** 2
+        return math.cos((t / num_steps + 0.008) / 1.008 * math.pi / 2) ** power
 
-    for t in range(200):  # at T the last beta is capped at 0.999
-        assert schedule.alpha_bar(t) == pytest.approx(f(t) / f(0), rel=1e-10)
+    for t in range(num_steps):  # at T the last beta is capped at 0.999
+        assert schedule.alpha_bar(t) == pytest.approx(f(t) / f(0), rel=1e-9)
     assert schedule.betas[-1] == 0.999
+    assert schedule.alpha_bar(num_steps) == pytest.approx(schedule.alpha_bar(num_steps - 1) / 1e3)
 
 
-@pytest.mark.parametrize("kind", ["linear", "cosine"])
+def test_the_square_of_cosine_is_squared_cosine() -> None:
+    plain, squared = make_schedule("cosine"), make_schedule("squared_cosine")
+    np.testing.assert_allclose(
+        plain.alphas_cumprod[:-1] ** 2, squared.alphas_cumprod[:-1], rtol=1e-10
+    )
+    assert np.abs(plain.alphas_cumprod - squared.alphas_cumprod).max() > 0.2
+
+
+@pytest.mark.parametrize("kind", ["cosine", "squared_cosine"])
+@pytest.mark.parametrize("num_steps", [2, 3, 1000, 1_000_000])
+def test_cosines_fit_float32_at_any_length(kind: str, num_steps: int) -> None:
+    schedule = make_schedule(kind, num_steps=num_steps)
+    assert np.float32(schedule.alphas_cumprod[-1]) >= np.finfo(np.float32).tiny
+    assert schedule.betas.min() > 0.0
+    assert schedule.betas.max() == schedule.betas[-1] == 0.999  # no other beta is capped
+    assert schedule.betas[-2] < 0.999
+    assert (np.diff(schedule.alphas_cumprod) < 0).all()
+    assert math.isfinite(schedule.noise_to_signal(num_steps))
+
+
+def test_kinds_are_those_of_the_configuration() -> None:
+    fields = {field.name: field for field in dataclasses.fields(ScheduleConfig)}
+    assert fields["kind"].metadata["choices"] == SCHEDULE_KINDS
+    assert [make_schedule(kind).kind for kind in SCHEDULE_KINDS] == list(SCHEDULE_KINDS)
+
+
+@pytest.mark.parametrize("kind", SCHEDULE_KINDS)
 def test_tables_are_monotone_and_cannot_be_changed(kind: str) -> None:
     schedule = make_schedule(kind, num_steps=100)
     assert (np.diff(schedule.alphas_cumprod) < 0).all()
@@ -80,7 +112,11 @@ def test_tables_are_monotone_and_cannot_be_changed(kind: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kind": "sigmoid"}, "schedule.kind must be linear or cosine, got 'sigmoid'"),
+        (
+            {"kind": "sigmoid"},
+            "schedule.kind must be linear, cosine or squared_cosine, got 'sigmoid'",
+        ),
+        ({"num_steps": 1_000_001}, "schedule.num_steps must be at most 1000000, got 1000001"),
         ({"num_steps": 1}, "schedule.num_steps must be at least 2, got 1"),
         ({"beta_start": 0.0}, "0 < start <= end < 1, got 0.0 and 0.02"),
         ({"beta_end": 1.0}, "0 < start <= end < 1, got 0.0001 and 1.0"),
@@ -126,7 +162,7 @@ def test_q_sample_has_the_coefficients_of_eq_4_per_example() -> None:
 
 
 def test_q_sample_from_adds_exactly_the_missing_noise() -> None:
-    schedule = make_schedule("cosine", num_steps=60)
+    schedule = make_schedule("squared_cosine", num_steps=60)
     one = torch.ones(1, 1, dtype=torch.float64)
     for s in range(0, 61, 7):
         for t in range(s, 61, 5):

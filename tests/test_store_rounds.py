@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from fedpdm.store import ClientStore, Reply, StoreError, write_tensors
-from tests.test_store import FINE, Crash, crash_in, make_reply
+from fedpdm.files import StoreError, write_tensors
+from fedpdm.store import ClientStore, Reply
+from tests.disk_faults import Crash, crash_in
+from tests.test_files import FINE
+from tests.test_store import make_reply
 
 
 @pytest.fixture

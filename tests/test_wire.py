@@ -29,7 +29,8 @@ def update(**options: Any) -> CoarseUpdate:
         "conv.bias": torch.tensor([1.0, -2.0]),
         "conv.weight": torch.arange(6.0).view(2, 3),
     }
-    given = {"weights": weights, "num_examples": 12, "client_id": 3, "round": 7, **options}
+    given = {"weights": weights, "num_examples": 12, "client_id": 3, "round": 7}
+    given |= {"seeded": False, **options}
     return CoarseUpdate(**given)
 
 
@@ -172,6 +173,7 @@ HEADER: dict[str, object] = {
     "num_examples": "12",
     "client_id": "3",
     "round": "7",
+    "seeded": "false",
 }
 
 
@@ -249,6 +251,7 @@ def test_malformed_releases_name_the_client() -> None:
     record = {
         "kind": "release", "t0": "600", "clip_norm": "5.0", "shift": "-1.0", "schedule": "linear",
         "num_steps": "1000", "alpha_bar": "0.5", "noise_multiplier": "0.1", "noise_source": "x",
+        "grid": "4096", "seeded": "false",
     }  # fmt: skip
     assert len(decode_release(craft(raw, record))) == 1
     for tensors, metadata, reason in (
