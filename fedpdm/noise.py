@@ -204,9 +204,9 @@ class _StreamNoise:
 
     def fill(self, out: np.ndarray) -> None:
         """See `NoiseSource`."""
-        flat = out.reshape(-1)
-        if out.dtype != np.float32 or not np.shares_memory(flat, out):
+        if out.dtype != np.float32 or not out.flags.c_contiguous:
             raise ValueError(f"out must be contiguous float32, got {out.dtype} {out.strides}")
+        flat = out.reshape(-1)
         for start in range(0, len(flat), CHUNK):
             self._fill(flat[start : start + CHUNK])
 

@@ -19,7 +19,7 @@ from fedpdm.store import ClientStore, read_tensors
 from tests.command_line import CONFIG, call, forget_surroundings, in_process
 
 ROOT = Path(fedpdm.__file__).resolve().parent.parent
-COMMANDS = ("run", "show", "export", "sample", "stop", "config")
+COMMANDS = ("run", "privacy", "show", "export", "sample", "stop", "config")
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +64,10 @@ def test_help_comes_at_once() -> None:
     assert all(command in answer.stdout for command in COMMANDS)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["config"], ["run", "--help"], ["run", "x"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["config"], ["run", "--help"], ["privacy", "--help"], ["run", "x"]],
+)
 def test_no_heavy_library_for_light_questions(arguments: list[str]) -> None:
     """Also not for a run that is refused because its experiment file is missing."""
     code = (

@@ -110,6 +110,24 @@ def test_scale_groups_and_missing_images(tmp_path: Path) -> None:
     assert tops[grouped][0] > tops[plain][0]  # turned column labels need height
 
 
+def test_a_note_stands_below_the_title_and_widens_the_picture(tmp_path: Path) -> None:
+    row = random_pixels(1, 3, 8, 8)
+    canvas = {}
+    for note in (None, "short", "a note that is much longer than the one image of the row is wide"):
+        path = tmp_path / "grid.png"
+        draw_image_grid(path, [row], row_labels=["a"], title="title", note=note)
+        canvas[note] = read(path)
+    plain, short, long = canvas.values()
+    top = find(plain, enlarged(row[0], 6))[0][0]
+    lower = find(short, enlarged(row[0], 6))[0][0]
+    assert lower > top
+    assert (plain[12 + 16 : top] == 255).all()  # below the title is nothing
+    assert short[12 + 16 : lower].min() < 200  # now the note
+    assert (short[lower - 3 : lower] == 255).all()  # which does not reach the images
+    assert long.shape[1] > short.shape[1]
+    assert (long[:, -5:] == 255).all()  # nothing is cut off
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -169,7 +169,7 @@ REFUSED = [
     (("--epsilon", 10), "give exactly two of epsilon, t0 and clip_norm, got epsilon"),
     ((), "give exactly two of epsilon, t0 and clip_norm, got none"),
     ((*USUAL, "--t0", 5), "got epsilon, t0, clip_norm"),
-    (("--epsilon", 0.5, "--clip-norm", 30), "t0 = 1000, raise epsilon to 1.517 or lower clip_norm"),
+    (("--epsilon", 0.5, "--clip-norm", 30), "t0 = 1000, raise epsilon to 1.475 or lower clip_norm"),
     (("--t0", 1001, "--clip-norm", 1), "t0 must be in [1, 1000], got 1001"),
     ((*USUAL, "--steps", 1), "schedule.num_steps must be at least 2, got 1"),
     ((*USUAL, "--steps", 10**12), "schedule.num_steps must be at most 1000000"),

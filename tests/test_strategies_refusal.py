@@ -89,6 +89,7 @@ BAD: dict[str, tuple[Callable[[], FitRes], str]] = {
     "no example": (lambda: update(1, drift(1), num_examples=0), "num_examples must be at least 1"),
     "negative count": (lambda: update(1, drift(1), num_examples=-5), "num_examples must be at lea"),
     "a release": (a_release, "expected a coarse-update message"),
+    "seeded": (lambda: update(1, drift(1), seeded=True), "seeded, outside simulation"),
     "nothing": (lambda: fit_result([], 10, {"client_id": 1}), "got 0 arrays"),
     "positional weights": (positional, "got 2 arrays"),
     "noise": (lambda: fit_result([np.arange(64, dtype=np.uint8)], 10, {}), "malformed message"),
@@ -123,6 +124,12 @@ def test_bad_answer_stops_the_run_and_names_the_client(tmp_path: Path, kind: str
     assert server.strategy.rounds_done == 0
     assert np.array_equal(server.strategy.weights["conv.bias"], START["conv.bias"])
     assert list(tmp_path.iterdir()) == []  # nothing of the refused round is kept
+
+
+def test_updates_of_a_simulation_are_seeded_and_absorbed(tmp_path: Path) -> None:
+    server = fedavg_server(tmp_path, simulation=True)
+    server.round(1, {k: update(k, drift(k), seeded=True) for k in (0, 1, 2)})
+    assert server.strategy.rounds_done == 1
 
 
 @pytest.mark.parametrize("kind", BAD)

@@ -15,7 +15,7 @@ from flwr.common import FitRes
 from fedpdm import wire
 from fedpdm.build import build_denoiser, build_image_spec, build_schedule
 from fedpdm.config import RunConfig
-from fedpdm.mechanism import SeededNoise, release
+from fedpdm.mechanism import SeededNoise, SystemNoise, release
 from fedpdm.runs import RunDirectory
 from fedpdm.training import Trainer
 from fedpdm.types import ReleasedDataset, TrainReport
@@ -70,7 +70,7 @@ def make_server(root: Path, config: RunConfig = CONFIG, **changes: Any) -> Serve
     strategy = CoarseServerTraining(
         config=config,
         spec=SPEC,
-        settings=settings(**changes),
+        settings=settings(**{"simulation": True, **changes}),
         weights={name: p.detach() for name, p in model.unet.named_parameters()},
         run=RunDirectory(root),
         announce=said.append,
@@ -210,6 +210,16 @@ def test_a_bad_release_is_left_out_when_failures_are_skipped(tmp_path: Path) -> 
     assert [len(part) for part in RunDirectory(tmp_path).load_releases()] == [12, 5]
     (failed,) = server.strategy.history["rounds"][0]["failed"]
     assert failed.startswith("client 1")
+
+
+def test_seeded_noise_is_refused_outside_simulation(tmp_path: Path) -> None:
+    server = make_server(tmp_path, simulation=False, on_failure="skip")
+    server.ask(1)
+    sound = {k: upload(k, noise=SystemNoise()) for k in (0, 2)}
+    server.take(1, {**sound, 1: upload(1)})
+    (failed,) = server.strategy.history["rounds"][0]["failed"]
+    assert failed == "client 1: release of client 1: its noise is seeded, outside simulation"
+    assert [part.seeded for part in RunDirectory(tmp_path).load_releases()] == [False, False]
 
 
 def test_nothing_may_be_sent_where_nothing_was_asked_for(tmp_path: Path) -> None:

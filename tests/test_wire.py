@@ -88,7 +88,8 @@ def craft(
 def test_updates_travel_by_name() -> None:
     sent = update()
     got = decode_update(wire.encode_update(sent))
-    assert (got.num_examples, got.client_id, got.round) == (12, 3, 7)
+    assert (got.num_examples, got.client_id, got.round, got.seeded) == (12, 3, 7, False)
+    assert decode_update(wire.encode_update(update(seeded=True))).seeded is True
     assert got.weights.keys() == sent.weights.keys()
     assert all(torch.equal(got.weights[name], sent.weights[name]) for name in sent.weights)
 
@@ -96,7 +97,7 @@ def test_updates_travel_by_name() -> None:
 def test_releases_travel_with_their_event() -> None:
     sent = released()
     got = decode_release(wire.encode_release(sent, client_id=3))
-    for field in ("parameters", "event", "noise_source"):
+    for field in ("parameters", "event", "noise_source", "seeded"):
         assert getattr(got, field) == getattr(sent, field)
     assert torch.equal(got.x_tilde, sent.x_tilde)
     assert torch.equal(got.labels, sent.labels)
@@ -197,6 +198,11 @@ def test_the_crafted_message_is_fine_as_it_is() -> None:
         (craft(ZEROS, {**HEADER, "version": "2"}), "got 'coarse-update' (version '2')"),
         (craft(ZEROS, {"kind": "coarse-update"}), "update of client 3: malformed header"),
         (craft(ZEROS, {**HEADER, "round": "six"}), "update of client 3: malformed header"),
+        (craft(ZEROS, {**HEADER, "seeded": "no"}), "update of client 3: malformed header: 'no'"),
+        (
+            craft(ZEROS, {k: v for k, v in HEADER.items() if k != "seeded"}),
+            "update of client 3: malformed header: 'seeded'",
+        ),
         (craft(ZEROS, {**HEADER, "num_examples": 1.5}), "update of client 3: malformed header"),
         (craft(ZEROS, {**HEADER, "num_examples": "9" * 5000}), "client 3: malformed header"),
         (craft(ZEROS, {**HEADER, "num_examples": "0"}), "num_examples must be at least 1"),
@@ -258,6 +264,10 @@ def test_malformed_releases_name_the_client() -> None:
         ({"x_tilde": raw["x_tilde"]}, record, "expected x_tilde and labels, got ['x_tilde']"),
         ({**raw, "x_0": raw["x_tilde"]}, record, "expected x_tilde and labels, got ['labels', 'x_"),
         (raw, {**record, "noise_multiplier": "9.0"}, "noise multiplier 9.0 does not follow"),
+        (raw, {**record, "seeded": "true"}, "seeded is True, but the noise is 'x'"),
+        (raw, {**record, "noise_source": SeededNoise.description}, "seeded is False, but the noi"),
+        (raw, {k: v for k, v in record.items() if k != "seeded"}, "malformed: 'seeded'"),
+        (raw, {k: v for k, v in record.items() if k != "grid"}, "malformed: 'grid'"),
         (raw, {"kind": "release"}, "release record is incomplete or malformed: 't0'"),
         ({**raw, "labels": ("F32", [1], 4)}, record, "expected float32 (N, C, H, W) and int64"),
         ({**raw, "labels": ("I64", [1, 1], 8)}, record, "expected float32 (N, C, H, W)"),
