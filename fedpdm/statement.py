@@ -11,9 +11,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedpdm.accountant import epsilon_spent
+from fedpdm.accountant import epsilon_spent, repeated
 from fedpdm.build import ReleasePlan
 from fedpdm.config import RunConfig
+from fedpdm.files import StoreError
 from fedpdm.ledger import Ledger
 from fedpdm.mechanism import release_event
 from fedpdm.noise import SAMPLER_DISTANCE
@@ -39,12 +40,15 @@ def client_statement(store: ReleaseStore, *, delta: float) -> dict[str, Any]:
     """What one client has released, from its ledger; `StoreError` if that is damaged or empty."""
     ledger = store.ledger()
     spent = store.spent(delta=delta)
+    if spent.event is None:
+        raise StoreError(f"{ledger.path}: nothing was released")
     last = ledger.releases()[-1]
     return {
         "guarantee": GUARANTEE,
         "client_id": ledger.client_id,
         "epsilon": spent.largest,
         "delta": delta,
+        "group_epsilon": _groups(spent.event, delta),
         "epsilon_distribution": [list(pair) for pair in spent.distribution],
         "images": spent.images,
         "image_shape": list(last.image_shape),
@@ -68,15 +72,19 @@ def run_statement(
 ) -> dict[str, Any]:
     """What a run promises; from all clients' ledgers where `stores` are at hand (simulation)."""
     delta = config.privacy.delta
-    event = release_event(schedule, t0=plan.t0, clip_norm=plan.clip_norm)
-    pixels = Counter[float]()
+    counts = Counter[float]()
+    events = [release_event(schedule, t0=plan.t0, clip_norm=plan.clip_norm)]
+    releases_per_image = 1
     ledgers: list[Ledger] = []
     for store in stores:
-        ledger = store.ledger()
-        if ledger.releases():
-            ledgers.append(ledger)
-            pixels.update(dict(store.spent(delta=delta).distribution))
-    distribution = sorted(pixels.items(), reverse=True)
+        spent = store.spent(delta=delta)
+        if spent.event is not None:
+            ledgers.append(store.ledger())
+            events.append(spent.event)
+            releases_per_image = max(releases_per_image, spent.releases_per_image)
+            counts.update(dict(spent.distribution))
+    distribution = sorted(counts.items(), reverse=True)
+    worst = min(events, key=lambda event: event.noise_multiplier)
     return {
         "guarantee": GUARANTEE,
         "epsilon": distribution[0][0] if distribution else plan.epsilon_exact,
@@ -85,13 +93,13 @@ def run_statement(
         "epsilon_paper_bound": plan.epsilon_paper,
         "accounting": config.privacy.accounting,
         "delta": delta,
-        "group_epsilon": _groups(event, delta),
+        "group_epsilon": _groups(worst, delta),
         "epsilon_distribution": [list(pair) for pair in distribution],
         "t0": plan.t0,
         "clip_norm": plan.clip_norm,
         "shift": plan.shift,
         "schedule": dataclasses.asdict(config.schedule),
-        "releases_per_image": max((len(ledger.releases()) for ledger in ledgers), default=1),
+        "releases_per_image": releases_per_image,
         "noise_source": noise_source,
         "sampler_distance_per_pixel": SAMPLER_DISTANCE,
         "simulation": config.run.simulation,
@@ -103,7 +111,7 @@ def run_statement(
 
 def _groups(event: GaussianEvent, delta: float) -> dict[str, float]:
     """Epsilon of a person with k images in one client, all replaced together."""
-    return {str(k): epsilon_spent([event] * k, delta=delta) for k in GROUPS}
+    return {str(k): epsilon_spent([repeated(event, k)], delta=delta) for k in GROUPS}
 
 
 def plain_text(statement: Mapping[str, Any]) -> str:

@@ -12,23 +12,24 @@ from typing import Any
 
 import pytest
 
-STEPS = ("fsync", "replace", "unlink", "write")
-
 
 class Crash(BaseException):
     """The process ends here."""
 
 
 class CrashAt:
-    """Ends the process before the `at`-th call that changes the disk; never if `at` is None.
+    """Ends the process before the `at`-th call that changes the disk.
 
     Counted are `os.fsync`, `os.replace`, `os.unlink` and every write to a file opened for
     writing. `calls` are their names so far. A file's unwritten buffer is lost in the crash.
     """
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, at: int | None = None) -> None:
+    failure: type[BaseException] | Callable[[], BaseException] = Crash
+    names = ("fsync", "replace", "unlink")
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
         self.at, self.calls = at, list[str]()
-        for name in ("fsync", "replace", "unlink"):
+        for name in self.names:
             monkeypatch.setattr(os, name, self._watched(name, getattr(os, name)))
         real = builtins.open
 
@@ -43,12 +44,22 @@ class CrashAt:
 
     def _watched(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*given: Any, **options: Any) -> Any:
-            if self.at is not None and len(self.calls) >= self.at:
-                raise Crash
+            if len(self.calls) >= self.at:
+                raise self.failure()
             self.calls.append(name)
             return real(*given, **options)
 
         return call
+
+
+class FullAt(CrashAt):
+    """The disk is full from the `at`-th of these calls on; files can still be removed."""
+
+    names = ("fsync", "replace")
+
+    @staticmethod
+    def failure() -> OSError:
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 class _Writer:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedpdm.attacks.audit import AuditReport, audit_uploads
+from fedpdm.attacks.auditing import AuditReport, audit
 from fedpdm.attacks.bounds import epsilon_of_mu
 from fedpdm.attacks.canaries import draw_game, score_game
 from fedpdm.types import ReleasedDataset
@@ -38,7 +38,7 @@ def run(
     uploads = [path.release(game.images, rng) for path in used]
     uploads += [dataclasses.replace(uploads[-1], x_tilde=uploads[-1].x_tilde.clone())] * replays
     mu = math.hypot(*(path.mu for path in used[:recorded]))
-    return audit_uploads(
+    return audit(
         game,
         uploads,
         claimed_epsilon=claimed or epsilon_of_mu(mu, delta=DELTA),
@@ -222,7 +222,7 @@ def test_one_image_noised_again_is_enough() -> None:
 
 def judged(game: Any, uploads: list[ReleasedDataset], **given: Any) -> AuditReport:
     options = {"claimed_epsilon": 10.0, "delta": DELTA, "recorded": 1, **given}
-    return audit_uploads(game, uploads, **options)
+    return audit(game, uploads, **options)
 
 
 def test_a_known_seed_is_caught() -> None:

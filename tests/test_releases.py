@@ -174,7 +174,7 @@ def test_equal_images_are_released_once(store: ReleaseStore) -> None:
     got = rows(store.obtain(images.subset(index), request()))
     assert released_numbers(store) == [4]
     assert len(set(got)) == 4
-    at = {image: row for image, row in zip(index, got, strict=True)}
+    at = dict(zip(index, got, strict=True))
     assert got == [at[k] for k in index]
     again = rows(store.obtain(images, request()))
     assert released_numbers(store) == [4, 2]

@@ -1,11 +1,11 @@
 """Attacks on what leaves a client: how much of a clipped image a release gives away.
 
-`linkage_attack` measures the server's best guess on real images, `audit_uploads` judges a release path
-with canaries (`draw_game`), `bounds` turns right guesses into lower bounds on epsilon, `roc` into
-rates. They see images and releases, never a run config.
+`linkage_attack` measures the server's best guess on real images, `audit` judges a release
+path with canaries (`draw_game`), `bounds` turns right guesses into lower bounds on epsilon, `roc`
+into rates. They see images and releases, never a run config.
 """
 
-from fedpdm.attacks.audit import AuditReport, audit_uploads, residuals
+from fedpdm.attacks.auditing import AuditReport, audit, residuals
 from fedpdm.attacks.bounds import (
     best_num_guesses,
     epsilon_of_mu,
@@ -39,7 +39,7 @@ __all__ = [
     "LinkageSummary",
     "auc",
     "auc_interval",
-    "audit_uploads",
+    "audit",
     "best_num_guesses",
     "draw_game",
     "epsilon_of_mu",

@@ -26,7 +26,7 @@ import torch
 
 from fedpdm.data import normalize
 from fedpdm.mechanism.events import release_event, release_parameters
-from fedpdm.noise import NoiseSource
+from fedpdm.noise import GRID, NoiseSource
 from fedpdm.schedule import NoiseSchedule
 from fedpdm.types import ReleasedDataset, ReleaseParameters
 
@@ -55,8 +55,8 @@ def clip_to_grid(
 
     `steps` is grid steps per unit of x, `bound` the clip norm in steps. Rounding to the nearest
     step lengthens an image a little, so those at the bound are clipped to just inside it, by
-    what rounding adds and 4 standard deviations; the rare one that is still too long is
-    rounded towards zero. Sums of squares are exact: whole numbers below 2^53 in float64.
+    what rounding adds and 4 standard deviations; the rare one that is still too long is clipped
+    in float64 and rounded towards zero. Sums of squares are exact: whole numbers below 2^53 in float64.
     """
     size = x.shape[1]
     inside = bound**2 - size / 12.0 - 2.4 * bound - 0.3 * math.sqrt(size)
@@ -68,7 +68,9 @@ def clip_to_grid(
     limit = math.floor(bound**2)
     long = np.flatnonzero(_sum_of_squares(grid) > limit)
     if len(long):
-        grid[long] = np.trunc(x[long] * scale[long, None])
+        wide = x[long].astype(np.float64)
+        tight = bound * (1.0 - 1e-10) / (np.sqrt(np.vecdot(wide, wide)) * steps)
+        grid[long] = np.trunc(wide * (steps * np.minimum(1.0, tight))[:, None])
         if (_sum_of_squares(grid[long]) > limit).any():
             raise ArithmeticError("an image is longer than the clip norm after clipping")
     return grid
@@ -112,6 +114,8 @@ def noised_chunks(
     """
     if images.ndim != 4:
         raise ValueError(f"images must be (N, C, H, W), got {tuple(images.shape)}")
+    if parameters.grid != GRID:
+        raise ValueError(f"grid must be {GRID}, as the noise's, got {parameters.grid}")
     sigma = math.sqrt((1.0 - parameters.alpha_bar) / parameters.alpha_bar)
     steps = parameters.grid / sigma
     step = np.float32(math.sqrt(1.0 - parameters.alpha_bar) / parameters.grid)

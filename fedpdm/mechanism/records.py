@@ -66,6 +66,8 @@ def read_release_metadata(
             f"release record: t0 must be in [1, {parameters.num_steps}] and shift finite, "
             f"got {parameters.t0} and {parameters.shift}"
         )
+    if parameters.grid < 1:
+        raise ValueError(f"release record: grid must be at least 1, got {parameters.grid}")
     implied = implied_event(parameters).noise_multiplier
     if not math.isclose(implied, recorded, rel_tol=1e-12):
         raise ValueError(

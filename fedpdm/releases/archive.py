@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from fedpdm.accountant import epsilon_spent
-from fedpdm.files import StoreError, flush_directory, read_tensors
+from fedpdm.files import StoreError, flush_directory, make_directory, read_tensors
 from fedpdm.ledger import Ledger, ReleaseRecord, append, read_ledger, release_fields
 from fedpdm.mechanism import (
     implied_event,
@@ -52,18 +52,19 @@ class ReleaseArchive:
 
     def ledger(self) -> Ledger:
         """The ledger, checked against itself and against the files that it names; reads only."""
+        # Listed first: a release is recorded before it gets its name, maybe at this moment.
+        there = {path.name for path in self.folder.glob("*.safetensors")}
         ledger = read_ledger(self.ledger_path)
         recorded = ledger.releases()
         if [record.release for record in recorded] != list(range(1, len(recorded) + 1)):
             raise StoreError(f"{self.ledger_path}: its releases are not numbered 1, 2, ...")
-        there = {path.name for path in self.folder.glob("*.safetensors")}
         if unknown := sorted(there - {record.file for record in recorded}):
             raise StoreError(
                 f"{self.folder / unknown[0]}: is not in the ledger, which was cut or replaced; "
                 "restore it"
             )
         for record in recorded:
-            if not self._path(record).exists():
+            if not (self._ready(record.release).exists() or self._path(record).exists()):
                 raise StoreError(
                     f"{self._path(record)}: is gone; its {record.images} images were released, "
                     "and noising them again would be a second release: restore it"
@@ -72,17 +73,17 @@ class ReleaseArchive:
 
     def recover(self) -> Ledger:
         """The ledger, after finishing what a crash interrupted."""
-        for leftover in self.folder.glob("*.tmp"):
+        for leftover in (*self.folder.glob("*.tmp"), *self.root.glob(".ledger.jsonl.*.tmp")):
             leftover.unlink()
         ledger = self.ledger()
         next_one = self._ready(len(ledger.releases()) + 1)
-        if next_one.exists():  # complete, not yet recorded
+        if next_one.exists() and ledger.records:  # complete, not yet recorded
             ledger = self._record(ledger, next_one)
+        recorded = {self._ready(record.release) for record in ledger.releases()}
         for ready in self.folder.glob("*.ready"):
-            if not any(self._ready(record.release) == ready for record in ledger.releases()):
+            if ready not in recorded or ready.with_suffix(".safetensors").exists():
                 raise StoreError(f"{ready}: does not follow the ledger's releases; restore it")
-            os.replace(ready, ready.with_suffix(".safetensors"))
-            flush_directory(self.folder)
+            self._name(ready)
         return ledger
 
     def index(self, ledger: Ledger) -> DigestIndex:
@@ -92,8 +93,16 @@ class ReleaseArchive:
             path = self._path(record)
             if _sha256(path) != record.sha256:
                 raise StoreError(f"{path}: is not the file that the ledger records; restore it")
-            digests = read_tensors(path)[0]["digests"].numpy()
-            index[record.release] = {bytes(row): at for at, row in enumerate(digests)}
+            tensors, metadata = read_tensors(path)
+            known = {bytes(row): at for at, row in enumerate(tensors["digests"].numpy())}
+            shape = tuple(tensors["x_tilde"].shape)
+            if (
+                metadata != _metadata(record)
+                or shape != (record.images, *record.image_shape)
+                or len(known) != record.images
+            ):
+                raise StoreError(f"{path}: the ledger says something else of it; restore both")
+            index[record.release] = known
         return index
 
     def make(
@@ -117,7 +126,7 @@ class ReleaseArchive:
         )
         layout = {"digests": ("U8", (len(images), 32)), "x_tilde": ("F32", images.shape)}
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_directory(self.folder)
             if shutil.disk_usage(self.folder).free < 4 * images.size:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             with open(temporary, "wb") as file:
@@ -143,8 +152,7 @@ class ReleaseArchive:
                 "released"
             ) from None
         ledger = self._record(ledger, ready)
-        os.replace(ready, ready.with_suffix(".safetensors"))
-        flush_directory(self.folder)
+        self._name(ready)
         return ledger
 
     def assemble(
@@ -189,6 +197,14 @@ class ReleaseArchive:
         final, ready = self.folder / record.file, self._ready(record.release)
         return ready if ready.exists() and not final.exists() else final
 
+    def _name(self, ready: Path) -> None:
+        """Give a recorded release its name."""
+        try:
+            os.replace(ready, ready.with_suffix(".safetensors"))
+            flush_directory(self.folder)
+        except OSError as error:
+            raise StoreError(f"{ready}: cannot be renamed: {error.strerror}") from None
+
     def _record(self, ledger: Ledger, ready: Path) -> Ledger:
         """Append a complete file to the ledger."""
         tensors, metadata = read_tensors(ready)
@@ -213,13 +229,21 @@ class ReleaseArchive:
         return append(ledger, "release", release_fields(record))
 
 
+def _metadata(record: ReleaseRecord) -> dict[str, str]:
+    """What the file of a recorded release says of itself."""
+    made_with = release_metadata(
+        record.parameters, record.event, noise_source=record.noise_source, seeded=record.seeded
+    )
+    return {**made_with, "delta": repr(record.delta)}
+
+
 def _sha256(path: Path) -> str:
     """SHA-256 of a file; computed anew when its inode, size or times have changed."""
     try:
         status = path.stat()
+        return _sha256_of(path, status.st_ino, status.st_size, status.st_mtime_ns)
     except OSError as error:
         raise StoreError(f"{path}: cannot be read: {error.strerror}") from None
-    return _sha256_of(path, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -13,23 +13,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedpdm.accountant import epsilon_spent
+from fedpdm.accountant import compose, epsilon_spent
 from fedpdm.data import ImageSet
 from fedpdm.files import StoreError, locked
 from fedpdm.ledger import START, Ledger, append
 from fedpdm.releases.archive import Progress, ReleaseArchive
 from fedpdm.releases.request import ReleasePreview, ReleaseRequest, examine, matching_releases
-from fedpdm.types import ReleasedDataset
+from fedpdm.types import GaussianEvent, ReleasedDataset
 
 __all__ = ["ReleaseStore", "SpentBudget"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpentBudget:
-    """Epsilon per image at `delta`: (epsilon, number of images), largest first."""
+    """Epsilon per image at `delta`: (epsilon, number of images), largest first.
+
+    `event` is all that was done to the image that paid most (None if nothing was released),
+    `releases_per_image` how often the image that was noised most often was noised.
+    """
 
     delta: float
     distribution: tuple[tuple[float, int], ...]
+    event: GaussianEvent | None
+    releases_per_image: int
 
     @property
     def largest(self) -> float:
@@ -71,11 +77,18 @@ class ReleaseStore:
         for number, known in self._archive.index(ledger).items():
             for digest in known:
                 touched[digest] = (*touched.get(digest, ()), number)
-        costs = [
-            (epsilon_spent([events[number] for number in numbers], delta=delta), count)
-            for numbers, count in Counter(touched.values()).items()
-        ]
-        return SpentBudget(delta=delta, distribution=tuple(sorted(costs, reverse=True)))
+        counts, event = Counter[float](), None
+        for numbers, count in Counter(touched.values()).items():
+            paid = compose([events[number] for number in numbers])
+            counts[epsilon_spent([paid], delta=delta)] += count
+            if event is None or paid.noise_multiplier < event.noise_multiplier:
+                event = paid
+        return SpentBudget(
+            delta=delta,
+            distribution=tuple(sorted(counts.items(), reverse=True)),
+            event=event,
+            releases_per_image=max(map(len, touched.values()), default=0),
+        )
 
     def preview(self, images: ImageSet, request: ReleaseRequest) -> ReleasePreview:
         """What `obtain` would do; `StoreError` if it would refuse. Writes nothing."""

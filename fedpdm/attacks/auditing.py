@@ -49,7 +49,7 @@ from fedpdm.mechanism import implied_event
 from fedpdm.noise import NoiseSource
 from fedpdm.types import ReleasedDataset
 
-__all__ = ["AuditReport", "audit_uploads", "residuals"]
+__all__ = ["AuditReport", "audit", "residuals"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,7 @@ class AuditReport:
     passed: bool
 
 
-def audit_uploads(
+def audit(
     game: CanaryGame,
     uploads: Sequence[ReleasedDataset],
     *,
