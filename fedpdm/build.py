@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from fedpdm.accountant import epsilon_bound, epsilon_spent
+from fedpdm.calibration import calibrate_t0
 from fedpdm.config import CoarseConfig, ConfigError, FineConfig, RunConfig
 from fedpdm.data import DATASETS, ImageSet, load_image_set
 from fedpdm.denoisers import PRESETS, Denoiser, DenoiserSpec
@@ -19,7 +20,6 @@ from fedpdm.mechanism import (
     NoiseSource,
     SeededNoise,
     SystemNoise,
-    calibrate_t0,
     release_event,
     release_parameters,
 )
@@ -158,6 +158,7 @@ def build_release_plan(config: RunConfig, schedule: NoiseSchedule, spec: ImageSp
             epsilon=section.epsilon,
             delta=section.delta,
             accounting=section.accounting,
+            max_t0=schedule.num_steps - (config.coarse.objective == "truncated"),
         )
     if config.coarse.objective == "truncated" and t0 >= schedule.num_steps:
         raise ConfigError(

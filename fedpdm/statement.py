@@ -70,14 +70,22 @@ def run_statement(
     noise_source: str,
     stores: Sequence[ReleaseStore] = (),
 ) -> dict[str, Any]:
-    """What a run promises; from all clients' ledgers where `stores` are at hand (simulation)."""
+    """What a run promises; from all clients' ledgers where `stores` are at hand (simulation).
+
+    A store that cannot be read (its client was left out of the run) is named, not counted.
+    """
     delta = config.privacy.delta
     counts = Counter[float]()
     events = [release_event(schedule, t0=plan.t0, clip_norm=plan.clip_norm)]
     releases_per_image = 1
     ledgers: list[Ledger] = []
+    unreadable: list[str] = []
     for store in stores:
-        spent = store.spent(delta=delta)
+        try:
+            spent = store.spent(delta=delta)
+        except StoreError as error:
+            unreadable.append(str(error))
+            continue
         if spent.event is not None:
             ledgers.append(store.ledger())
             events.append(spent.event)
@@ -104,6 +112,7 @@ def run_statement(
         "sampler_distance_per_pixel": SAMPLER_DISTANCE,
         "simulation": config.run.simulation,
         "ledger_heads": {str(ledger.client_id): ledger.head for ledger in ledgers},
+        "unreadable_stores": unreadable,
         "protects": PROTECTS,
         "does_not_protect": list(NOT_PROTECTED),
     }
@@ -144,6 +153,9 @@ def plain_text(statement: Mapping[str, Any]) -> str:
     if distribution := statement["epsilon_distribution"]:
         lines += ["", "What images have spent, by the ledger:"]
         lines += [f"  epsilon {cost:.4g}: {count:,} images" for cost, count in distribution]
+    if unreadable := statement.get("unreadable_stores"):
+        lines += ["", "NOT COUNTED, because the store cannot be read:"]
+        lines += [f"  {line}" for line in unreadable]
     lines += ["", "What is NOT protected:"]
     lines += [f"  - {item}" for item in statement["does_not_protect"]]
     return "\n".join(lines) + "\n"

@@ -5,7 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fedpdm.config import RunConfig, config_from_mapping
+import numpy as np
+
+from clients.local import open_local_client
+from clients.pfdm_client import PFDMClient
+from fedpdm import wire
+from fedpdm.build import build_denoiser, build_image_spec, build_schedule
+from fedpdm.config import RunConfig, config_from_mapping, config_to_json
 
 SMALL: dict[str, dict[str, Any]] = {
     "run": {"rounds": 2, "seed": 3, "threads": 1},
@@ -40,6 +46,16 @@ def node(config: RunConfig, client: int) -> dict[str, Any]:
 
 def flat(config: RunConfig, out: Path, *, resume: bool = False) -> dict[str, Any]:
     """The flat run config that both apps receive."""
-    from fedpdm.config import config_to_json
-
     return {"resolved-config": config_to_json(config), "run-dir": str(out), "resume": resume}
+
+
+def client_of(config: RunConfig, out: Path, client: int) -> PFDMClient:
+    """A simulated client of the run in `out`, as a message would find it."""
+    return PFDMClient(open_local_client(node(config, client), flat(config, out), 0))
+
+
+def initial_message(config: RunConfig) -> list[np.ndarray]:
+    """The coarse model that the server begins with."""
+    schedule, spec = build_schedule(config), build_image_spec(config)
+    model = build_denoiser(config, "coarse", spec=spec, schedule=schedule)
+    return wire.encode_model(dict(model.unet.named_parameters()))

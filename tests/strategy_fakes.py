@@ -104,7 +104,6 @@ def settings(**changes: Any) -> ServerSettings:
         "evaluate_every": 1,
         "ema_decay": 0.5,
         "seed": 0,
-        "simulation": True,
     }
     return ServerSettings(**{**values, **changes})
 

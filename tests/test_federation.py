@@ -5,20 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import yaml
 
-from clients.local import open_local_client
-from clients.pfdm_client import PFDMClient
 from fedpdm import wire
 from fedpdm.build import (
     build_denoiser,
@@ -28,26 +25,15 @@ from fedpdm.build import (
     coarse_batch_loss,
 )
 from fedpdm.config import RunConfig, config_to_yaml
-from fedpdm.data import normalize
 from fedpdm.engines import inprocess
 from fedpdm.engines.inprocess import run_in_process
+from fedpdm.files import read_tensors
 from fedpdm.mechanism import select
 from fedpdm.rng import Purpose, torch_generator
-from fedpdm.store import ClientStore, read_tensors
-from fedpdm.tensorfile import pack
+from fedpdm.store import ClientStore
 from fedpdm.training import Trainer, class_weights
 from strategies.coarse import ClientFailure
-from tests.federations import flat, node, small_config
-
-
-def client_of(config: RunConfig, out: Path, client: int) -> PFDMClient:
-    return PFDMClient(open_local_client(node(config, client), flat(config, out), 0))
-
-
-def initial_message(config: RunConfig) -> list[np.ndarray]:
-    schedule, spec = build_schedule(config), build_image_spec(config)
-    model = build_denoiser(config, "coarse", spec=spec, schedule=schedule)
-    return wire.encode_model(dict(model.unet.named_parameters()))
+from tests.federations import client_of, initial_message, small_config
 
 
 def final_weights(out: Path) -> dict[str, torch.Tensor]:
@@ -62,8 +48,12 @@ def assert_same_weights(a: Path, b: Path) -> None:
 
 
 def release_digests(out: Path) -> dict[str, str]:
-    paths = sorted((out / "clients").glob("*/release.safetensors"))
-    return {path.parent.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+    """The file of each client that has made one release, by client."""
+    paths = sorted((out / "clients").glob("*/releases/*.safetensors"))
+    assert {path.name for path in paths} <= {"000001.safetensors"}
+    digests = {path.parts[-3]: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+    assert len(digests) == len(paths)
+    return digests
 
 
 @pytest.fixture(scope="module")
@@ -137,10 +127,10 @@ def test_one_client_federated_equals_centralised(tmp_path: Path) -> None:
     )
     run_in_process(config, tmp_path / "run")
     schedule, spec = build_schedule(config), build_image_spec(config)
-    released = ClientStore(tmp_path / "run" / "clients" / "0").load_release()
-    assert released is not None
-    local = open_local_client(node(config, 0), flat(config, tmp_path / "run"), 0)
-    train = select(released, torch.from_numpy(local.train))
+    client = client_of(config, tmp_path / "run", 0)
+    digests = release_digests(tmp_path / "run")
+    train = select(client.work.release(), torch.from_numpy(client.local.train))
+    assert release_digests(tmp_path / "run") == digests  # read back, not made
     model = build_denoiser(config, "coarse", spec=spec, schedule=schedule)
     cpu = torch.device("cpu")
     trainer = Trainer(model, build_optimizer_settings(config, "coarse"), device=cpu)
@@ -185,7 +175,10 @@ def test_changed_release_settings_are_refused(tmp_path: Path) -> None:
     before = release_digests(tmp_path)
     changed = small_config(privacy={"clip_norm": 7.0})
     _, _, metrics = client_of(changed, tmp_path, 0).fit(message, {"round": 2, "phase": "coarse"})
-    assert "second release" in str(metrics["error"])
+    assert re.search(
+        r"clip_norm = 8\.0 \(now 7\.0\), .* releasing them again is a new release", metrics["error"]
+    )
+    assert len(before) == 1
     assert release_digests(tmp_path) == before
 
 
@@ -270,74 +263,6 @@ def test_ctrl_c_ends_the_in_process_engine_at_once(tmp_path: Path) -> None:
     assert "--resume continues the run" in errors
 
 
-def test_every_message_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Walk everything that clients send: coarse updates and listed metrics, nothing else."""
-    sent: list[tuple[bytes, dict[str, object]]] = []
-    real_fit, real_evaluate = inprocess._LocalProxy.fit, inprocess._LocalProxy.evaluate
-
-    def fit(self: object, *args: object, **named: object) -> object:
-        answer = real_fit(self, *args, **named)  # type: ignore[arg-type]
-        sent.append((b"".join(answer.parameters.tensors), dict(answer.metrics)))
-        return answer
-
-    def evaluate(self: object, *args: object, **named: object) -> object:
-        answer = real_evaluate(self, *args, **named)  # type: ignore[arg-type]
-        sent.append((b"", dict(answer.metrics)))
-        return answer
-
-    monkeypatch.setattr(inprocess._LocalProxy, "fit", fit)
-    monkeypatch.setattr(inprocess._LocalProxy, "evaluate", evaluate)
-    config = small_config()
-    run_in_process(config, tmp_path / "run")
-    assert len(sent) == 3 * 2 * 2
-    secrets = private_bytes(config, tmp_path / "run")
-    for payload, metrics in sent:
-        assert metrics.keys() <= {*wire.FIT_METRICS, *wire.RAW_METRICS}
-        assert all(np.isscalar(value) for value in metrics.values())
-        assert not any(secret in payload for secret in secrets)
-    # Planted: a message with a fine model in it, and one with raw pixels, would have been seen.
-    store = ClientStore(tmp_path / "run" / "clients" / "1")
-    leak = pack(store.load_state(2)["fine"], {"kind": "coarse-update"})
-    pixels = open_local_client(node(config, 1), flat(config, tmp_path / "run"), 0).images.images
-    raw = pack({"x": torch.from_numpy(pixels.copy())}, {})
-    assert any(secret in leak for secret in secrets)
-    assert any(secret in raw for secret in secrets)
-
-
-def private_bytes(config: RunConfig, out: Path) -> list[bytes]:
-    """Pieces of everything private: fine states of both rounds, images as pixels and scaled.
-
-    Pieces of few distinct bytes (zeros, ones, black) are left out: they prove nothing.
-    """
-    pieces: list[bytes] = []
-    for client in range(config.partition.num_clients):
-        store = ClientStore(out / "clients" / str(client))
-        for round in (1, 2):
-            state = store.load_state(round)["fine"]
-            pieces += [t.numpy().tobytes()[:64] for t in state.values() if t.numel() >= 16]
-        pixels = open_local_client(node(config, client), flat(config, out), 0).images.images
-        scaled = normalize(torch.from_numpy(pixels.copy()), shift=-1.0).numpy()
-        pieces += [image.tobytes() for image in (*pixels, *scaled)]
-    return [piece for piece in pieces if len(set(piece)) > 8]
-
-
-def test_update_depends_on_the_release_alone(tmp_path: Path) -> None:
-    """Same stored release, other raw images: the client's coarse message is bit-identical."""
-    config = small_config(fine={"steps_per_round": 0})
-    message, request = initial_message(config), {"round": 1, "phase": "coarse"}
-    first = client_of(config, tmp_path / "a", 0)
-    sent = first.fit(message, dict(request))
-    second = client_of(config, tmp_path / "b", 0)
-    with second.local.store.lock():
-        released = first.local.store.load_release()
-        assert released is not None
-        second.local.store.save_release(released)
-    flipped = second.local.images.images[..., ::-1].copy()
-    second.work.local = replace(second.local, images=replace(second.local.images, images=flipped))
-    again = second.fit(message, dict(request))
-    assert wire.fingerprint(sent[0]) == wire.fingerprint(again[0])
-
-
 def test_server_training_uploads_once(tmp_path: Path) -> None:
     config = small_config(coarse={"training": "server"}, run={"rounds": 3})
     run_in_process(config, tmp_path / "run")
@@ -359,7 +284,7 @@ def test_noise_to_noise_and_fine_below_t0(tmp_path: Path) -> None:
 
 
 def damage(out: Path, client: int) -> None:
-    path = out / "clients" / str(client) / "release.safetensors"
+    path = out / "clients" / str(client) / "releases" / "000001.safetensors"
     path.write_bytes(path.read_bytes()[:100])
 
 
@@ -379,7 +304,7 @@ def test_failed_client_is_left_out_where_config_says_so(
     real = inprocess._LocalProxy.fit
 
     def fit(self: inprocess._LocalProxy, *args: object, **named: object) -> object:
-        store = tmp_path / "run" / "clients" / "1"
+        store = tmp_path / "run" / "clients" / "1" / "rounds"
         if store.exists() and self._context.node_config["partition-id"] == 1:
             damage(tmp_path / "run", 1)
         return real(self, *args, **named)  # type: ignore[arg-type]
@@ -389,4 +314,9 @@ def test_failed_client_is_left_out_where_config_says_so(
     rounds = json.loads((tmp_path / "run" / "metrics.json").read_text())["rounds"]
     assert [len(record["clients"]) for record in rounds] == [3, 2]
     assert "client 1" in rounds[1]["failed"][0]
-    assert "release.safetensors" in rounds[1]["failed"][0]
+    assert "000001.safetensors: is not the file that the ledger" in rounds[1]["failed"][0]
+    privacy = json.loads((tmp_path / "run" / "privacy.json").read_text())
+    assert privacy["ledger_heads"].keys() == {"0", "2"}
+    (line,) = privacy["unreadable_stores"]
+    assert f"{line}\n" in (tmp_path / "run" / "privacy.txt").read_text()
+    assert "clients/1/releases/000001.safetensors: is not the file" in line

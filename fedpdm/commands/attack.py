@@ -248,12 +248,13 @@ def run_audit(options: argparse.Namespace) -> int:
         suspects.append(build_noise(dataclasses.replace(config, run=run), client=0, release=1))
     with tempfile.TemporaryDirectory(prefix="fedpdm-attack-") as folder:
         uploads, store = upload_releases(config, game.images, Path(folder), rounds=2)
+        spent = store.spent(delta=options.delta)
         report = audit(
             game,
             uploads,
-            claimed_epsilon=store.spent(delta=options.delta).largest,
+            claimed_epsilon=spent.largest,
             delta=options.delta,
-            recorded=len(store.ledger().releases()),
+            recorded=spent.releases_per_image,
             suspects=suspects,
         )
     _say(f"audit: done in {time.perf_counter() - started:.1f} s")

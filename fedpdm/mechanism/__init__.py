@@ -1,7 +1,6 @@
 """The local differential privacy mechanism: clip, noise, and the record of having done so."""
 
 from fedpdm.mechanism.events import (
-    calibrate_t0,
     implied_event,
     release_event,
     release_parameters,
@@ -20,7 +19,6 @@ __all__ = [
     "NoiseSource",
     "SeededNoise",
     "SystemNoise",
-    "calibrate_t0",
     "clip_l2",
     "clip_to_grid",
     "implied_event",

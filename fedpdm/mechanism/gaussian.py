@@ -56,7 +56,7 @@ def clip_to_grid(
     `steps` is grid steps per unit of x, `bound` the clip norm in steps. Rounding to the nearest
     step lengthens an image a little, so those at the bound are clipped to just inside it, by
     what rounding adds and 4 standard deviations; the rare one that is still too long is clipped
-    in float64 and rounded towards zero. Sums of squares are exact: whole numbers below 2^53 in float64.
+    in float64 and rounded towards zero. Sums of squares are exact: whole numbers below 2^53.
     """
     size = x.shape[1]
     inside = bound**2 - size / 12.0 - 2.4 * bound - 0.3 * math.sqrt(size)
