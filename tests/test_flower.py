@@ -48,7 +48,7 @@ def test_same_weights_as_in_process_bit_for_bit(tmp_path: Path) -> None:
     assert "locally differentially private" in " ".join(done.stdout.split())
     assert leftovers(out) == []
     run_in_process(config, tmp_path / "inprocess")
-    for name in ("coarse.safetensors", "clients/0/release.safetensors"):
+    for name in ("coarse.safetensors", "clients/0/releases/000001.safetensors"):
         first, _ = read_tensors(out / name)
         second, _ = read_tensors(tmp_path / "inprocess" / name)
         assert first.keys() == second.keys()
@@ -91,7 +91,7 @@ def test_killed_run_resumes_to_the_same_weights(tmp_path: Path) -> None:
             os.kill(pid, signal.SIGKILL)  # as a power cut would: nothing gets to clean up
         except ProcessLookupError:
             continue
-    released = {p: p.read_bytes() for p in out.glob("clients/*/release.safetensors")}
+    released = {p: p.read_bytes() for p in out.glob("clients/*/releases/*.safetensors")}
     assert released
     run_with_flower(config, out, resume=True)
     run_in_process(config, tmp_path / "reference")

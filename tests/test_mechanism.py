@@ -1,4 +1,4 @@
-"""Clipping and release: closed forms, the grid, and the randomness of what leaves."""
+"""Clipping and release: closed forms, what is refused, and the randomness of what leaves."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from fedpdm.mechanism import (
     SeededNoise,
     SystemNoise,
     clip_l2,
-    clip_to_grid,
     release,
     release_event,
     select,
@@ -100,145 +99,83 @@ def test_bad_clip_norms_are_refused(bound: float) -> None:
         released(torch.zeros(1, 1, 2, 2), clip_norm=bound)
 
 
-# --- The grid -------------------------------------------------------------------------------
-
-
-def grid_norm(image: np.ndarray) -> int:
-    """Sum of squares of whole numbers, in Python's integers."""
-    return sum(int(value) ** 2 for value in image)
-
-
-def hard_images(size: int, bound: float, rng: np.random.Generator) -> np.ndarray:
-    """Random images and bad ones, in units in which the clip norm is 1: float32 (N, size)."""
-    unit = np.ones(size) / math.sqrt(size)
-    one = np.zeros(size)
-    one[0] = 1.0
-    rows = [factor * unit for factor in (0.0, 0.5, 1 - 1e-6, 1.0, 1 + 1e-6, 40.0)]
-    rows += [factor * one for factor in (-0.5, -1.0, 1 + 1e-6, 1e5)]
-    half_steps = (np.floor(bound * unit) + 0.5) / bound  # every pixel is rounded
-    rows += [half_steps, -half_steps, half_steps * 1.001]
-    rows += list(rng.standard_normal((60, size)) * 10.0 ** rng.uniform(-4, 2, (60, 1)))
-    return np.array(rows, dtype=np.float32)
-
-
-@pytest.mark.parametrize("size", [1, 3, 64, 3072, 49152])
-@pytest.mark.parametrize("bound", [0.3, 3.0, 137.0, 4096.0, 2.0**20, 2.0**23])
-def test_no_image_is_longer_than_the_clip_norm(size: int, bound: float) -> None:
-    x = hard_images(size, bound, np.random.default_rng(size))
-    grid = clip_to_grid(x, bound=bound, steps=bound)
-    assert grid.dtype == np.float32
-    assert np.array_equal(grid, np.rint(grid))
-    assert all(grid_norm(row) <= bound**2 for row in grid)
-
-
-def test_rounding_without_the_check_would_be_longer() -> None:
-    """The planted fault that the test above is for."""
-    x = hard_images(3072, 4096.0, np.random.default_rng(0))
-    norms = np.linalg.norm(x.astype(np.float64), axis=1, keepdims=True)
-    careless = np.rint(4096.0 * x / np.maximum(norms, 1.0))
-    assert any(grid_norm(row) > 4096.0**2 for row in careless)
-
-
-def test_the_grid_is_close_to_the_clipped_image() -> None:
-    rng = np.random.default_rng(1)
-    x = (rng.uniform(-1, 1, (200, 3072)) * rng.uniform(0.01, 1, (200, 1))).astype(np.float32)
-    steps = 4096.0 / 10.0  # C = sigma = 10
-    grid = clip_to_grid(x, bound=4096.0, steps=steps) / steps
-    exact = clip_l2(torch.from_numpy(x).double(), clip_norm=10.0).numpy()
-    norms = np.linalg.norm(exact, axis=1)
-    assert (
-        np.linalg.norm(grid - exact, axis=1) <= 1e-3 * norms + 0.6 * math.sqrt(3072) / steps
-    ).all()
-    cosine = (grid * exact).sum(axis=1) / np.linalg.norm(grid, axis=1) / norms
-    clipped = norms > 9.999
-    assert clipped.any()
-    assert cosine[clipped].min() > 0.9999
-    assert np.linalg.norm(grid[clipped], axis=1).min() > 10.0 * (1 - 5e-4)
-
-
-@pytest.mark.parametrize("t0", [1, 300, 675, 1000])
-def test_releases_are_whole_steps(t0: int) -> None:
-    rng = np.random.default_rng(2)
-    images = torch.from_numpy(rng.integers(0, 256, (40, 3, 8, 8), dtype=np.uint8))
-    clip_norm = min(10.0, 1000 * LINEAR.noise_to_signal(t0))
-    made = released(images, t0=t0, clip_norm=clip_norm, shift=0.0)
-    step = math.sqrt(1 - LINEAR.alpha_bar(t0)) / 4096
-    whole = made.x_tilde.double().numpy() / step
-    assert np.abs(whole - np.rint(whole)).max() < 1e-6 * max(1.0, np.abs(whole).max())
-
-
-def test_floating_point_does_not_betray_the_image() -> None:
-    """Mironov 2012: which numbers occur as outputs depends on the image, in floating point only.
-
-    The attacker asks of each output y whether y - a is a value that the noise generator can give
-    when scaled, by the low bits of the sum: for the naive mechanism a right guess is much likelier
-    than its noise allows; for ours both candidates explain every output equally well.
-    """
-    rng = np.random.default_rng(3)
-    a, b, sigma, count = 0.1, 8.0, 1000.0, 20_000  # next to the noise the two are the same
-
-    def on_grid_of(candidate: float, y: np.ndarray) -> np.ndarray:
-        """Share of outputs that lie on the float64 grid of noise around the candidate."""
-        noise = y - candidate
-        return noise + candidate == y
-
-    coarse = 2.0**-10  # a generator with few bits, as all have: noise on a grid of its own
-    noise = np.rint(rng.standard_normal(count) * sigma / coarse) * coarse
-    naive = a + noise
-    fits_a = np.rint((naive - a) / coarse) * coarse + a == naive
-    fits_b = np.rint((naive - b) / coarse) * coarse + b == naive
-    assert fits_a.mean() - fits_b.mean() > 0.9  # the naive mechanism is broken outright
-    assert on_grid_of(a, naive).mean() > 0.5
-
-    step = sigma / 4096
-    ours = []
-    for value in (a, b):
-        x = np.full((count, 1), value, dtype=np.float32)
-        m = clip_to_grid(x, bound=8.0 / step, steps=1 / step)
-        ours.append((m + seeded(4).draw((count, 1))) * np.float32(step))
-    for outputs in ours:
-        multiples = np.rint(outputs.astype(np.float64) / np.float32(step))
-        again = multiples.astype(np.float32) * np.float32(step)
-        assert np.array_equal(again, outputs)  # every output is possible for every image
-
-
 # --- Input ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("value", "shift", "line"),
     [
-        (255.0, 0.0, "image 2: values must be in [-1, 1] (pixels in [-1, 1] minus the shift), got"),
+        (255.0, 0.0, "image 3: values must be in [-1, 1] (pixels in [-1, 1] minus the shift), got"),
         (-1.5, 0.0, "got -1.5; give uint8 pixels or scaled images"),
-        (-0.5, -1.0, "image 2: values must be in [0, 2]"),
-        (math.nan, 0.0, "image 2 has values that are not finite"),
-        (-math.inf, 0.0, "image 2 has values that are not finite"),
+        (-0.5, -1.0, "image 3: values must be in [0, 2]"),
+        (
+            0.5,
+            1.0,
+            "image 3: values must be in [-2, 0] (pixels in [-1, 1] minus the shift), got 0.5",
+        ),
+        (1.3, 0.25, "image 3: values must be in [-1.25, 0.75]"),
+        (1.002, 0.0, "image 3: values must be in [-1, 1]"),
+        (math.nan, 0.0, "image 3 has values that are not finite"),
+        (-math.inf, 0.0, "image 3 has values that are not finite"),
     ],
 )
 def test_wrongly_scaled_images_are_refused(value: float, shift: float, line: str) -> None:
-    x = torch.zeros(4, 1, 2, 2)
-    x[2, 0, 1, 0] = value
+    x = torch.zeros(5, 1, 2, 2)
+    x[3, 0, 1, 0] = value
     with pytest.raises(ValueError, match=re.escape(line)):
         released(x, shift=shift, largest=None)
 
 
-def test_settings_out_of_range_are_refused() -> None:
-    x = torch.zeros(1, 1, 2, 2)
-    with pytest.raises(ValueError, match=r"^shift must be in \[-1, 1\], got 1.5$"):
-        released(x, shift=1.5)
-    with pytest.raises(
-        ValueError, match=r"^clip_norm must be at most 2048 sigma = 20.48 at t0 = 1"
-    ):
-        released(x, t0=1, clip_norm=21.0)
-    assert len(released(x, t0=1, clip_norm=20.0)) == 1
+def test_the_refused_image_is_the_first_bad_one_of_all_chunks() -> None:
+    x = torch.zeros(100, 3, 32, 32)  # five chunks
+    x[70, 0, 0, 0], x[71], x[90, 1, 2, 3] = 3.0, 200.0, math.nan
+    with pytest.raises(ValueError, match=r"^image 70: values must be in \[0, 2\] .* got 3;"):
+        released(x, largest=None)
+    x[69, 2, 31, 31] = math.nan  # said first, whatever else is wrong
+    with pytest.raises(ValueError, match=r"^image 69 has values that are not finite$"):
+        released(x, largest=None)
+    with pytest.raises(ValueError, match=r"^image 1: values must be in .* got 9; give uint8"):
+        released(torch.tensor([0, 9]).view(2, 1, 1, 1), largest=None)  # pixels, but not uint8
 
 
-def test_pixels_and_scaled_images_give_the_same() -> None:
+def test_data_that_are_not_images_have_a_bound_of_their_own() -> None:
+    x = torch.full((2, 1, 1, 1), -7.0)
+    assert len(released(x, largest=7.0)) == 2
+    with pytest.raises(ValueError, match=r"^image 0: values must be in \[-6, 6\] .* got -7;"):
+        released(x, largest=6.0)
+
+
+@pytest.mark.parametrize("shift", [-1.0, -0.3, 0.0, 1.0])
+def test_pixels_are_always_in_range_and_scaled_images_give_the_same(shift: float) -> None:
     pixels = torch.arange(256, dtype=torch.uint8).view(4, 1, 8, 8)
-    scaled = pixels.float() / 127.5 - 1.0 + 1.0
-    first, second = (released(x, largest=None).x_tilde for x in (pixels, scaled))
+    scaled = pixels.float() / 127.5 - 1.0 - shift
     step = math.sqrt(1 - LINEAR.alpha_bar(600)) / 4096
-    assert torch.allclose(first, second, atol=1.01 * step)
+    first, *others = (
+        released(x, shift=shift, largest=None).x_tilde for x in (pixels, scaled, scaled.double())
+    )
+    for other in others:
+        assert torch.allclose(first, other, atol=1.01 * step)
+    assert torch.equal(released(pixels, shift=shift, largest=0.0).x_tilde, first)
+    away = released(pixels, shift=shift - 0.01 if shift > 0 else shift + 0.01).x_tilde
+    assert not torch.allclose(first, away, atol=1.01 * step)
+
+
+@pytest.mark.parametrize("shift", [1.5, -1.0001, math.inf, math.nan])
+def test_shifts_out_of_range_are_refused(shift: float) -> None:
+    with pytest.raises(ValueError, match=rf"^shift must be in \[-1, 1\], got {shift}$"):
+        released(torch.zeros(1, 1, 2, 2), shift=shift)
+
+
+@pytest.mark.parametrize("t0", [1, 600])
+def test_clip_norms_with_next_to_no_noise_are_refused(t0: int) -> None:
+    x = torch.full((1, 1, 1, 1), 3e4)
+    largest = 2048 * LINEAR.noise_to_signal(t0)
+    message = f"clip_norm must be at most 2048 sigma = {largest:.4g} at t0 = {t0}, got"
+    with pytest.raises(ValueError, match=re.escape(message) + ".*: next to no noise$"):
+        released(x, t0=t0, clip_norm=largest * 1.0001)
+    made = released(x, t0=t0, clip_norm=largest * 0.9999, largest=3e4)
+    scale = math.sqrt(LINEAR.alpha_bar(t0))
+    assert float(made.x_tilde) == pytest.approx(scale * min(largest, 3e4), rel=5e-3)
 
 
 # --- Release --------------------------------------------------------------------------------
@@ -311,8 +248,9 @@ def test_a_release_needs_noise(t0: int) -> None:
 
 
 def test_bad_images_are_refused() -> None:
-    with pytest.raises(ValueError, match=re.escape("labels (N,), got (2, 4) and (2,)")):
-        released(torch.zeros(2, 4))
+    for shape in ((2, 4), (2, 4, 4), (2, 1, 1, 4, 4)):
+        with pytest.raises(ValueError, match=re.escape(f"labels (N,), got {shape} and (2,)")):
+            released(torch.zeros(shape))
     x = torch.zeros(3, 1, 2, 2)
     with pytest.raises(ValueError, match=re.escape("got (3, 1, 2, 2) and (2,)")):
         release(x, torch.zeros(2), schedule=LINEAR, t0=9, clip_norm=1.0, shift=0.0, noise=seeded())

@@ -1,5 +1,4 @@
-"""The grid of a release: the clip norm in whole numbers, outputs that say nothing by their bits, and
-the privacy loss of the rounded noise, summed output by output."""
+"""The grid of a release: the clip norm in whole numbers, outputs that say nothing by their bits."""
 
 from __future__ import annotations
 
@@ -8,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
 
-import mpmath
 import numpy as np
 import pytest
 import torch
@@ -21,7 +19,7 @@ from fedpdm.mechanism import (
     release,
     release_parameters,
 )
-from fedpdm.noise import GRID, SAMPLER_DISTANCE, rounded_gaussian_weights
+from fedpdm.noise import GRID, rounded_gaussian_weights
 from fedpdm.schedule import make_schedule
 from tests.oracles import binomial_bounds
 
@@ -55,11 +53,12 @@ def hard_images(size: int, bound: float, rng: np.random.Generator) -> np.ndarray
     rows += [1e-30 * unit, 1e-3 / bound * one]  # tiny
     half_steps = (np.floor(bound * unit) + 0.5) / bound  # every pixel is rounded
     rows += [half_steps, -half_steps, half_steps * 1.001]
-    rows += list(rng.standard_normal((60, size)) * 10.0 ** rng.uniform(-4, 2, (60, 1)))
+    count = 60 if size < 10_000 else 10
+    rows += list(rng.standard_normal((count, size)) * 10.0 ** rng.uniform(-4, 2, (count, 1)))
     return np.array(rows, dtype=np.float32)
 
 
-@pytest.mark.parametrize("size", [1, 3, 64, 3072, 49152])
+@pytest.mark.parametrize("size", [1, 3, 64, 3072, 3 * 64 * 64 * 4])
 @pytest.mark.parametrize("bound", [0.3, 3.0, 137.0, 4096.0, 2.0**20, 2.0**23])
 def test_no_image_is_longer_than_the_clip_norm(size: int, bound: float) -> None:
     x = hard_images(size, bound, np.random.default_rng(size))
@@ -97,7 +96,8 @@ def test_thousands_of_images_stay_close_to_the_real_clip_and_inside() -> None:
         grid = clip_to_grid(x, bound=bound, steps=steps, out=out)
         assert grid is out
         assert max(square_norms(grid)) <= largest_square(bound)
-        real = wide * (steps * np.minimum(1.0, bound / np.maximum(lengths * steps, 1e-300)))[:, None]
+        factor = np.minimum(1.0, bound / np.maximum(lengths * steps, 1e-300))
+        real = wide * (steps * factor)[:, None]
         margin = (size / 12 + 2.4 * bound + 0.3 * math.sqrt(size)) / bound**2
         shrunk = min(0.5, margin / 1.5)  # by the soft margin: 1 - sqrt(1 - x) <= x / 1.5
         assert (np.abs(grid - real) <= 1.0 + (shrunk + 4e-7) * np.abs(real)).all()
@@ -179,7 +179,7 @@ class EveryStep:
 
 def test_the_outputs_that_can_occur_are_the_same_for_every_image() -> None:
     parameters = release_parameters(LINEAR, t0=600, clip_norm=60.0, shift=0.0)
-    side, reach = 331, 54_780  # pixels as many as steps of noise: 13.4 standard deviations
+    side, reach = 331, 51_600  # 331^2 pixels: one for each step of noise, and some more
     occurring = []
     for level in (0, 77, 128, 255):
         image = np.full((1, 1, side, side), level, dtype=np.uint8)
@@ -187,14 +187,14 @@ def test_the_outputs_that_can_occur_are_the_same_for_every_image() -> None:
         occurring.append(np.unique(chunk))
         assert len(occurring[-1]) == side * side
     step = np.float32(math.sqrt(1 - parameters.alpha_bar) / GRID)
-    common = (np.arange(-reach + 200, reach - 200).astype(np.float32)) * step
+    common = np.arange(-reach, reach + 1).astype(np.float32) * step
     moved = [float(values.mean()) / float(step) for values in occurring]
     assert max(moved) - min(moved) > 20  # the images are different
     for values in occurring:
         assert np.isin(common, values, assume_unique=True).all()
     weights = rounded_gaussian_weights()
     middle = len(weights) // 2
-    assert min(weights[middle - reach : middle + reach + 1]) > 0  # and each has its chance
+    assert min(weights[middle - reach : middle + reach + 1]) > 0  # and each does occur
 
 
 def lowest_bits(y: np.ndarray) -> np.ndarray:
@@ -263,43 +263,3 @@ def test_noise_of_another_grid_is_refused() -> None:
             next(noised_chunks(images, parameters=replace(parameters, grid=grid), noise=seeded()))
     with pytest.raises(ValueError, match=r"^images must be \(N, C, H, W\), got \(1, 2, 2\)$"):
         next(noised_chunks(images[0], parameters=parameters, noise=seeded()))
-
-
-# --- Privacy loss ---------------------------------------------------------------------------
-
-
-def summed_delta(weights: list[int], shift: int, epsilon: float) -> mpmath.mpf:
-    """sum_k max(0, P[k] - e^eps P[k + shift]), from whole numbers; e^eps is rounded down."""
-    factor = int(mpmath.floor(mpmath.exp(epsilon) * 2**128))
-    beside = weights[shift:] + [0] * shift
-    total = sum(max(0, (p << 128) - factor * q) for p, q in zip(weights, beside, strict=True))
-    return mpmath.mpf(total) / mpmath.mpf(2) ** 256
-
-
-def analytic_delta(mu: mpmath.mpf, epsilon: float) -> mpmath.mpf:
-    """Balle and Wang 2018, Theorem 8."""
-
-    def phi(x: mpmath.mpf) -> mpmath.mpf:
-        return mpmath.erfc(-x / mpmath.sqrt(2)) / 2
-
-    return phi(mu / 2 - epsilon / mu) - mpmath.exp(epsilon) * phi(-mu / 2 - epsilon / mu)
-
-
-def test_privacy_loss_on_the_grid_is_at_most_the_real_gaussians() -> None:
-    """Two images 2C apart on one pixel: rounding is post-processing, and costs nothing."""
-    weights = rounded_gaussian_weights()
-    light = [w if abs(k - len(weights) // 2) < 5 * GRID else 0 for k, w in enumerate(weights)]
-    with mpmath.workprec(300):
-        for shift in (13, 512, 4096, 8192, 40_960):  # 2C in steps; C = sigma is 8192
-            for epsilon in (0.0, 0.5, 3.0, 10.0):
-                analytic = analytic_delta(mpmath.mpf(shift) / GRID, epsilon)
-                allowed = analytic + (1 + mpmath.exp(epsilon)) * SAMPLER_DISTANCE
-                found = summed_delta(weights, shift, epsilon)
-                assert found <= allowed, (shift, epsilon)
-                assert found >= analytic * (1 - 1e-6) - SAMPLER_DISTANCE, (shift, epsilon)
-                if analytic < 1e-25:
-                    continue
-                # Planted faults: images one step too far apart, and a tail that ends too soon.
-                assert summed_delta(weights, shift + 1, epsilon) > allowed
-                if analytic < 1e-3:
-                    assert summed_delta(light, shift, epsilon) > allowed

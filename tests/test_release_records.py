@@ -75,7 +75,13 @@ def test_records_restore_to_the_bit() -> None:
         ("num_steps", "1e3", "incomplete or malformed"),
         ("clip_norm", "", "incomplete or malformed"),
         ("grid", "fine", "incomplete or malformed"),
+        ("grid", "", "incomplete or malformed"),
+        ("grid", "4096.0", "incomplete or malformed"),
+        ("grid", "0", "grid must be at least 1, got 0"),
+        ("grid", "-4096", "grid must be at least 1, got -4096"),
         ("seeded", "yes", "incomplete or malformed"),
+        ("seeded", "True", "incomplete or malformed"),
+        ("seeded", "", "incomplete or malformed"),
         ("seeded", "false", "seeded is False, but the noise is 'seeded"),
         ("noise_source", "operating-system entropy", "seeded is True, but the noise is 'operating"),
     ],
@@ -114,6 +120,8 @@ def test_secure_releases_say_so() -> None:
     again = restore_release(made.x_tilde, made.labels, metadata_of(made))
     assert not again.seeded
     assert "operating-system" in again.noise_source
+    with pytest.raises(ValueError, match="seeded is True, but the noise is 'operating-system"):
+        restore_release(made.x_tilde, made.labels, metadata_of(made) | {"seeded": "true"})
 
 
 def test_the_event_follows_from_the_parameters() -> None:
