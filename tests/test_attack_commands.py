@@ -37,45 +37,33 @@ def paper_config() -> RunConfig:
     )
 
 
-class _Altered(SystemNoise):
-    """The real noise with a fault."""
+class HalfNoise(SystemNoise):
+    def fill(self, out: np.ndarray) -> None:
+        super().fill(out)
+        np.rint(0.5 * out, out=out)
+
+
+class SlightlyLess(SystemNoise):
+    def fill(self, out: np.ndarray) -> None:
+        super().fill(out)
+        np.rint(np.float32(0.97) * out, out=out)
+
+
+class OnceReused(SystemNoise):
+    """One pair of images among all has the same noise."""
+
+    sign = 1.0
+    done = False
 
     def fill(self, out: np.ndarray) -> None:
         super().fill(out)
-        self.spoil(out)
-
-    def spoil(self, out: np.ndarray) -> None:
-        raise NotImplementedError
-
-
-class HalfNoise(_Altered):
-    def spoil(self, out: np.ndarray) -> None:
-        out *= 0.5
-        np.rint(out, out=out)
-
-
-class SlightlyLess(_Altered):
-    def spoil(self, out: np.ndarray) -> None:
-        out *= 0.97
-        np.rint(out, out=out)
-
-
-class OnceReused(_Altered):
-    """One pair of images among all has the same noise."""
-
-    done = False
-
-    def spoil(self, out: np.ndarray) -> None:
         if not self.done and len(out) > 7:
-            out[7] = out[2]
+            out[7] = self.sign * out[2]
             self.done = True
 
 
 class OnceReusedBackwards(OnceReused):
-    def spoil(self, out: np.ndarray) -> None:
-        if not self.done and len(out) > 7:
-            out[7] = -out[2]
-            self.done = True
+    sign = -1.0
 
 
 def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, Any]]:
@@ -150,7 +138,7 @@ def config_sigma() -> float:
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_bad_noise_is_caught(
-    fault: type[_Altered],
+    fault: type[SystemNoise],
     caught_by: set[str],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
