@@ -10,7 +10,7 @@ export FLWR_TELEMETRY_ENABLED = 0
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-fast audit lint format bench stop clean \
-	experiment-cifar experiment-colored-mnist
+	experiment-gmm experiment-cifar experiment-colored-mnist
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | \
@@ -34,6 +34,9 @@ test: install ## the whole test suite
 
 test-fast: install ## the tests that start no Flower processes and take no minutes
 	$(BIN)/python -m pytest -m 'not slow and not flower'
+
+experiment-gmm: install ## Gaussian-mixture toy beside its theory, under a minute (fedpdm toy)
+	$(BIN)/fedpdm toy experiments/gmm.yaml --out runs/gmm
 
 experiment-cifar: install ## CIFAR-10, majority/minority clients (PROFILE=smoke)
 	$(BIN)/fedpdm run experiments/cifar10-$(PROFILE).yaml --out runs/cifar10-$(PROFILE)-$(NOW)

@@ -52,7 +52,7 @@ def training_step() -> dict[str, Any]:
     images = torch.randn(512, 3, 16, 16)
     labels = torch.randint(0, 10, (512,))
     ours = Denoiser(spec, schedule)
-    plain = copy.deepcopy(ours.unet)
+    plain = copy.deepcopy(ours.network)
     settings = OptimizerSettings(lr=1e-4, batch_size=batch, total_steps=10_000)
     trainer = Trainer(ours, settings, device=torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
@@ -172,7 +172,7 @@ def client_memory() -> dict[str, Any]:
         client = PFDMClient(local)
         model = build_denoiser(config, "coarse", spec=local.spec, schedule=client.work.schedule)
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
-        request = wire.encode_model(dict(model.unet.named_parameters()))
+        request = wire.encode_model(dict(model.network.named_parameters()))
         del model
         torch.nn.Conv2d(4, 4, 3)(torch.randn(1, 4, 8, 8)).sum().backward()  # start the libraries
         before = _resident()

@@ -151,7 +151,7 @@ class PFDMClient(NumPyClient):
         coarse = build_denoiser(
             self.config, "coarse", spec=self.local.spec, schedule=self.work.schedule
         ).to(self.work.device)
-        load_named(dict(coarse.unet.named_parameters()), received, what="coarse weights")
+        load_named(dict(coarse.network.named_parameters()), received, what="coarse weights")
         coarse.eval()
         heldout = self.local.heldout if len(self.local.heldout) else self.local.train
         released = select(self.work.release(), torch.from_numpy(heldout))

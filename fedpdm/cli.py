@@ -13,6 +13,7 @@ from typing import Any
 from fedpdm.commands.attack import add_attack_parser
 from fedpdm.commands.ledger import add_ledger_parser
 from fedpdm.commands.privacy import add_privacy_parser
+from fedpdm.commands.toy import add_toy_parser
 from fedpdm.config import ConfigError, RunConfig, config_reference, load_config
 
 __all__ = ["main"]
@@ -95,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     add_privacy_parser(commands)
     add_ledger_parser(commands)
     add_attack_parser(commands)
+    add_toy_parser(commands)
 
     show = commands.add_parser("show", help="summary of a finished run")
     show.add_argument("run", type=Path)

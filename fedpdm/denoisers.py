@@ -24,7 +24,15 @@ from torch import nn
 
 from fedpdm.schedule import NoiseSchedule
 
-__all__ = ["NO_LABEL", "PRESETS", "Denoiser", "DenoiserSpec", "DenoisingFunction", "Preset"]
+__all__ = [
+    "NO_LABEL",
+    "PRESETS",
+    "Denoiser",
+    "DenoiserSpec",
+    "DenoisingFunction",
+    "Preset",
+    "TrainableDenoiser",
+]
 
 NO_LABEL = -1
 
@@ -143,10 +151,16 @@ class DenoiserSpec:
         return (self.num_classes + 1) * (2 if self.knows_clipping else 1)
 
 
-class Denoiser(nn.Module):
+class TrainableDenoiser(nn.Module):
+    """A `DenoisingFunction` whose parameters are those of its `network`."""
+
+    network: nn.Module
+
+
+class Denoiser(TrainableDenoiser):
     """A diffusers `UNet2DModel` as a `DenoisingFunction`.
 
-    The U-Net is `self.unet`, unmodified, so it saves and loads as any diffusers model does.
+    The U-Net is `self.network`, unmodified, so it saves and loads as any diffusers model does.
     """
 
     def __init__(self, spec: DenoiserSpec, schedule: NoiseSchedule) -> None:
@@ -159,7 +173,7 @@ class Denoiser(nn.Module):
             num_class_embeds=spec.num_conditions,
             **PRESETS[spec.preset].unet,
         )
-        self.unet: nn.Module = network
+        self.network = network
         abar = torch.tensor(schedule.alphas_cumprod)
         self.register_buffer("_signal", abar.sqrt().float(), persistent=False)
         self.register_buffer("_noise", (1.0 - abar).sqrt().float(), persistent=False)
@@ -188,7 +202,7 @@ class Denoiser(nn.Module):
         pad = self.spec.padded_resolution - self.spec.resolution
         x_in = nn.functional.pad(x_t, (0, pad, 0, pad)) if pad else x_t
         # diffusers' timestep k is the state after k + 1 steps of noise.
-        raw = self.unet(x_in, t - 1, class_labels=self.condition(labels, clipped)).sample
+        raw = self.network(x_in, t - 1, class_labels=self.condition(labels, clipped)).sample
         if pad:
             raw = raw[..., : self.spec.resolution, : self.spec.resolution]
         raw = raw.float()

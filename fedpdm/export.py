@@ -114,14 +114,14 @@ def export_pipeline(
     models: dict[str, Any] = {}
     for role, weights in (("coarse", coarse), ("fine", fine)):
         models[role] = build_denoiser(config, role, spec=spec, schedule=schedule)
-        target = dict(models[role].unet.named_parameters())
+        target = dict(models[role].network.named_parameters())
         load_named(target, weights, what=f"{role} weights for client {client_id}")
     scheduler = make_scheduler(config.sampling.scheduler, schedule.betas)
     # In float64, as trained: schedulers round them to float32, the pipeline's x0_hat does not.
     scheduler.register_to_config(trained_betas=schedule.betas.tolist())
     pipeline = PFDMPipeline(
-        models["coarse"].unet,
-        models["fine"].unet,
+        models["coarse"].network,
+        models["fine"].network,
         scheduler,
         t0=t0,
         chain=config.coarse.objective,

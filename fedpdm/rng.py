@@ -30,6 +30,7 @@ class Purpose(IntEnum):
     EVALUATION = 8
     CLIENT_SELECTION = 9
     SERVER_TRAINING = 10
+    MIXTURE_POINTS = 11
 
 
 def seed_sequence(

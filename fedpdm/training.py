@@ -11,10 +11,11 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 
-from fedpdm.denoisers import Denoiser
+from fedpdm.denoisers import TrainableDenoiser
 from fedpdm.types import TrainReport
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "load_named",
     "select_device",
 ]
+
 
 BatchLoss = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
 """(indices int64 (B,), generator) -> loss per example (B,)."""
@@ -113,18 +115,19 @@ def load_named(
             tensor.copy_(source[name])
 
 
-class Trainer:
+Model = TypeVar("Model", bound=TrainableDenoiser)
+
+
+class Trainer(Generic[Model]):
     """A denoiser in training: model, AdamW moments, EMA and step count."""
 
-    def __init__(
-        self, model: Denoiser, settings: OptimizerSettings, *, device: torch.device
-    ) -> None:
+    def __init__(self, model: Model, settings: OptimizerSettings, *, device: torch.device) -> None:
         self.settings = settings
         self.device = device
-        self.model = model.to(device)
+        self.model: Model = model.to(device)
         if device.type == "cuda":
             self.model = self.model.to(memory_format=torch.channels_last)
-        self._named = dict(self.model.unet.named_parameters())
+        self._named = dict(self.model.network.named_parameters())
         self._parameters: list[torch.Tensor] = list(self._named.values())
         self._ema = [p.detach().clone() for p in self._parameters]
         self._optimizer = torch.optim.AdamW(
@@ -139,7 +142,7 @@ class Trainer:
         self._autocast = settings.precision == "bfloat16" or (settings.precision == "auto" and bf16)
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """The U-Net's current weights by name (views, not copies)."""
+        """The network's current weights by name (views, not copies)."""
         return {name: p.detach() for name, p in self._named.items()}
 
     def ema(self) -> dict[str, torch.Tensor]:

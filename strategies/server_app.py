@@ -59,7 +59,7 @@ def build_strategy(
             seed=config.run.seed,
             simulation=config.run.simulation,
         ),
-        "weights": {name: p.detach() for name, p in model.unet.named_parameters()},
+        "weights": {name: p.detach() for name, p in model.network.named_parameters()},
         "run": run,
         "announce": log.say,
         "finish": functools.partial(finish_run, run, config, plan, log, stores),

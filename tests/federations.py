@@ -58,4 +58,4 @@ def initial_message(config: RunConfig) -> list[np.ndarray]:
     """The coarse model that the server begins with."""
     schedule, spec = build_schedule(config), build_image_spec(config)
     model = build_denoiser(config, "coarse", spec=spec, schedule=schedule)
-    return wire.encode_model(dict(model.unet.named_parameters()))
+    return wire.encode_model(dict(model.network.named_parameters()))

@@ -47,7 +47,7 @@ class KnownNetwork(nn.Module):
 def known(spec: DenoiserSpec, answer: torch.Tensor) -> tuple[Denoiser, KnownNetwork]:
     denoiser = Denoiser(spec, LINEAR)
     network = KnownNetwork(answer)
-    denoiser.unet = network
+    denoiser.network = network
     return denoiser, network
 
 
@@ -164,7 +164,7 @@ def test_the_label_table_has_no_collisions() -> None:
     plain = make_spec(num_classes=3)
     assert plain.num_conditions == 4
     assert Denoiser(plain, LINEAR).condition(labels[:4], None).tolist() == [0, 1, 2, 3]
-    table = denoiser.unet.class_embedding
+    table = denoiser.network.class_embedding
     assert isinstance(table, nn.Embedding)
     assert table.num_embeddings == 8
 
@@ -193,7 +193,7 @@ def test_presets_have_the_advertised_size(preset: str, millions: float) -> None:
     spec = make_spec(preset=preset, resolution=32, channels=3)
     with torch.device("meta"):
         denoiser = Denoiser(spec, LINEAR)
-    count = sum(p.numel() for p in denoiser.unet.parameters())
+    count = sum(p.numel() for p in denoiser.network.parameters())
     assert count / 1e6 == pytest.approx(millions, abs=0.06)
     advertised = re.search(r"about ([\d.]+) M", PRESETS[preset].description)
     assert advertised is not None
@@ -204,7 +204,7 @@ def test_the_paper_preset_is_ho_et_als_network() -> None:
     # google/ddpm-cifar10-32 has 35,746,307 parameters; ours adds a label table of 11 x 512.
     with torch.device("meta"):
         denoiser = Denoiser(make_spec(preset="paper", resolution=32, channels=3), LINEAR)
-    assert sum(p.numel() for p in denoiser.unet.parameters()) == 35_746_307 + 11 * 512
+    assert sum(p.numel() for p in denoiser.network.parameters()) == 35_746_307 + 11 * 512
     assert PRESETS["paper"].prediction == "epsilon"
     assert PRESETS["paper"].unet["dropout"] == 0.1
 
@@ -212,7 +212,7 @@ def test_the_paper_preset_is_ho_et_als_network() -> None:
 def test_schedule_tables_do_not_travel_with_the_weights() -> None:
     names = Denoiser(make_spec(), LINEAR).state_dict().keys()
     assert names
-    assert all(name.startswith("unet.") for name in names)
+    assert all(name.startswith("network.") for name in names)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ import pytest
 from fedpdm.config import config_reference, load_config
 from fedpdm.engines.preflight import check_run
 
-EXPERIMENTS = sorted((Path(__file__).parent.parent / "experiments").glob("**/*.yaml"))
+FOLDER = Path(__file__).parent.parent / "experiments"
+EXPERIMENTS = sorted(set(FOLDER.glob("**/*.yaml")) - {FOLDER / "gmm.yaml"})  # see test_toy_command
 
 
 def test_there_are_experiments() -> None:

@@ -62,8 +62,8 @@ def wrap(
 ) -> PFDMPipeline:
     made = make_scheduler(scheduler, schedule.betas)
     made.register_to_config(trained_betas=schedule.betas.tolist())
-    first: Any = coarse.unet
-    second: Any = fine.unet
+    first: Any = coarse.network
+    second: Any = fine.network
     pipeline = PFDMPipeline(
         first,
         second,
@@ -246,6 +246,6 @@ def test_pipeline_refuses(options: dict[str, Any], message: str) -> None:
 def test_not_finite_is_an_error() -> None:
     schedule, coarse, fine = make_pair()
     with torch.no_grad():
-        next(fine.unet.parameters()).fill_(float("nan"))
+        next(fine.network.parameters()).fill_(float("nan"))
     with pytest.raises(ValueError, match="not finite"):
         wrap(schedule, coarse, fine)([0], num_inference_steps=3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -86,6 +87,8 @@ def crash_at(
 
 def check_after_crash(store: ReleaseStore, count: int, releases: int) -> bool:
     """That nothing is half there, nor noised again; whether the last release was complete."""
+    for leftover in store.root.glob(".*.tmp"):  # named after the process, and the next is another
+        leftover.rename(store.root / leftover.name.replace(str(os.getpid()), "1"))
     there = complete_releases(store)
     recorded = store.ledger().releases()  # checks names and files
     assert len(recorded) <= len(there) <= releases

@@ -42,7 +42,9 @@ def adamw(batches: list[list[int]], plan: OptimizerSettings) -> tuple[np.ndarray
     The gradient of sum_j (W x + b - y)_j^2 is 2 (W x + b - y) (x, 1)'.
     """
     model = Toy()
-    w = np.hstack([model.unet.weight.detach().numpy(), model.unet.bias.detach().numpy()[:, None]])
+    w = np.hstack(
+        [model.network.weight.detach().numpy(), model.network.bias.detach().numpy()[:, None]]
+    )
     w = w.astype(np.float64)
     ema, m, v = w.copy(), np.zeros_like(w), np.zeros_like(w)
     x = np.hstack([X.numpy(), np.ones((3, 1))]).astype(np.float64)
@@ -141,7 +143,7 @@ def test_precision_on_a_cpu(precision: str, dtype: torch.dtype) -> None:
     trainer, model = toy_trainer(precision=precision)
 
     def loss(indices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        assert model.unet(X[indices]).dtype == dtype
+        assert model.network(X[indices]).dtype == dtype
         return model.loss(indices, generator)
 
     train(trainer, model, 1, loss=loss)
@@ -160,7 +162,7 @@ def test_the_proximal_gradient_is_mu_times_the_distance() -> None:
         return 0.0 * model.loss(indices, generator)
 
     train(trainer, model, 1, loss=nothing, anchor=anchor, proximal_mu=0.3)
-    for name, p in model.unet.named_parameters():
+    for name, p in model.network.named_parameters():
         assert p.grad is not None
         assert not p.grad.requires_grad
         assert torch.allclose(p.grad, 0.3 * (before[name] - 0.25), atol=1e-7)
@@ -172,7 +174,9 @@ def test_the_proximal_optimum_lies_between_the_clients_and_the_anchor() -> None:
     anchor = {name: torch.zeros_like(p) for name, p in trainer.weights().items()}
 
     def pull(indices: torch.Tensor, _: torch.Generator) -> torch.Tensor:
-        return (model.unet.bias - 1).square().sum() + 0 * model.unet.weight.sum() + 0 * indices
+        return (
+            (model.network.bias - 1).square().sum() + 0 * model.network.weight.sum() + 0 * indices
+        )
 
     train(trainer, model, 600, loss=pull, anchor=anchor, proximal_mu=2.0)
     assert trainer.weights()["bias"].tolist() == pytest.approx([0.5, 0.5], abs=1e-3)

@@ -155,7 +155,7 @@ def test_a_gradient_that_is_not_finite_is_noticed_in_the_last_step() -> None:
     trainer, model = toy_trainer()
 
     def loss(indices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        root = (model.unet.weight * 0).abs().sum().sqrt()  # 0, with an infinite slope
+        root = (model.network.weight * 0).abs().sum().sqrt()  # 0, with an infinite slope
         return model.loss(indices, generator) + root
 
     with pytest.raises(FloatingPointError, match=r"^training: gradient is nan at step 1$"):

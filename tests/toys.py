@@ -23,10 +23,10 @@ class Toy(nn.Module):
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
         torch.manual_seed(seed)
-        self.unet = nn.Linear(3, 2)
+        self.network = nn.Linear(3, 2)
 
     def loss(self, indices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        return (self.unet(X[indices]) - Y[indices]).square().sum(dim=1)
+        return (self.network(X[indices]) - Y[indices]).square().sum(dim=1)
 
 
 def settings(**options: Any) -> OptimizerSettings:

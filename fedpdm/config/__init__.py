@@ -13,6 +13,8 @@ from fedpdm.config.reading import (
     config_to_json,
     config_to_yaml,
     load_config,
+    load_toy_config,
+    toy_config_from_mapping,
 )
 from fedpdm.config.schema import (
     AggregationConfig,
@@ -28,6 +30,7 @@ from fedpdm.config.schema import (
     SamplingConfig,
     ScheduleConfig,
 )
+from fedpdm.config.toy import ToyConfig
 
 __all__ = [
     "AggregationConfig",
@@ -42,6 +45,7 @@ __all__ = [
     "RunSection",
     "SamplingConfig",
     "ScheduleConfig",
+    "ToyConfig",
     "apply_overrides",
     "config_from_json",
     "config_from_mapping",
@@ -49,4 +53,6 @@ __all__ = [
     "config_to_json",
     "config_to_yaml",
     "load_config",
+    "load_toy_config",
+    "toy_config_from_mapping",
 ]

@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from fedpdm.config.schema import ConfigError, RunConfig
+from fedpdm.config.toy import ToyConfig
 
 __all__ = [
     "apply_overrides",
@@ -26,6 +27,8 @@ __all__ = [
     "config_to_json",
     "config_to_yaml",
     "load_config",
+    "load_toy_config",
+    "toy_config_from_mapping",
 ]
 
 
@@ -34,7 +37,12 @@ def _describe(annotation: Any) -> str:
 
 
 def _coerce(annotation: Any, value: Any, path: str) -> Any:
-    """`value` as `annotation` (int, float, str, bool, or one of them or None); strict."""
+    """`value` as `annotation`: int, float, str, bool, one of them or None, or a tuple of one."""
+    if typing.get_origin(annotation) is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{path}: must be a list, got {value!r}")
+        item = typing.get_args(annotation)[0]
+        return tuple(_coerce(item, each, f"{path}[{index}]") for index, each in enumerate(value))
     if isinstance(annotation, types.UnionType):
         if value is None:
             return None
@@ -54,6 +62,10 @@ def _coerce(annotation: Any, value: Any, path: str) -> Any:
 
 def _check(value: Any, checks: Mapping[str, Any], path: str) -> None:
     if value is None:
+        return
+    if isinstance(value, tuple):
+        for index, each in enumerate(value):
+            _check(each, checks, f"{path}[{index}]")
         return
     if (choices := checks.get("choices")) and value not in choices:
         near = difflib.get_close_matches(str(value), choices, 1)
@@ -137,6 +149,20 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
     return config_from_mapping(apply_overrides(mapping, overrides))
 
 
+def load_toy_config(path: Path, overrides: Iterable[str] = ()) -> ToyConfig:
+    """Read the toy's experiment file and apply overrides, like `load_config`."""
+    mapping = _read_mapping(path)
+    mapping.setdefault("name", path.stem)
+    return toy_config_from_mapping(mapping, overrides)
+
+
+def toy_config_from_mapping(mapping: Mapping[str, Any], overrides: Iterable[str] = ()) -> ToyConfig:
+    """A `ToyConfig` from nested plain data. `ConfigError` as described in the module."""
+    config = _build(ToyConfig, apply_overrides(mapping, overrides), "")
+    assert isinstance(config, ToyConfig)
+    return config
+
+
 def _read_mapping(path: Path, depth: int = 0) -> dict[str, Any]:
     if depth > 8:
         raise ConfigError(f"{path}: base files nest deeper than 8 levels")
@@ -178,15 +204,16 @@ def config_from_json(text: str) -> RunConfig:
     return config_from_mapping(mapping)
 
 
-def config_to_yaml(config: RunConfig) -> str:
+def config_to_yaml(config: RunConfig | ToyConfig) -> str:
     """The resolved config as YAML, every key written out."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+    plain = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists
+    return yaml.safe_dump(plain, sort_keys=False)
 
 
-def config_reference() -> str:
+def config_reference(kind: type[RunConfig] | type[ToyConfig] = RunConfig) -> str:
     """Every key with its default and meaning, as a Markdown table (docs are made from it)."""
     lines = ["| key | default | meaning |", "|---|---|---|", "| `name` | file name | of the run |"]
-    for section in dataclasses.fields(RunConfig):
+    for section in dataclasses.fields(kind):
         default = section.default
         if not dataclasses.is_dataclass(default):
             continue

@@ -18,6 +18,7 @@ __all__ = [
     "RunSection",
     "SamplingConfig",
     "ScheduleConfig",
+    "key",
 ]
 
 
@@ -25,7 +26,7 @@ class ConfigError(ValueError):
     """A configuration that cannot be run; the message is one line and names the key."""
 
 
-def _key(default: Any, doc: str, **checks: Any) -> Any:
+def key(default: Any, doc: str, **checks: Any) -> Any:
     """A config key: default, one-line description and checks (low, high, above, below, choices)."""
     return field(default=default, metadata={"doc": doc, **checks})
 
@@ -34,19 +35,19 @@ def _key(default: Any, doc: str, **checks: Any) -> Any:
 class RunSection:
     """Who, how long, where."""
 
-    seed: int = _key(0, "everything but deployed privacy noise derives from it", low=0)
-    rounds: int = _key(10, "federated rounds", low=1)
-    simulation: bool = _key(True, "one party holds all data; allows seeded noise and raw metrics")
-    device: str = _key("auto", "auto, cpu, cuda, cuda:1, ...")
-    precision: str = _key("auto", "number format", choices=("auto", "float32", "bfloat16"))
-    threads: int = _key(1, "torch threads per client process; 0 leaves torch's default", low=0)
+    seed: int = key(0, "everything but deployed privacy noise derives from it", low=0)
+    rounds: int = key(10, "federated rounds", low=1)
+    simulation: bool = key(True, "one party holds all data; allows seeded noise and raw metrics")
+    device: str = key("auto", "auto, cpu, cuda, cuda:1, ...")
+    precision: str = key("auto", "number format", choices=("auto", "float32", "bfloat16"))
+    threads: int = key(1, "torch threads per client process; 0 leaves torch's default", low=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Which images."""
 
-    name: str = _key(
+    name: str = key(
         "digits",
         "data set",
         choices=(
@@ -54,14 +55,14 @@ class DataConfig:
             "image_folder", "npz",
         ),
     )  # fmt: skip
-    root: str | None = _key(None, "data directory (or .npz file); default: FEDPDM_DATA")
-    download: bool = _key(False, "let torchvision download what is missing")
-    resolution: int | None = _key(None, "resize to this many pixels; default: native", low=4)
-    coloring: str | None = _key(
+    root: str | None = key(None, "data directory (or .npz file); default: FEDPDM_DATA")
+    download: bool = key(False, "let torchvision download what is missing")
+    resolution: int | None = key(None, "resize to this many pixels; default: native", low=4)
+    coloring: str | None = key(
         None, "colours for one-channel sets", choices=("by_label", "independent", "none")
     )
-    max_images: int | None = _key(None, "use a class-stratified subset of this size", low=1)
-    holdout_fraction: float = _key(
+    max_images: int | None = key(None, "use a class-stratified subset of this size", low=1)
+    holdout_fraction: float = key(
         0.1, "share of a client's images kept for evaluation", low=0.0, below=1.0
     )
 
@@ -70,15 +71,15 @@ class DataConfig:
 class PartitionConfig:
     """How the data set is split over simulated clients."""
 
-    kind: str = _key(
+    kind: str = key(
         "majority_minority",
         "split",
         choices=("iid", "dirichlet", "majority_minority", "own"),
     )
-    num_clients: int = _key(4, "clients", low=1)
-    alpha: float | None = _key(None, "dirichlet concentration", above=0.0)
-    majority_classes: int | None = _key(None, "majority classes per client", low=1)
-    majority_ratio: float | None = _key(
+    num_clients: int = key(4, "clients", low=1)
+    alpha: float | None = key(None, "dirichlet concentration", above=0.0)
+    majority_classes: int | None = key(None, "majority classes per client", low=1)
+    majority_ratio: float | None = key(
         None, "images of a majority class for one of a minority class", low=1.0
     )
 
@@ -87,49 +88,49 @@ class PartitionConfig:
 class PrivacyConfig:
     """The release. Give epsilon (t0 follows) or t0 (epsilon follows), not both."""
 
-    epsilon: float | None = _key(10.0, "local DP budget per image", above=0.0, high=1e4)
-    delta: float = _key(1e-5, "failure probability of the guarantee", above=0.0, below=1.0)
-    clip_norm: float = _key(
+    epsilon: float | None = key(10.0, "local DP budget per image", above=0.0, high=1e4)
+    delta: float = key(1e-5, "failure probability of the guarantee", above=0.0, below=1.0)
+    clip_norm: float = key(
         10.0, "L2 bound C of a shifted image in [-1, 1] units", above=0.0, high=1e6
     )
-    t0: int | None = _key(None, "noising steps of the release; set epsilon: null to use it", low=1)
-    shift: float | None = _key(
+    t0: int | None = key(None, "noising steps of the release; set epsilon: null to use it", low=1)
+    shift: float | None = key(
         None, "public constant subtracted before clipping; default: the set's background",
         low=-1.0, high=1.0,
     )  # fmt: skip
-    accounting: str = _key("exact", "how epsilon is computed", choices=("exact", "paper"))
+    accounting: str = key("exact", "how epsilon is computed", choices=("exact", "paper"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
     """The diffusion chain."""
 
-    kind: str = _key("linear", "noise schedule", choices=("linear", "cosine", "squared_cosine"))
-    num_steps: int = _key(1000, "T", low=2)
-    beta_start: float = _key(1e-4, "first beta (linear)", above=0.0, below=1.0)
-    beta_end: float = _key(0.02, "last beta (linear)", above=0.0, below=1.0)
+    kind: str = key("linear", "noise schedule", choices=("linear", "cosine", "squared_cosine"))
+    num_steps: int = key(1000, "T", low=2)
+    beta_start: float = key(1e-4, "first beta (linear)", above=0.0, below=1.0)
+    beta_end: float = key(0.02, "last beta (linear)", above=0.0, below=1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _ModelConfig:
     """What coarse and fine training have in common."""
 
-    preset: str = _key("tiny", "U-Net", choices=("micro", "tiny", "small", "paper"))
-    prediction: str | None = _key(
+    preset: str = key("tiny", "U-Net", choices=("micro", "tiny", "small", "paper"))
+    prediction: str | None = key(
         None, "network output; default: the preset's", choices=("sample", "epsilon", "v")
     )
-    steps_per_round: int = _key(100, "gradient steps per client and round", low=0)
-    batch_size: int = _key(32, "images per step", low=1)
-    lr: float = _key(2e-3, "peak learning rate", above=0.0)
-    warmup_steps: int = _key(100, "linear warm-up", low=0)
-    decay: str = _key("cosine", "learning rate after warm-up", choices=("constant", "cosine"))
-    weight_decay: float = _key(0.0, "AdamW", low=0.0)
-    grad_clip: float = _key(1.0, "L2 bound on the gradient", above=0.0)
-    ema_decay: float = _key(0.999, "limit of the weight average", low=0.0, below=1.0)
-    class_balance: float = _key(
+    steps_per_round: int = key(100, "gradient steps per client and round", low=0)
+    batch_size: int = key(32, "images per step", low=1)
+    lr: float = key(2e-3, "peak learning rate", above=0.0)
+    warmup_steps: int = key(100, "linear warm-up", low=0)
+    decay: str = key("cosine", "learning rate after warm-up", choices=("constant", "cosine"))
+    weight_decay: float = key(0.0, "AdamW", low=0.0)
+    grad_clip: float = key(1.0, "L2 bound on the gradient", above=0.0)
+    ema_decay: float = key(0.999, "limit of the weight average", low=0.0, below=1.0)
+    class_balance: float = key(
         0.0, "0: images equally often; 1: classes equally often", low=0.0, high=1.0
     )
-    label_dropout: float = _key(
+    label_dropout: float = key(
         0.1, "share of unlabelled examples (for guidance)", low=0.0, below=1.0
     )
 
@@ -138,14 +139,14 @@ class _ModelConfig:
 class CoarseConfig(_ModelConfig):
     """The shared model, trained on releases only."""
 
-    training: str = _key(
+    training: str = key(
         "federated", "where: federated averaging, or at the server on uploads (Algorithm 1)",
         choices=("federated", "server"),
     )  # fmt: skip
-    objective: str = _key(
+    objective: str = key(
         "truncated", "docs/method.md section 3", choices=("truncated", "noise_to_noise")
     )
-    weighting: str = _key(
+    weighting: str = key(
         "v", "noise_to_noise only: loss weight", choices=("snr", "v", "min_snr", "uniform")
     )
 
@@ -154,38 +155,38 @@ class CoarseConfig(_ModelConfig):
 class FineConfig(_ModelConfig):
     """The private model of each client, trained on its raw images."""
 
-    class_balance: float = _key(
+    class_balance: float = key(
         1.0, "0: images equally often; 1: classes equally often", low=0.0, high=1.0
     )
-    t_range: str = _key(
+    t_range: str = key(
         "all", "all: t in [1, T], which is also training alone; below_t0: t in [1, t0]",
         choices=("all", "below_t0"),
     )  # fmt: skip
-    weighting: str = _key("v", "loss weight", choices=("snr", "v", "min_snr", "uniform"))
-    clipped_fraction: float = _key(
+    weighting: str = key("v", "loss weight", choices=("snr", "v", "min_snr", "uniform"))
+    clipped_fraction: float = key(
         0.1, "share of examples that are clipped and flagged so", low=0.0, below=1.0
     )
-    checkpoint_every: int = _key(500, "steps between checkpoints inside a round", low=1)
+    checkpoint_every: int = key(500, "steps between checkpoints inside a round", low=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class AggregationConfig:
     """The server's side of federated coarse training (Flower's own strategies)."""
 
-    method: str = _key(
+    method: str = key(
         "fedavg", "server optimiser", choices=("fedavg", "fedavgm", "fedadam", "fedprox")
     )
-    server_lr: float | None = _key(
+    server_lr: float | None = key(
         None, "fedavgm (default 1) and fedadam (default 0.01, bias-corrected)", above=0.0
     )
-    momentum: float = _key(0.9, "fedavgm, and beta_1 of fedadam", low=0.0, below=1.0)
-    proximal_mu: float = _key(0.01, "fedprox", low=0.0)
-    ema_decay: float = _key(0.5, "average of the coarse model over rounds", low=0.0, below=1.0)
-    fraction_fit: float = _key(1.0, "share of clients per round", above=0.0, high=1.0)
-    min_clients: int | None = _key(None, "clients that must be there; default: all", low=1)
-    on_failure: str = _key("raise", "a failed client", choices=("raise", "skip"))
-    round_timeout: float | None = _key(None, "seconds a round may take", above=0.0)
-    server_steps_per_round: int | None = _key(
+    momentum: float = key(0.9, "fedavgm, and beta_1 of fedadam", low=0.0, below=1.0)
+    proximal_mu: float = key(0.01, "fedprox", low=0.0)
+    ema_decay: float = key(0.5, "average of the coarse model over rounds", low=0.0, below=1.0)
+    fraction_fit: float = key(1.0, "share of clients per round", above=0.0, high=1.0)
+    min_clients: int | None = key(None, "clients that must be there; default: all", low=1)
+    on_failure: str = key("raise", "a failed client", choices=("raise", "skip"))
+    round_timeout: float | None = key(None, "seconds a round may take", above=0.0)
+    server_steps_per_round: int | None = key(
         None, "server training: steps per round; default: coarse steps x clients", low=1
     )
 
@@ -194,23 +195,23 @@ class AggregationConfig:
 class SamplingConfig:
     """How samples are drawn."""
 
-    scheduler: str = _key("dpm_solver", "ddpm, ddim, dpm_solver or a diffusers scheduler class")
-    num_steps: int = _key(25, "denoiser calls per sample", low=1)
-    guidance: float = _key(1.0, "classifier-free guidance weight, 1: none", low=0.0)
-    batch_size: int = _key(256, "images at a time", low=1)
-    per_class: int = _key(8, "images per class in the picture", low=1)
+    scheduler: str = key("dpm_solver", "ddpm, ddim, dpm_solver or a diffusers scheduler class")
+    num_steps: int = key(25, "denoiser calls per sample", low=1)
+    guidance: float = key(1.0, "classifier-free guidance weight, 1: none", low=0.0)
+    batch_size: int = key(256, "images at a time", low=1)
+    per_class: int = key(8, "images per class in the picture", low=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     """What clients measure and report."""
 
-    every: int = _key(1, "rounds between coarse-loss evaluations", low=1)
-    image_metrics: bool = _key(
+    every: int = key(1, "rounds between coarse-loss evaluations", low=1)
+    image_metrics: bool = key(
         True, "image metrics on raw data, in the last round; deployed clients decide themselves"
     )
-    num_reference: int = _key(2000, "test images that samples are compared with", low=2)
-    num_images: int = _key(500, "samples per group and method for image metrics", low=2)
+    num_reference: int = key(2000, "test images that samples are compared with", low=2)
+    num_images: int = key(500, "samples per group and method for image metrics", low=2)
 
 
 @dataclass(frozen=True, kw_only=True)

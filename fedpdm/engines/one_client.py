@@ -69,7 +69,7 @@ def upload_releases(
     spec, schedule = build_image_spec(config, images), build_schedule(config)
     store = ReleaseStore(folder)
     coarse = build_denoiser(config, "coarse", spec=spec, schedule=schedule)
-    request = wire.encode_model(dict(coarse.unet.named_parameters()))
+    request = wire.encode_model(dict(coarse.network.named_parameters()))
     uploads = []
     for number in range(1, rounds + 1):
         client = PFDMClient(

@@ -7,6 +7,7 @@ raw data: the privacy guarantee does not cover it.
 
 from fedpdm.metrics.distances import (
     FeatureStatistics,
+    assignment_distance,
     frechet_distance,
     gaussian_statistics,
     kernel_distance,
@@ -24,6 +25,7 @@ __all__ = [
     "FeatureStatistics",
     "PixelFeatures",
     "PrecisionRecall",
+    "assignment_distance",
     "frechet_distance",
     "gaussian_statistics",
     "kernel_distance",

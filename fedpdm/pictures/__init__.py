@@ -1,4 +1,4 @@
-"""Pictures of partitions, generated images and ROC curves, as PNG files.
+"""Pictures of partitions, generated images, ROC curves and the toy's results.
 
 Drawn on matplotlib `Figure` objects, without pyplot and its global state, so it works without
 a display and in any thread. matplotlib is imported only when something is drawn.
@@ -7,5 +7,15 @@ a display and in any thread. matplotlib is imported only when something is drawn
 from fedpdm.pictures.heatmap import draw_partition
 from fedpdm.pictures.image_grid import draw_image_grid
 from fedpdm.pictures.roc_curve import draw_roc
+from fedpdm.pictures.toy_curves import Panel, Series, draw_panels
+from fedpdm.pictures.toy_scatter import draw_scatter
 
-__all__ = ["draw_image_grid", "draw_partition", "draw_roc"]
+__all__ = [
+    "Panel",
+    "Series",
+    "draw_image_grid",
+    "draw_panels",
+    "draw_partition",
+    "draw_roc",
+    "draw_scatter",
+]

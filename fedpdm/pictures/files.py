@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["DPI", "INK", "MUTED", "png_path", "save_figure"]
+__all__ = ["DPI", "INK", "MUTED", "png_path", "save_figure", "save_png_and_pdf"]
 
 DPI: Final = 100  # pixels per inch
 INK: Final = "#222222"
@@ -25,12 +25,22 @@ def png_path(path: str | os.PathLike[str]) -> Path:
     return target
 
 
+def save_png_and_pdf(figure: Figure, stem: Path) -> tuple[Path, Path]:
+    """Write `stem`.png and `stem`.pdf, each in one step; returns both paths."""
+    paths = stem.with_name(f"{stem.name}.png"), stem.with_name(f"{stem.name}.pdf")
+    for path in paths:
+        save_figure(figure, path)
+    return paths
+
+
 def save_figure(figure: Figure, target: Path) -> None:
-    """Write the PNG in one step: a reader sees the old file, or the whole new one."""
+    """Write a PNG or PDF in one step: a reader sees the old file, or the whole new one."""
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
-        figure.savefig(unfinished, format="png", dpi=DPI, metadata={"Software": None})
+        kind = target.suffix.lower().lstrip(".")
+        unstated = {"png": "Software", "pdf": "CreationDate"}[kind]  # the same picture, same bytes
+        figure.savefig(unfinished, format=kind, dpi=DPI, metadata={unstated: None})
         os.replace(unfinished, target)
     finally:
         unfinished.unlink(missing_ok=True)
