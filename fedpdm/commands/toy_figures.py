@@ -10,8 +10,7 @@ import numpy as np
 
 from fedpdm.commands.toy_plan import calibrated_t0
 from fedpdm.pictures import Panel, Series, draw_panels, draw_scatter
-from fedpdm.schedule import make_schedule
-from fedpdm.toy.cells import MINORITY, Cell, at, build_problem, theory_ratio
+from fedpdm.toy.cells import MINORITY, Cell, at, build_problem, theory_ratio, toy_schedule
 from fedpdm.toy.fitting import Clients, fit_linear, train_models
 from fedpdm.toy.measure import draw_samples
 from fedpdm.toy.theory import coarse_weight
@@ -109,7 +108,7 @@ def _by_epsilon(
     grid = np.geomspace(min(r["x"] for r in rows), max(r["x"] for r in rows), 40)
     curves = {}
     for spectrum, cell in cells.items():
-        schedule = make_schedule("linear", num_steps=cell.num_steps)
+        schedule = toy_schedule(cell.num_steps)
         t0 = [
             calibrated_t0(schedule, epsilon, clip_norm=cell.clip_norm, delta=delta)
             for epsilon in grid
@@ -139,8 +138,8 @@ def _by_epsilon(
         out / "gain-epsilon",
         panels,
         title="At the same epsilon, data with few large directions (like images) gain more",
-        note=f"{_points(rows)}. {rows[0]['dim']} dimensions, the same total variance;\nthe clip norm "
-        "covers nearly every point, so noise is calibrated to the norm of all directions together.",
+        note=f"{_points(rows)}. {rows[0]['dim']} dimensions, the same total variance;\nthe clip "
+        "norm covers nearly every point, so noise is calibrated to the norm of all directions.",
     )
 
 
@@ -180,8 +179,8 @@ def _rates(rows: Sequence[Row], out: Path) -> list[Path]:
             panels,
             title="The minority class's error falls with n and N as the theory says;\n"
             "training alone loses most where many clients hold little each",
-            note=f"{_points(_of(rows, sweep))}. Ancestral sampler. Where a bar has no lower end, the "
-            "interval reaches 0.",
+            note=f"{_points(_of(rows, sweep))}. Ancestral sampler. Where a bar has no lower end, "
+            "the interval reaches 0.",
         )
     )
 

@@ -11,8 +11,8 @@ import numpy as np
 from fedpdm.calibration import UnreachableEpsilonError, calibrate_t0
 from fedpdm.config import ToyConfig
 from fedpdm.gmm import spectrum_variances
-from fedpdm.schedule import NoiseSchedule, make_schedule
-from fedpdm.toy.cells import MAJORITY, MINORITY, Cell, at, build_problem
+from fedpdm.schedule import NoiseSchedule
+from fedpdm.toy.cells import MAJORITY, MINORITY, Cell, at, build_problem, toy_schedule
 from fedpdm.toy.measure import Slope, fit_slope
 from fedpdm.toy.theory import coarse_weight, sigma2_at
 
@@ -46,7 +46,7 @@ def covering_norm(radius: float, variances: Sequence[float]) -> float:
 
 def plan(config: ToyConfig) -> list[Cell]:
     """Every cell, in the order of the report. `ValueError` for numbers that do not fit together."""
-    schedule = make_schedule("linear", num_steps=config.release.num_steps)
+    schedule = toy_schedule(config.release.num_steps)
     mixture, measure, sweep = config.mixture, config.measure, config.sweep
 
     def norm(spectrum: str, dim: int) -> float:

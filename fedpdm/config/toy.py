@@ -39,7 +39,7 @@ class ReleaseConfig:
         None, "L2 bound C; default: above nearly every point of the mixture", above=0
     )
     delta: float = key(1e-5, "of the epsilon sweep", above=0, below=1)
-    num_steps: int = key(1000, "T of the linear schedule", low=100)
+    num_steps: int = key(1000, "T of the linear schedule, whose betas scale with 1 / T", low=100)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -116,6 +116,8 @@ def draw_panels(stem: Path, panels: Sequence[Panel], *, title: str, note: str) -
             axes.set_yscale("log")
         else:
             axes.set_ylim(bottom=0)
+            if panel.level is not None:  # room for its name
+                axes.set_ylim(top=max(1.08 * panel.level, axes.get_ylim()[1]))
         axes.grid(True, which="major", color="#dddddd", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
         if panel.series:

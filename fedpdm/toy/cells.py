@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedpdm.gmm import make_mixture, spectrum_variances
-from fedpdm.schedule import make_schedule
+from fedpdm.schedule import NoiseSchedule, make_schedule
 from fedpdm.toy.federation import Models, Problem, client_counts
 from fedpdm.toy.fitting import Clients, fit_linear, train_models
 from fedpdm.toy.measure import Estimate, measure, ratio_of_means
@@ -26,6 +26,7 @@ __all__ = [
     "build_problem",
     "run_cell",
     "theory_ratio",
+    "toy_schedule",
 ]
 
 MAJORITY, MINORITY = 0, 1  # of client 0, see `client_counts`
@@ -77,6 +78,17 @@ class Cell:
         return repr(self)
 
 
+def toy_schedule(num_steps: int) -> NoiseSchedule:
+    """DDPM's linear schedule, with betas scaled so that the noise at T does not depend on T.
+
+    1e-4 to 0.02 at T = 1000; T of at least 100.
+    """
+    scale = 1000.0 / num_steps
+    return make_schedule(
+        "linear", num_steps=num_steps, beta_start=1e-4 * scale, beta_end=0.02 * scale
+    )
+
+
 def build_problem(cell: Cell, t0: int) -> Problem:
     """The cell's mixture and split, released at t0. `ValueError` for numbers that do not fit."""
     return Problem(
@@ -91,7 +103,7 @@ def build_problem(cell: Cell, t0: int) -> Problem:
             num_minority=cell.minority,
             num_all=cell.total,
         ),
-        schedule=make_schedule("linear", num_steps=cell.num_steps),
+        schedule=toy_schedule(cell.num_steps),
         t0=t0,
         clip_norm=cell.clip_norm,
         chain=cell.chain,
@@ -255,4 +267,4 @@ def theory_ratio(cell: Cell, sigma2: float, *, sampler: str, label: int = MINORI
 
 def at(cell: Cell, **changes: Any) -> Cell:
     """A copy with changes, `x` and `sweep` among them."""
-    return replace(cell, **changes)
+    return Cell(**(vars(cell) | changes))
