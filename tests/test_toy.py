@@ -243,7 +243,7 @@ def _other(chain: str) -> str:
 def gap(a: DenoisingFunction, b: DenoisingFunction) -> float:
     assert isinstance(a, LinearDenoiser)
     assert isinstance(b, LinearDenoiser)
-    return float((a.network.means - b.network.means).abs().max())
+    return float((a.network.means - b.network.means).detach().abs().max())
 
 
 def test_the_network_samples_the_majority_class() -> None:
