@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fedpdm.commands.toy_plan import calibrated_t0
+from fedpdm.commands.toy_plan import calibrated_t0, covering_norm
+from fedpdm.gmm import spectrum_variances
 from fedpdm.pictures import Panel, Series, draw_panels, draw_scatter
 from fedpdm.toy.cells import MINORITY, Cell, at, build_problem, theory_ratio, toy_schedule
 from fedpdm.toy.fitting import Clients, fit_linear, train_models
@@ -228,13 +230,27 @@ def directions_figure(
     )
 
 
-def scatter_figure(cell: Cell, out: Path, *, own: int = 6, num: int = 500) -> list[Path]:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ScatterData:
+    """What `scatter_figure` shows: row -> panel -> points (N, 2), and the client's own points."""
+
+    rows: Mapping[str, Mapping[str, Any]]
+    own_points: Any
+    mean: Any
+    deviations: Any
+    num_all: int
+    sigma2: float
+
+
+def scatter_data(cell: Cell, *, own: int = 6, num: int = 500) -> ScatterData:
     """Samples of the minority class in 2-D: truth, alone, coarse then fine, central, coarse only.
 
     Two rows: the linear denoiser in closed form, and the trained network. `own` points at the
     client, few enough for the difference to be seen.
     """
-    shown = at(cell, dim=2, minority=own, replicates=1, spectrum="unit")
+    v = spectrum_variances("unit", 2)
+    norm = covering_norm(cell.radius, v.tolist())
+    shown = at(cell, dim=2, minority=own, replicates=1, spectrum="unit", clip_norm=norm)
     problem = build_problem(shown, shown.t0[0])
     clients = Clients.draw(problem, replicates=1, seed=shown.seed)
     fits = {
@@ -243,9 +259,9 @@ def scatter_figure(cell: Cell, out: Path, *, own: int = 6, num: int = 500) -> li
             clients, kind="mlp", num_steps=shown.training_steps, seed=shown.seed
         ),
     }
-    mean, v = problem.mixture.means[MINORITY], problem.mixture.variances[MINORITY]
+    mean = problem.mixture.means[MINORITY].numpy()
     rng = np.random.default_rng(shown.seed)
-    truth = mean.numpy() + rng.standard_normal((num, 2)) * v.sqrt().numpy()
+    truth = mean + rng.standard_normal((num, 2)) * v.sqrt().numpy()
     rows: dict[str, dict[str, Any]] = {}
     for name, models in fits.items():
         panels = {"truth": truth}
@@ -262,18 +278,30 @@ def scatter_figure(cell: Cell, out: Path, *, own: int = 6, num: int = 500) -> li
         panels["what the coarse model knows at t0"] = last
         rows[name] = panels
     points = clients.points[0][clients.labels[0] == MINORITY].flatten(1).double().numpy()
+    return ScatterData(
+        rows=rows,
+        own_points=points,
+        mean=mean,
+        deviations=v.sqrt().numpy(),
+        num_all=int(problem.counts[:, MINORITY].sum()),
+        sigma2=problem.sigma2,
+    )
+
+
+def scatter_figure(data: ScatterData, out: Path) -> list[Path]:
+    """Draw `scatter_data`."""
     return list(
         draw_scatter(
             out / "samples",
-            rows,
-            mean=mean.numpy(),
-            deviations=v.sqrt().numpy(),
+            data.rows,
+            mean=data.mean,
+            deviations=data.deviations,
             own=[(0, 1), (1, 1)],
-            own_points=points,
-            title=f"A class of which the client has {own} points, and all clients together "
-            f"{int(problem.counts[:, MINORITY].sum()):,}",
+            own_points=data.own_points,
+            title=f"A class of which the client has {len(data.own_points)} points, and all clients "
+            f"together {data.num_all:,}",
             note="Dashed: the true distribution (1 and 2 standard deviations) and its mean (+). "
             "Circle: the samples' mean. "
-            rf"Noise of a release: $\sigma^2$ = {problem.sigma2:.2g}.",
+            rf"Noise of a release: $\sigma^2$ = {data.sigma2:.2g}.",
         )
     )

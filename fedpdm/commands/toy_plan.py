@@ -72,6 +72,7 @@ def plan(config: ToyConfig) -> list[Cell]:
         methods=ALL,
         replicates=measure.replicates,
         samples=measure.samples,
+        ancestral_steps=measure.ancestral_steps,
         training_steps=measure.training_steps,
         seed=measure.seed,
     )
@@ -86,12 +87,15 @@ def plan(config: ToyConfig) -> list[Cell]:
     )
     cells = [
         at(base, labels=(MAJORITY, MINORITY), samplers=BOTH),
-        at(base, chain="noise_to_noise"),
+        at(base, chain="noise_to_noise", ancestral_steps=None),
         *(at(trained, fit=fit) for fit in ("closed", "linear", "mlp")),
     ]
     if sweep.sigma2:
         t0 = tuple(nearest_t0(schedule, s2) for s2 in sweep.sigma2)
-        cells.append(at(base, sweep="sigma2", x=sweep.sigma2, t0=t0, samplers=BOTH))
+        cells.append(
+            at(base, sweep="sigma2", x=sweep.sigma2, t0=t0, samplers=BOTH, ancestral_steps=None,
+               samples=2 * base.samples)
+        )  # fmt: skip
     few = min(config.federation.total, 2000)  # for the coarse model's share to be seen
     varied: list[dict[str, Any]] = [
         *({"sweep": "minority", "x": n, "minority": n} for n in sweep.minority),

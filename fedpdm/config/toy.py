@@ -48,9 +48,12 @@ class MeasureConfig:
 
     seed: int = key(0, "of everything", low=0)
     replicates: int = key(64, "independent federations per cell", low=2)
-    samples: int = key(250, "samples per class and federation", low=10)
+    samples: int = key(200, "samples per class and federation", low=10)
+    ancestral_steps: int = key(
+        500, "steps of the ancestral sampler; all T in the sigma2 sweep", low=1
+    )
     trained_replicates: int = key(3, "federations with trained denoisers", low=2)
-    training_steps: int = key(1000, "gradient steps per trained denoiser", low=1)
+    training_steps: int = key(800, "gradient steps per trained denoiser", low=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +66,7 @@ class SweepConfig:
     clients: tuple[int, ...] = key((2, 4, 16, 64), "M at fixed N, n = N / 10 M", low=2)
     dim: tuple[int, ...] = key((1, 2, 4, 8), "d", low=1)
     epsilon: tuple[float, ...] = key((1.0, 3.0, 10.0, 30.0, 100.0), "privacy", above=0)
-    epsilon_dim: int = key(16, "d of the epsilon sweep", low=2, high=512)
+    epsilon_dim: int = key(10, "d of the epsilon sweep", low=2, high=512)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,11 +31,9 @@ __all__ = [
 
 MAJORITY, MINORITY = 0, 1  # of client 0, see `client_counts`
 
-SAMPLERS: dict[str, tuple[str, str, int | None]] = {
-    "ancestral": ("ancestral", "ddpm", None),
-    "flow": ("flow", "ddim", 200),
-}
-"""Name -> (kind in `fedpdm.toy.theory`, scheduler, steps; None takes every step)."""
+SAMPLERS = {"ancestral": "ddpm", "flow": "ddim"}
+"""Kind, as in `fedpdm.toy.theory` -> scheduler."""
+FLOW_STEPS = 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +43,7 @@ class Cell:
     `sweep` and `x` say where the rows belong; with several `t0`, each has its `x`, the points are
     the same, and what does not depend on releases is measured once. `fit` is closed, linear or
     mlp; `replicates` are independent federations, with `one_by_one` each with a seed of its own,
-    which the trained fits need.
+    which the trained fits need. `ancestral_steps` None takes every step.
     """
 
     sweep: str
@@ -68,6 +66,7 @@ class Cell:
     labels: tuple[int, ...] = (MINORITY,)
     replicates: int = 64
     samples: int = 250
+    ancestral_steps: int | None = None
     training_steps: int = 1000
     matching: bool = False
     one_by_one: bool = False
@@ -171,7 +170,6 @@ def _measure(
     sampler: str,
     method: str,
 ) -> _Values:
-    kind, scheduler, num_steps = SAMPLERS[sampler]
     parts = [
         measure(
             problem,
@@ -181,8 +179,8 @@ def _measure(
             replicates=count,
             num_samples=cell.samples,
             seed=cell.seed + 1 + index,
-            scheduler=scheduler,
-            num_steps=num_steps,
+            scheduler=SAMPLERS[sampler],
+            num_steps=FLOW_STEPS if sampler == "flow" else cell.ancestral_steps,
             matching=cell.matching,
         )
         for index, (models, count) in enumerate(fits)
@@ -197,7 +195,7 @@ def _measure(
             num_all=int(problem.counts[:, label].sum()),
             sigma2=problem.sigma2,
             sigma2_T=sigma2_at(problem.schedule.alpha_bar(problem.schedule.num_steps)),
-            kind=kind,
+            kind=sampler,
         )
     matched = [part.assignment for part in parts if part.assignment is not None]
     return _Values(
@@ -260,7 +258,7 @@ def theory_ratio(cell: Cell, sigma2: float, *, sampler: str, label: int = MINORI
         "num_all": int(problem.counts[:, label].sum()),
         "sigma2": sigma2,
         "sigma2_T": sigma2_at(problem.schedule.alpha_bar(problem.schedule.num_steps)),
-        "kind": SAMPLERS[sampler][0],
+        "kind": sampler,
     }
     return expected_w2("pfdm", **shared) / expected_w2("alone", **shared)
 

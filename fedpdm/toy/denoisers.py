@@ -95,7 +95,7 @@ class MLPDenoiser(TrainableDenoiser):
     """
 
     def __init__(
-        self, *, dim: int, num_classes: int, schedule: NoiseSchedule, width: int = 96
+        self, *, dim: int, num_classes: int, schedule: NoiseSchedule, width: int = 64
     ) -> None:
         super().__init__()
         self.num_classes = num_classes

@@ -111,7 +111,7 @@ def train_models(
     num_steps: int,
     seed: int,
     client: int = 0,
-    batch_size: int = 256,
+    batch_size: int = 128,
     lr: float = 0.005,
     say: Progress = lambda _: None,
 ) -> Models:
