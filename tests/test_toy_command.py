@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +69,7 @@ def test_a_small_experiment_and_its_resumption(
     lines = (tmp_path / "cells.jsonl").read_text().splitlines(keepends=True)
     kept = len(lines) // 2
     (tmp_path / "cells.jsonl").write_text("".join(lines[:kept]) + lines[kept][:40])
-    assert main(small(tmp_path, "--json")) == 0
+    assert main(small(tmp_path, "--json", "--resume")) == 0
     second = capsys.readouterr()
     assert f"toy: {kept} of {len(lines)} cells are there already" in second.err
     assert json.loads((tmp_path / "results.json").read_text()) == results
@@ -92,6 +98,7 @@ def test_planted_contradictions_are_reported() -> None:
         ("release.sigma2=1e9", "sigma2 must be in ["),
         ("federation.total=30", "num_all must leave a point for each majority client, got 30"),
         ("sweep.epsilon=[0.001]", "sweep.epsilon 0.001: "),
+        ("name=../gmm", "name: must be usable as a directory name, got '../gmm'"),
         ("mixture.classes=1", "mixture.classes: must be at least 2, got 1"),
     ],
 )
@@ -165,3 +172,23 @@ def test_too_many_panels_or_series_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a panel takes 4 series, got 5"):
         draw_panels(tmp_path / "a", [panel(5)], title="t", note="n")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [4.0, 12.0])
+def test_an_interruption_ends_it_and_loses_nothing(tmp_path: Path, seconds: float) -> None:
+    """Ctrl-C reaches every process of a terminal: while they start, and while they work."""
+    command = [sys.executable, "-m", "fedpdm.cli", *small(tmp_path), "--jobs", "2"]
+    command += ["--set", "measure.training_steps=600"]  # long enough to be caught at it
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    time.sleep(seconds)
+    os.killpg(process.pid, signal.SIGINT)
+    try:
+        _, printed = process.communicate(timeout=90)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 130
+    assert "interrupted" in printed.splitlines()[-1]
+    assert "Traceback" not in printed
+    assert not (tmp_path / "results.json").exists()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -52,8 +54,11 @@ def add_toy_parser(commands: Any) -> None:
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
         help="override a key, e.g. release.sigma2=5 (repeatable)",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, help="directory; default: runs/NAME. What is there is "
-                        "reused where the settings are the same")  # fmt: skip
+    parser.add_argument("--out", type=Path, help="directory; default: runs/NAME")  # fmt: skip
+    parser.add_argument(
+        "--resume", action="store_true",
+        help="keep the cells of an earlier run in --out whose settings are the same",
+    )  # fmt: skip
     parser.add_argument("--jobs", type=int, help="processes; default: one per processor")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--keys", action="store_true", help="print every key and end")
@@ -86,6 +91,8 @@ def run_toy(options: argparse.Namespace) -> int:
     out: Path = options.out or Path(os.environ.get("FEDPDM_RUNS", "runs")) / config.name
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.yaml").write_text(config_to_yaml(config), encoding="utf-8")
+    if not options.resume:
+        (out / "cells.jsonl").unlink(missing_ok=True)
     rows, samples = _run_cells(cells, out, jobs=options.jobs or os.cpu_count() or 1)
     _say("toy: drawing figures ...")
     figures = _draw(rows, samples, cells, out, delta=config.release.delta)
@@ -109,11 +116,21 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _single_threaded() -> None:
-    """Processes share the processors between them; one thread each."""
+def _start_worker() -> None:
+    """One thread per process: they share the processors between them."""
     import torch
 
     torch.set_num_threads(1)
+
+
+@contextlib.contextmanager
+def _children_ignore_interruptions() -> Iterator[None]:
+    """Processes started here leave Ctrl-C, which reaches all of a terminal's, to their parent."""
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def _run_cells(
@@ -132,11 +149,12 @@ def _run_cells(
     spawn = multiprocessing.get_context("spawn")
     with (
         kept.open("a", encoding="utf-8") as file,
-        ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_single_threaded) as pool,
+        ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_start_worker) as pool,
     ):
-        scatter = pool.submit(scatter_data, cells[0])
-        # The longest first, so that no process is left with one at the end.
-        futures = {pool.submit(run_cell, c): c for c in sorted(todo, key=_cost, reverse=True)}
+        with _children_ignore_interruptions():
+            scatter = pool.submit(scatter_data, cells[0])
+            # The longest first, so that no process is left with one at the end.
+            futures = {pool.submit(run_cell, c): c for c in sorted(todo, key=_cost, reverse=True)}
         try:
             for count, future in enumerate(as_completed(futures), 1):
                 cell = futures[future]
@@ -148,6 +166,7 @@ def _run_cells(
                 _say(f"toy: {count}/{len(todo)} cells ({cell.sweep}), about {left:.0f} s left")
             samples = scatter.result()
         except BaseException:
+            _say("toy: stopping; the cells in progress are finished first")
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return [row for cell in cells for row in done[cell.key()]], samples

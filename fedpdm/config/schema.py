@@ -18,6 +18,7 @@ __all__ = [
     "RunSection",
     "SamplingConfig",
     "ScheduleConfig",
+    "check_name",
     "key",
 ]
 
@@ -29,6 +30,12 @@ class ConfigError(ValueError):
 def key(default: Any, doc: str, **checks: Any) -> Any:
     """A config key: default, one-line description and checks (low, high, above, below, choices)."""
     return field(default=default, metadata={"doc": doc, **checks})
+
+
+def check_name(name: str) -> None:
+    """`ConfigError` unless an experiment's name can name a directory."""
+    if not name or any(c in name for c in "/\\\0") or name.startswith("."):
+        raise ConfigError(f"name: must be usable as a directory name, got {name!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,5 +255,4 @@ class RunConfig:
             raise ConfigError(
                 "partition.kind: own has one client in simulation; set num_clients: 1"
             )
-        if not self.name or any(c in self.name for c in "/\\\0") or self.name.startswith("."):
-            raise ConfigError(f"name: must be usable as a directory name, got {self.name!r}")
+        check_name(self.name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedpdm.config.schema import key
+from fedpdm.config.schema import check_name, key
 
 __all__ = ["ToyConfig"]
 
@@ -79,3 +79,6 @@ class ToyConfig:
     release: ReleaseConfig = ReleaseConfig()
     measure: MeasureConfig = MeasureConfig()
     sweep: SweepConfig = SweepConfig()
+
+    def __post_init__(self) -> None:
+        check_name(self.name)
