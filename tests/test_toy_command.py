@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from fedpdm.cli import main
-from fedpdm.commands.toy import contradictions
+from fedpdm.commands.toy import _children_ignore_interruptions, contradictions
 from fedpdm.commands.toy_plan import covering_norm, nearest_t0, plan
 from fedpdm.config import (
     ConfigError,
@@ -192,3 +192,20 @@ def test_an_interruption_ends_it_and_loses_nothing(tmp_path: Path, seconds: floa
     assert "interrupted" in printed.splitlines()[-1]
     assert "Traceback" not in printed
     assert not (tmp_path / "results.json").exists()
+
+
+def test_an_interruption_while_processes_start_is_raised_afterwards() -> None:
+    """Neither lost nor raised in between, where it would leave processes half started."""
+    exits = []
+    interrupt = "import os, signal; os.kill(os.getpid(), signal.SIGINT)"
+
+    def interrupted_start() -> None:
+        with _children_ignore_interruptions():
+            os.kill(os.getpid(), signal.SIGINT)
+            exits.append(subprocess.run([sys.executable, "-c", interrupt], check=False).returncode)
+
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        interrupted_start()
+    assert exits == [0]
+    assert signal.getsignal(signal.SIGINT) is handler

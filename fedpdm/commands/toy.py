@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,12 +126,22 @@ def _start_worker() -> None:
 
 @contextlib.contextmanager
 def _children_ignore_interruptions() -> Iterator[None]:
-    """Processes started here leave Ctrl-C, which reaches all of a terminal's, to their parent."""
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Processes started here leave Ctrl-C, which reaches all of a terminal's, to their parent.
+
+    They inherit the blocked signal. One that comes meanwhile is not lost: it is raised at the end.
+    """
+    resource_tracker.ensure_running()  # starting it unblocks the signal, so not in between
+    came = []
+    # A library's thread may take the signal that this one blocks, hence a handler as well.
+    previous = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         signal.signal(signal.SIGINT, previous)
+    if came:
+        signal.raise_signal(signal.SIGINT)
 
 
 def _run_cells(
@@ -151,11 +162,12 @@ def _run_cells(
         kept.open("a", encoding="utf-8") as file,
         ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_start_worker) as pool,
     ):
-        with _children_ignore_interruptions():
-            scatter = pool.submit(scatter_data, cells[0])
-            # The longest first, so that no process is left with one at the end.
-            futures = {pool.submit(run_cell, c): c for c in sorted(todo, key=_cost, reverse=True)}
         try:
+            with _children_ignore_interruptions():
+                scatter = pool.submit(scatter_data, cells[0])
+                # The longest first, so that no process is left with one at the end.
+                ordered = sorted(todo, key=_cost, reverse=True)
+                futures = {pool.submit(run_cell, cell): cell for cell in ordered}
             for count, future in enumerate(as_completed(futures), 1):
                 cell = futures[future]
                 done[cell.key()] = future.result()
