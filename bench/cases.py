@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.federation import federation_in_process, many_clients
 from bench.release import release_memory, release_secure, release_seeded
 
 __all__ = ["CASES", "Case"]
@@ -142,6 +143,7 @@ def client_memory() -> dict[str, Any]:
     from fedpdm import wire
     from fedpdm.build import build_denoiser, build_image_spec
     from fedpdm.data import ImageSet
+    from fedpdm.releases import ReleaseStore
     from fedpdm.store import ClientStore
 
     training = {"preset": "paper", "steps_per_round": 2, "batch_size": 1}
@@ -167,6 +169,9 @@ def client_memory() -> dict[str, Any]:
             majority=tuple(range(10)),
             minority=(),
             store=ClientStore(Path(folder)),
+            releases=ReleaseStore(Path(folder)),
+            raw_metrics=True,
+            allow_new_release=False,
             reference=None,
         )
         client = PFDMClient(local)
@@ -197,6 +202,14 @@ CASES = {
     "training_step": Case(
         what="images/s over a plain diffusers loop", target=1.0, better="higher",
         measure=training_step,
+    ),
+    "federation": Case(
+        what="4 clients x 10 rounds in process over the same steps in a loop", target=1.05,
+        better="lower", measure=federation_in_process,
+    ),
+    "many_clients": Case(
+        what="time per client and step, 128 clients over 4", target=1.10, better="lower",
+        measure=many_clients,
     ),
     "release_seeded": Case(
         what="MB/s of float32 released, one core, seeded", target=300.0, better="higher",

@@ -22,7 +22,7 @@ In both cosines abar_T would be 0, so betas are capped at 0.999 as in the paper.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -48,6 +48,7 @@ class NoiseSchedule:
     kind: str
     betas: np.ndarray
     alphas_cumprod: np.ndarray
+    _tables: dict[torch.device, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def num_steps(self) -> int:
@@ -66,13 +67,24 @@ class NoiseSchedule:
         return math.sqrt((1.0 - abar) / abar)
 
     def gather(self, t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """abar_t per example as float64 (B, 1, ..., 1) on `like`'s device; t is int (B,)."""
-        table = torch.tensor(self.alphas_cumprod)
-        index = t.to("cpu", torch.int64)
-        if bool(((index < 0) | (index > self.num_steps)).any()):
-            raise ValueError(f"t must be in [0, {self.num_steps}], got {index.unique().tolist()}")
-        values = table[index].to(like.device)
+        """abar_t per example as float64 (B, 1, ..., 1) on `like`'s device; t is int (B,).
+
+        `ValueError` for t outside [0, T], where t is on the CPU. On a GPU such an index stops the
+        device with an assertion of its own: to look at t would make every step wait for it.
+        """
+        table = self._table(like.device)
+        try:
+            values = table.index_select(0, t.to(like.device, torch.int64))
+        except IndexError:
+            found = t.unique().tolist()
+            raise ValueError(f"t must be in [0, {self.num_steps}], got {found}") from None
         return values.view(-1, *([1] * (like.ndim - 1)))
+
+    def _table(self, device: torch.device) -> torch.Tensor:
+        """`alphas_cumprod` on a device, copied there once."""
+        if device not in self._tables:
+            self._tables[device] = torch.tensor(self.alphas_cumprod, device=device)
+        return self._tables[device]
 
 
 def make_schedule(
@@ -146,7 +158,7 @@ def q_sample_from(
     `q_sample`; `ValueError` if any s > t.
     """
     s = torch.full_like(t, s) if isinstance(s, int) else s
-    if bool((s > t).any()):
+    if t.device.type == "cpu" and bool((s > t).any()):  # on a GPU the result is NaN
         raise ValueError(f"s must be at most t, got s={int(s.max())}, t={int(t.min())}")
     ratio = schedule.gather(t, x_s) / schedule.gather(s, x_s)
     return ratio.sqrt().to(x_s.dtype) * x_s + (1.0 - ratio).sqrt().to(x_s.dtype) * noise

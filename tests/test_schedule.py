@@ -220,3 +220,22 @@ def test_noise_cannot_be_taken_away() -> None:
         q_sample_from(schedule, x, s=60, t=torch.tensor([80, 59]), noise=x)
     with pytest.raises(ValueError, match="s must be at most t"):
         q_sample_from(schedule, x, s=torch.tensor([5, 9]), t=torch.tensor([9, 5]), noise=x)
+
+
+@pytest.mark.parametrize("levels", [[-1, 3], [5, 101], [-101]])
+def test_levels_outside_the_schedule_are_named(levels: list[int]) -> None:
+    schedule = make_schedule("linear", num_steps=100)
+    with pytest.raises(ValueError, match=r"t must be in \[0, 100\], got \["):
+        schedule.gather(torch.tensor(levels), torch.zeros(1))
+
+
+def test_levels_are_looked_up_in_a_table_that_is_made_once() -> None:
+    schedule = make_schedule("linear", num_steps=100)
+    t = torch.tensor([0, 7, 100], dtype=torch.int32)
+    abar = schedule.gather(t, torch.zeros(3, 1, 2, 2))
+    assert abar.shape == (3, 1, 1, 1)
+    assert abar.dtype == torch.float64
+    assert abar.flatten().tolist() == schedule.alphas_cumprod[[0, 7, 100]].tolist()
+    table = schedule._table(torch.device("cpu"))
+    assert schedule._table(torch.device("cpu")) is table
+    assert make_schedule("linear", num_steps=100)._table(torch.device("cpu")) is not table
