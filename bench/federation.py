@@ -25,10 +25,10 @@ ROUNDS = 10
 
 def federation_in_process() -> dict[str, Any]:
     """Wall time of 4 clients x 10 rounds in process, over the same steps in one bare loop."""
-    config = _config(num_clients=4, steps=25)
+    config = _config(num_clients=4, steps=10)
     _run(_config(num_clients=4, steps=1))  # loads what is loaded once
     ratios, ours, bare = [], [], []
-    for _ in range(3):
+    for _ in range(2):
         before = _bare_loop(config)
         ours.append(_run(config))
         bare.append((before + _bare_loop(config)) / 2)
