@@ -193,7 +193,10 @@ class PFDMClient(NumPyClient):
         trainer = Trainer(
             fine, build_optimizer_settings(self.config, "fine"), device=self.work.device
         )
-        trainer.load_state(store.load_state(last)["fine"], what=f"fine state of {self.work.who}")
+        state = store.load_state(last, "fine")
+        if not state:
+            raise StoreError(f"{store.root}: the fine model of round {last} is missing")
+        trainer.load_state(state, what=f"fine state of {self.work.who}")
         load_named(trainer.weights(), trainer.ema(), what="EMA of the fine model")
         fine.eval()
         return measure_images(

@@ -102,7 +102,7 @@ class LocalTraining:
         model = build_denoiser(self.config, "coarse", spec=self.local.spec, schedule=self.schedule)
         settings = build_optimizer_settings(self.config, "coarse")
         trainer = Trainer(model, settings, device=self.device)
-        if moments := store.load_state(store.last_round()).get("coarse"):
+        if moments := store.load_state(store.last_round(), "coarse"):
             trainer.load_state({**trainer.state(), **moments}, what=f"coarse state of {self.who}")
         trainer.load_weights(received, what="coarse weights from the server")
         trainer.step = (round - 1) * self.config.coarse.steps_per_round
@@ -155,8 +155,8 @@ class LocalTraining:
         store = self.local.store
         chunks_done, state = store.load_partial(round) or (0, None)
         if state is None:
-            state = store.load_state(store.last_round()).get("fine")
-        if state is not None:
+            state = store.load_state(store.last_round(), "fine")
+        if state:
             trainer.load_state(state, what=f"fine state of {self.who}")
         return chunks_done
 

@@ -20,6 +20,7 @@ beyond, `_log_delta` does (tests compare the two).
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -110,7 +111,12 @@ def _solve(log_delta: Callable[[float], float], highest: float, *, delta: float)
 def epsilon_spent(events: Sequence[GaussianEvent], *, delta: float) -> float:
     """Exact epsilon of all events that touched one image; inf if one of them added no noise."""
     _check_budget(delta=delta)
-    event = compose(events)
+    return _epsilon_of(compose(events), delta)
+
+
+@functools.lru_cache(maxsize=1024)  # a store's ledger is checked anew at every message
+def _epsilon_of(event: GaussianEvent, delta: float) -> float:
+    """Exact epsilon of one event."""
     multiplier, mu = event.noise_multiplier, _mu(event)
     if mu in (0.0, math.inf):
         return mu

@@ -226,7 +226,7 @@ def _client(
     """EMA weights of the client's last round, and the shape of its images; `ValueError` if there
     are none, or not of this run."""
     store = ClientStore(folder)
-    state, released = store.load_state(store.last_round()).get("fine", {}), store.load_statement()
+    state, released = store.load_state(store.last_round(), "fine"), store.load_statement()
     if not state or released is None:
         folders = (run.root / "clients").glob("[0-9]*")
         known = sorted(int(p.name) for p in folders if ClientStore(p).last_round() > 0)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import hashlib
 import json
 import math
@@ -91,7 +92,11 @@ class Ledger:
         return int(self.records[0].fields["client_id"]) if self.records else None
 
     def releases(self) -> tuple[ReleaseRecord, ...]:
-        """The releases, in order."""
+        """The releases, in order, each checked; `StoreError` for one that contradicts itself."""
+        return self._releases
+
+    @functools.cached_property
+    def _releases(self) -> tuple[ReleaseRecord, ...]:
         return tuple(
             _release_record(self.path, record)
             for record in self.records

@@ -100,14 +100,10 @@ class ClientStore:
     def _draft_path(self, round: int) -> Path:
         return self.root / "rounds" / f".{round:06d}.tmp"
 
-    def load_state(self, round: int) -> dict[str, dict[str, torch.Tensor]]:
-        """Training state after `round`: model name -> named tensors; empty before the first."""
-        folder = self._round_path(round)
-        return {
-            name: read_tensors(folder / f"{name}.safetensors")[0]
-            for name in ("coarse", "fine")
-            if (folder / f"{name}.safetensors").exists()
-        }
+    def load_state(self, round: int, name: str) -> dict[str, torch.Tensor]:
+        """Training state of a model (coarse, fine) after `round`; empty where there is none."""
+        path = self._round_path(round) / f"{name}.safetensors"
+        return read_tensors(path)[0] if path.exists() else {}
 
     def begin_round(self, round: int) -> None:
         """Forget what an interrupted attempt at `round` drafted."""

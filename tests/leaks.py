@@ -63,7 +63,7 @@ def private_things(node: Mapping[str, Any], run_config: Mapping[str, Any]) -> di
         things["images"] |= {piece for image in form for piece in windows(image.tobytes())}
     things["digests"] = {form for row in digests for form in _texts(row.tobytes())}
     for round in (1, 2):
-        things["fine model"] |= set(weights(local.store.load_state(round)["fine"]))
+        things["fine model"] |= set(weights(local.store.load_state(round, "fine")))
     samples = local.store.load_samples() or {}
     for array in (array for name, array in samples.items() if name != "labels"):
         things["samples"] |= set(windows(array.tobytes()))

@@ -150,12 +150,12 @@ def test_replayed_round_is_answered_from_the_store(tmp_path: Path) -> None:
     config = small_config()
     message, request = initial_message(config), {"round": 1, "phase": "coarse"}
     first = client_of(config, tmp_path, 0).fit(message, dict(request))
-    state = ClientStore(tmp_path / "clients" / "0").load_state(1)["fine"]["step"]
+    state = ClientStore(tmp_path / "clients" / "0").load_state(1, "fine")["step"]
     second = client_of(config, tmp_path, 0).fit(message, dict(request))
     assert wire.fingerprint(first[0]) == wire.fingerprint(second[0])
     assert second[2]["replayed"] is True
     assert "replayed" not in first[2]
-    assert ClientStore(tmp_path / "clients" / "0").load_state(1)["fine"]["step"] == state == 4
+    assert ClientStore(tmp_path / "clients" / "0").load_state(1, "fine")["step"] == state == 4
 
 
 def test_replay_with_other_weights_is_refused(tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def test_the_search_finds_whole_things(recorded: Recorded) -> None:
     """An image in any form, the fine model's average, a release, an error with a path in it."""
     local, search = recorded.local(1), Search(recorded.things(1))
     image = local.images.images[len(local.images) // 2]
-    state = local.store.load_state(2)["fine"]
+    state = local.store.load_state(2, "fine")
     ema = {name: tensor for name, tensor in state.items() if name.startswith("ema.")}
     assert ema
     rows = read_tensors(local.releases.root / "releases" / "000001.safetensors")[0]["x_tilde"]
@@ -209,7 +209,7 @@ def test_messages_are_a_function_of_the_release(tmp_path: Path, training: str) -
         assert one.metrics.keys() == other.metrics.keys()
     for client in (0, 1):  # the raw images did matter, to what stays
         fine = [
-            open_local_client(dict(f.nodes[client]), f.run_config, 0).store.load_state(2)["fine"]
+            open_local_client(dict(f.nodes[client]), f.run_config, 0).store.load_state(2, "fine")
             for f in (first, second)
         ]
         moved = [name for name in fine[0] if not torch.equal(fine[0][name], fine[1][name])]

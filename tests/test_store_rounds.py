@@ -31,20 +31,20 @@ def finish(store: ClientStore, reply: Reply, **states: dict[str, torch.Tensor]) 
 
 
 def test_a_finished_round_is_all_there(store: ClientStore) -> None:
-    assert (store.last_round(), store.load_state(0), store.load_reply(1)) == (0, {}, None)
+    assert (store.last_round(), store.load_state(0, "fine"), store.load_reply(1)) == (0, {}, None)
     moments = {"exp_avg.w": torch.ones(2)}
     store.save_partial(1, 2, FINE)
     finish(store, make_reply(1), coarse=moments, fine=FINE)
     assert store.last_round() == 1
     assert store.load_reply(1) == make_reply(1)
-    state = store.load_state(1)
-    assert state.keys() == {"coarse", "fine"}
-    assert torch.equal(state["coarse"]["exp_avg.w"], moments["exp_avg.w"])
-    assert torch.equal(state["fine"]["model.w"], FINE["model.w"])
+    coarse, fine = store.load_state(1, "coarse"), store.load_state(1, "fine")
+    assert (coarse.keys(), fine.keys()) == (moments.keys(), FINE.keys())
+    assert torch.equal(coarse["exp_avg.w"], moments["exp_avg.w"])
+    assert torch.equal(fine["model.w"], FINE["model.w"])
     assert store.load_partial(1) is None
     finish(store, make_reply(2, b""), fine=FINE)
     assert store.load_reply(2) == make_reply(2, b"")
-    assert store.load_state(2).keys() == {"fine"}
+    assert store.load_state(2, "coarse") == {} != store.load_state(2, "fine")
 
 
 def test_drafts_do_not_count_until_the_round_is_finished(store: ClientStore) -> None:
@@ -52,19 +52,19 @@ def test_drafts_do_not_count_until_the_round_is_finished(store: ClientStore) -> 
     store.draft_state(2, "coarse", FINE)
     store.draft_state(2, "fine", FINE)
     assert store.last_round() == 1
-    assert store.load_state(2) == {}
+    assert store.load_state(2, "coarse") == store.load_state(2, "fine") == {}
     store.begin_round(2)  # forgets them
     store.finish_round(make_reply(2))
     assert store.last_round() == 2
-    assert store.load_state(2) == {}
+    assert store.load_state(2, "coarse") == store.load_state(2, "fine") == {}
 
 
 def test_loaded_states_outlive_their_files(store: ClientStore) -> None:
     finish(store, make_reply(1), fine=FINE)
-    state = store.load_state(1)["fine"]
+    state = store.load_state(1, "fine")
     for round in (2, 3):
         finish(store, make_reply(round), fine={"model.w": torch.zeros(2, 3)})
-    assert store.load_state(1) == {}
+    assert store.load_state(1, "fine") == {}
     assert torch.equal(state["model.w"], FINE["model.w"])
     state["model.w"] += 1  # and are not the file
     partial = {"model.w": torch.ones(2)}
@@ -146,7 +146,7 @@ def test_samples_come_back(store: ClientStore) -> None:
 @pytest.mark.parametrize(
     ("name", "load"),
     [
-        ("rounds/000001/fine.safetensors", lambda store: store.load_state(1)),
+        ("rounds/000001/fine.safetensors", lambda store: store.load_state(1, "fine")),
         ("rounds/000001/reply.json", lambda store: store.load_reply(1)),
         ("partial/fine.safetensors", lambda store: store.load_partial(2)),
         ("samples.npz", lambda store: store.load_samples()),
