@@ -227,7 +227,7 @@ CASES = {
         what="seconds for fedpdm --help", target=1.0, better="lower", measure=help_time
     ),
     "client_memory": Case(
-        what="peak memory over model + optimiser + EMA + data", target=1.5, better="lower",
+        what="peak memory over model + optimiser + EMA + data", target=1.3, better="lower",
         measure=client_memory,
     ),
 }  # fmt: skip

@@ -121,6 +121,10 @@ class CoarseStrategy(Strategy):
         """Further entries of the request to clients."""
         return {}
 
+    def fit_message(self, round: int) -> Parameters:
+        """What clients are sent to work on: the coarse weights."""
+        return self._message(self.weights)
+
     # Resuming.
 
     def resume(self) -> None:
@@ -175,7 +179,7 @@ class CoarseStrategy(Strategy):
             **self.fit_config(),
         }
         chosen = self._participants(round, client_manager)
-        message = self._message(self.weights)
+        message = self.fit_message(round)
         self._sent = sum(len(tensor) for tensor in message.tensors) * len(chosen)
         return [(client, FitIns(message, dict(config))) for client in chosen]
 

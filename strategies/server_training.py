@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from flwr.common import Parameters, ndarrays_to_parameters
 
 from fedpdm import wire
 from fedpdm.build import (
@@ -52,6 +53,10 @@ class CoarseServerTraining(CoarseStrategy):
 
     def phase(self, round: int) -> str:
         return "release" if round == 1 else "fine"
+
+    def fit_message(self, round: int) -> Parameters:
+        """Nothing: no client trains the coarse model, so weights travel for evaluation alone."""
+        return ndarrays_to_parameters(wire.encode_nothing())
 
     def check(self, round: int, answer: ClientAnswer) -> None:
         if self.phase(round) == "fine":

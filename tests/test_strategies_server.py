@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.common import FitRes
+from flwr.common import FitRes, parameters_to_ndarrays
 
 from fedpdm import wire
 from fedpdm.build import build_denoiser, build_image_spec, build_schedule
@@ -22,7 +22,7 @@ from fedpdm.types import ReleasedDataset, TrainReport
 from strategies.coarse import ClientFailure
 from strategies.server_training import CoarseServerTraining, join_releases
 from tests.federations import small_config
-from tests.strategy_fakes import Server, arrays, drift, fit_result, settings, update
+from tests.strategy_fakes import EMPTY, Server, arrays, drift, fit_result, settings, update
 
 CONFIG = small_config(
     run={"rounds": 3, "seed": 3, "threads": 0, "device": "cpu"},
@@ -104,6 +104,18 @@ def test_releases_are_asked_for_in_the_first_round_alone(tmp_path: Path) -> None
     assert [r["server_steps"] for r in server.strategy.history["rounds"]] == [3, 3, 3]
     assert server.strategy.history["rounds"][0]["bytes_up"] > 0
     assert server.strategy.history["rounds"][1]["bytes_up"] == 0
+
+
+def test_no_weights_travel_to_clients_that_do_not_train_them(tmp_path: Path) -> None:
+    server = make_server(tmp_path)
+    assert all(ins.parameters.tensors == [] for _, ins in server.ask(1))
+    server.take(1, {k: upload(k) for k in COUNTS})
+    assert server.strategy.history["rounds"][0]["bytes_down"] == 0
+    asked = server.strategy.configure_evaluate(1, EMPTY, server.manager)
+    assert len(asked) == len(COUNTS)
+    for _, ins in asked:  # evaluation needs them
+        sent = wire.decode_model(parameters_to_ndarrays(ins.parameters))
+        assert all(torch.equal(sent[name], server.strategy.ema[name]) for name in sent)
 
 
 def test_the_server_trains_on_every_release_as_it_was_sent(tmp_path: Path) -> None:
