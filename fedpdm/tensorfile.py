@@ -1,25 +1,39 @@
 """Named tensors as bytes: safetensors, the same bytes for the same content.
 
 safetensors writes a header's free entries in no fixed order, so all of ours go into one entry as
-sorted JSON. Messages and files can then be compared by digest.
+sorted JSON. Messages and files can then be compared by digest. Values are written and read as one
+piece; the safetensors library takes 20 us for each tensor of a file that it writes and 10 to read.
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
+import numpy as np
 import torch
 
 __all__ = ["TensorFileError", "header", "pack", "read_file", "unpack", "write_file"]
 
 ENTRY = "fedpdm"
+BUFFER = 1 << 20
+
+# The format's names of the types that are stored here.
+_TYPES: Mapping[str, torch.dtype] = {
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "BOOL": torch.bool,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+_NAMES = {dtype: name for name, dtype in _TYPES.items()}
 
 
 class TensorFileError(ValueError):
@@ -28,39 +42,43 @@ class TensorFileError(ValueError):
 
 def pack(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:
     """Tensors of any device, shape and dtype, and a flat mapping, as safetensors bytes."""
-    data = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-    entry = json.dumps(dict(metadata), sort_keys=True)
-    return bytes(safetensors.torch.save(data, metadata={ENTRY: entry}))
+    return b"".join(_pieces(tensors, metadata))
 
 
 def write_file(
     path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
 ) -> None:
     """`pack` straight into a file, without a copy of the tensors in memory. `OSError`."""
-    data = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-    try:
-        safetensors.torch.save_file(
-            data, path, metadata={ENTRY: json.dumps(dict(metadata), sort_keys=True)}
-        )
-    except safetensors.SafetensorError as error:
-        text = str(error)
-        code = errno.ENOSPC if "os error 28" in text or "No space" in text else errno.EIO
-        raise OSError(code, text) from None
+    with open(path, "wb", buffering=BUFFER) as file:
+        file.writelines(_pieces(tensors, metadata))
+
+
+def _pieces(
+    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
+) -> Iterator[bytes | memoryview]:
+    """The header, then each tensor's bytes; wider types come first, so that all are aligned."""
+    named = sorted(tensors.items(), key=lambda item: -item[1].element_size())
+    for name, tensor in named:
+        if tensor.dtype not in _NAMES:
+            raise TensorFileError(f"{name}: a tensor of {tensor.dtype} cannot be stored")
+    yield header({name: (_NAMES[t.dtype], tuple(t.shape)) for name, t in named}, metadata)
+    for _, tensor in named:
+        values = tensor.detach().to("cpu").contiguous()
+        yield values.view(-1).view(torch.uint8).numpy().data
 
 
 def header(layout: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
     """The bytes before the values, for a file whose values are written piece by piece.
 
-    `layout` maps each name to its safetensors type (U8, F32) and shape; the values follow in that
-    order, row by row, little-endian.
+    `layout` maps each name to its safetensors type (U8, F32, ...) and shape; the values follow in
+    that order, row by row, little-endian.
     """
-    sizes = {"U8": 1, "F32": 4}
     table: dict[str, Any] = {
         "__metadata__": {ENTRY: json.dumps(dict(metadata), sort_keys=True)},
     }
     start = 0
     for name, (dtype, shape) in layout.items():
-        end = start + sizes[dtype] * math.prod(shape)
+        end = start + _TYPES[dtype].itemsize * math.prod(shape)
         table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
         start = end
     text = json.dumps(table).encode()
@@ -73,34 +91,44 @@ def read_file(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 
     `TensorFileError` for anything else, `OSError` if it cannot be opened.
     """
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = json.loads((file.metadata() or {})[ENTRY])
-            if not isinstance(metadata, dict):
-                raise TypeError("header entry is not a mapping")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise TensorFileError(f"not a tensor file: {' '.join(str(error).split())[:200]}") from None
-    return tensors, {str(key): str(value) for key, value in metadata.items()}
+    if not path.stat().st_size:
+        raise TensorFileError("not a tensor file: it is empty")
+    return _views(np.memmap(path, dtype=np.uint8, mode="c"))
 
 
-def unpack(payload: bytes) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Inverse of `pack`. `TensorFileError` for anything else."""
+def unpack(payload: bytes | np.ndarray) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Inverse of `pack`, from bytes or uint8 (n,), whose memory is shared where it is writable.
+
+    `TensorFileError` for anything else.
+    """
+    data = np.frombuffer(payload, dtype=np.uint8) if isinstance(payload, bytes) else payload
+    return _views(data if data.flags.writeable else data.copy())
+
+
+def _views(data: np.ndarray) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Named tensors in the bytes of a sound safetensors file, uint8 (n,), and our entry."""
     try:
-        length = int.from_bytes(payload[:8], "little")
-        header = json.loads(payload[8 : 8 + length])
-        metadata = json.loads(header["__metadata__"][ENTRY])
+        start = 8 + int.from_bytes(data[:8].tobytes(), "little")
+        table = json.loads(data[8:start].tobytes())
+        metadata = json.loads(table.pop("__metadata__")[ENTRY])
         if not isinstance(metadata, dict):
             raise TypeError("header entry is not a mapping")
-        tensors = safetensors.torch.load(payload)
-    except (
-        safetensors.SafetensorError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-        RuntimeError,
-    ) as error:
-        raise TensorFileError(f"not a tensor file: {' '.join(str(error).split())[:200]}") from None
+        values = torch.from_numpy(data[start:].copy() if start % 8 else data[start:])
+        tensors, covered = {}, 0
+        for name, entry in sorted(table.items(), key=lambda item: item[1]["data_offsets"]):
+            dtype, (begin, end) = _TYPES[entry["dtype"]], entry["data_offsets"]
+            if begin != covered or end - begin != dtype.itemsize * math.prod(entry["shape"]):
+                raise ValueError(f"{name}: its place in the file does not fit its shape")
+            part = values[begin:end]
+            part = part.clone() if begin % dtype.itemsize else part
+            tensors[name] = part.view(dtype).view(entry["shape"])
+            covered = end
+        if covered != len(values):
+            raise ValueError(f"holds {len(values)} bytes of values, its header says {covered}")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, RuntimeError) as error:
+        raise _not_ours(error) from None
     return tensors, {str(key): str(value) for key, value in metadata.items()}
+
+
+def _not_ours(error: Exception) -> TensorFileError:
+    return TensorFileError(f"not a tensor file: {' '.join(str(error).split())[:200]}")

@@ -110,9 +110,9 @@ def load_named(
                 f"{what}: {name} must be {tensor.dtype} {tuple(tensor.shape)}, "
                 f"got {value.dtype} {tuple(value.shape)}"
             )
-    with torch.no_grad():
-        for name, tensor in target.items():
-            tensor.copy_(source[name])
+    if target:
+        with torch.no_grad():
+            torch._foreach_copy_(list(target.values()), [source[name] for name in target])
 
 
 Model = TypeVar("Model", bound=TrainableDenoiser)
@@ -183,7 +183,7 @@ class Trainer(Generic[Model]):
         if "exp_avg" not in groups and "exp_avg_sq" not in groups:
             return  # a state from before the first step
         for key in ("exp_avg", "exp_avg_sq"):
-            moments = {name: torch.zeros_like(p) for name, p in self._named.items()}
+            moments = {name: torch.empty_like(p) for name, p in self._named.items()}
             load_named(moments, groups.get(key, {}), what=f"{what}, {key}")
             for name, p in self._named.items():
                 self._optimizer.state[p][key] = moments[name]

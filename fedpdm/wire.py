@@ -83,7 +83,7 @@ def _unpack(
     if len(message) != 1 or message[0].dtype != np.uint8 or message[0].ndim != 1:
         raise WireError(f"expected one uint8 array from {who}, got {len(message)} arrays")
     try:
-        tensors, metadata = unpack(message[0].tobytes())
+        tensors, metadata = unpack(message[0])
     except TensorFileError as error:
         raise WireError(f"malformed message from {who}: {error}") from None
     if metadata.get("version") != VERSION or metadata.get("kind") != kind:
