@@ -57,7 +57,7 @@ def test_a_message_and_a_file_are_read_without_changing_them(tmp_path: Path) -> 
 
 
 def test_values_without_a_place_in_the_format_are_refused() -> None:
-    with pytest.raises(TensorFileError, match="odd: a tensor of .*complex64 cannot"):
+    with pytest.raises(TensorFileError, match=r"odd: a tensor of .*complex64 cannot"):
         pack({"odd": torch.zeros(2, dtype=torch.complex64)}, {})
 
 
