@@ -7,6 +7,7 @@ coarse.safetensors   the shared model (EMA), when the run has finished
 samples.png  partition.png
 log.txt
 server/checkpoint.safetensors   to resume from
+server/updates/      updates of this round that wait for their turn
 server/releases/     what clients uploaded (server training only)
 clients/<id>/        each client's store (`fedpdm.store`); the server never reads it, except
                      for pictures in simulation
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ import torch
 from fedpdm.config import ConfigError, RunConfig, config_to_yaml, load_config
 from fedpdm.files import StoreError, read_tensors, write_atomic, write_tensors
 from fedpdm.mechanism import release_metadata, restore_release
+from fedpdm.tensorfile import write_file
 from fedpdm.types import ReleasedDataset
 
 __all__ = ["RunDirectory"]
@@ -107,7 +110,7 @@ class RunDirectory:
     def save_release(self, client_id: int, released: ReleasedDataset) -> None:
         """Keep what a client uploaded (server training)."""
         write_tensors(
-            self.root / "server" / "releases" / f"{client_id:06d}.safetensors",
+            self._release_path(client_id),
             {"x_tilde": released.x_tilde, "labels": released.labels},
             release_metadata(
                 released.parameters,
@@ -117,6 +120,13 @@ class RunDirectory:
             ),
         )
 
+    def drop_release(self, client_id: int) -> None:
+        """Forget what a client uploaded."""
+        self._release_path(client_id).unlink(missing_ok=True)
+
+    def _release_path(self, client_id: int) -> Path:
+        return self.root / "server" / "releases" / f"{client_id:06d}.safetensors"
+
     def load_releases(self) -> list[ReleasedDataset]:
         """All uploads in the order of client ids."""
         parts = []
@@ -124,6 +134,28 @@ class RunDirectory:
             tensors, metadata = read_tensors(path)
             parts.append(restore_release(tensors["x_tilde"], tensors["labels"], metadata))
         return parts
+
+    def keep_update(self, client_id: int, weights: Mapping[str, torch.Tensor]) -> None:
+        """Put aside an update that came before its turn, until the round is over."""
+        self._update_path(client_id).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write_file(self._update_path(client_id), weights, {})
+        except OSError as error:
+            path = self._update_path(client_id)
+            raise StoreError(f"{path}: cannot be written: {error.strerror}") from None
+
+    def take_update(self, client_id: int) -> dict[str, torch.Tensor]:
+        """Inverse of `keep_update`; the file goes, the tensors stay."""
+        tensors, _ = read_tensors(self._update_path(client_id))
+        self._update_path(client_id).unlink()
+        return tensors
+
+    def drop_updates(self) -> None:
+        """Forget what was put aside."""
+        shutil.rmtree(self._update_path(0).parent, ignore_errors=True)
+
+    def _update_path(self, client_id: int) -> Path:
+        return self.root / "server" / "updates" / f"{client_id:06d}.safetensors"
 
     def save_checkpoint(
         self, round: int, tensors: Mapping[str, torch.Tensor], history: Mapping[str, Any]

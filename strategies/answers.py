@@ -24,10 +24,9 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class ClientAnswer:
-    """One client's answer to a fit request, decoded as far as Flower does it."""
+    """One client's answer to a fit request, without the message that came with it."""
 
     client_id: int
-    message: NDArrays
     num_examples: int
     metrics: Mapping[str, Scalar]
 

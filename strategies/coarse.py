@@ -2,7 +2,8 @@
 
 A `CoarseStrategy` holds the coarse weights by name, asks clients for a phase of work, refuses
 malformed answers naming the client, writes a checkpoint after each round and goes on from it.
-How answers become new weights is the subclasses' part (`absorb`).
+Answers are taken in one by one (`receive_fit`, in any order) and not kept. How they become new
+weights is the subclasses' part (`accept`, `conclude`).
 """
 
 from __future__ import annotations
@@ -10,8 +11,7 @@ from __future__ import annotations
 import math
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from flwr.common import (
     EvaluateRes,
     FitIns,
     FitRes,
-    GetPropertiesIns,
+    NDArrays,
     Parameters,
     Scalar,
     ndarrays_to_parameters,
@@ -31,7 +31,6 @@ from flwr.server.client_proxy import ClientProxy
 from flwr.server.strategy import Strategy
 
 from fedpdm import wire
-from fedpdm.rng import Purpose, numpy_rng
 from fedpdm.runs import RunDirectory
 from strategies.answers import (
     ClientAnswer,
@@ -41,30 +40,12 @@ from strategies.answers import (
     mean_metrics,
     round_line,
 )
+from strategies.roster import ClientFailure, Roster, ServerSettings
 
-__all__ = ["ClientFailure", "CoarseStrategy", "ServerSettings"]
+__all__ = ["CoarseStrategy"]
 
 Weights = dict[str, torch.Tensor]
-
-
-class ClientFailure(RuntimeError):
-    """A client failed and the config says to stop; names every failed client and why."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServerSettings:
-    """The server's part of the configuration. `min_clients` nodes are waited for, `wait_seconds` at
-    most; only in a `simulation` may privacy noise be seeded."""
-
-    rounds: int
-    min_clients: int
-    fraction_fit: float
-    on_failure: str
-    evaluate_every: int
-    ema_decay: float
-    seed: int
-    wait_seconds: int = 86_400
-    simulation: bool = False
+_NOTHING = Parameters(tensors=[], tensor_type="numpy.ndarray")
 
 
 class CoarseStrategy(Strategy):
@@ -87,8 +68,11 @@ class CoarseStrategy(Strategy):
         self._run = run
         self._announce = announce
         self._finish = finish
-        self._client_ids: dict[str, int] = {}
-        self._asked: set[int] = set()
+        self._roster = Roster(settings)
+        self._seen: set[str] = set()  # of this round: nodes that answered, good answers, others
+        self._answers: list[ClientAnswer] = []
+        self._problems: list[str] = []
+        self._received = self._sent = 0  # bytes
         self._first_round = 1
         self._started = time.perf_counter()
         self._round_started = self._started
@@ -100,15 +84,21 @@ class CoarseStrategy(Strategy):
         """What clients do in this round besides fine training: coarse, release or fine."""
 
     @abstractmethod
-    def absorb(self, round: int, answers: Sequence[ClientAnswer]) -> dict[str, float]:
-        """Turn the answers, sorted by client, into new `self.weights` and `self.ema`.
-
-        Returns metrics. Raises `wire.WireError` for a malformed answer.
-        """
+    def accept(self, round: int, answer: ClientAnswer, message: NDArrays) -> None:
+        """Take in an answer, in any order; `wire.WireError`, and nothing, if it is malformed."""
 
     @abstractmethod
-    def check(self, round: int, answer: ClientAnswer) -> None:
-        """`wire.WireError` if the answer cannot be absorbed."""
+    def conclude(self, round: int) -> dict[str, float]:
+        """Turn what was accepted into new `self.weights` and `self.ema`; returns metrics."""
+
+    def begin(self, round: int, clients: Collection[int]) -> None:
+        """A round of training is about to be sent to these clients."""
+
+    def dismiss(self, client_id: int) -> None:
+        """This client's answer was refused: there will be none."""
+
+    def abandon(self) -> None:
+        """The round has failed: forget what was accepted."""
 
     def extra_state(self) -> Weights:
         """Further tensors of a checkpoint."""
@@ -159,7 +149,7 @@ class CoarseStrategy(Strategy):
     # Flower's interface.
 
     def initialize_parameters(self, client_manager: ClientManager) -> Parameters:
-        return self._message(self.weights)
+        return _NOTHING  # Flower keeps what it gets here; requests are made of `self.weights`
 
     def evaluate(
         self, server_round: int, parameters: Parameters
@@ -178,10 +168,37 @@ class CoarseStrategy(Strategy):
             "phase": self.phase(round),
             **self.fit_config(),
         }
-        chosen = self._participants(round, client_manager)
+        chosen = self._roster.choose(round, client_manager)
+        self._answers, self._problems, self._received = [], [], 0
+        self._seen = set()
+        self.begin(round, self._roster.asked)
         message = self.fit_message(round)
         self._sent = sum(len(tensor) for tensor in message.tensors) * len(chosen)
         return [(client, FitIns(message, dict(config))) for client in chosen]
+
+    def receive_fit(self, server_round: int, proxy: ClientProxy, result: FitRes) -> None:
+        """Take in one client's answer and empty it, so that its weights are not kept.
+
+        A server that has answers one by one calls this for each before `aggregate_fit`, which
+        does it for those that are left.
+        """
+        self._seen.add(proxy.cid)
+        client_id = self._roster.client_id(proxy)
+        self._received += sum(len(tensor) for tensor in result.parameters.tensors)
+        try:
+            answer = ClientAnswer(
+                client_id=client_id,
+                metrics=accepted_metrics(result.metrics, client_id=client_id),
+                num_examples=result.num_examples,
+            )
+            message = decode_arrays(result.parameters)
+            result.parameters = _NOTHING
+            self.accept(self._round(server_round), answer, message)
+        except wire.WireError as error:
+            self._problems.append(f"client {client_id}: {error}")
+            self.dismiss(client_id)
+            return
+        self._answers.append(answer)
 
     def aggregate_fit(
         self,
@@ -190,26 +207,17 @@ class CoarseStrategy(Strategy):
         failures: list[tuple[ClientProxy, FitRes] | BaseException],
     ) -> tuple[Parameters | None, dict[str, Scalar]]:
         round = self._round(server_round)
-        answers, problems = [], self._describe_failures(results, failures)
-        received = 0
-        for proxy, result in results:
-            client_id = self._client_ids.get(proxy.cid, -1)
-            received += sum(len(tensor) for tensor in result.parameters.tensors)
-            try:
-                answer = ClientAnswer(
-                    client_id=client_id,
-                    metrics=accepted_metrics(result.metrics, client_id=client_id),
-                    message=decode_arrays(result.parameters),
-                    num_examples=result.num_examples,
-                )
-                self.check(round, answer)
-            except wire.WireError as error:
-                problems.append(f"client {client_id}: {error}")
-                continue
-            answers.append(answer)
-        self._report_problems(round, "fit", problems, num_good=len(answers))
-        answers.sort(key=lambda answer: answer.client_id)
-        metrics = self.absorb(round, answers)
+        late = [(proxy, result) for proxy, result in results if proxy.cid not in self._seen]
+        for proxy, result in sorted(late, key=lambda pair: self._roster.client_id(pair[0])):
+            self.receive_fit(server_round, proxy, result)
+        problems = [*self._describe_failures(results, failures), *self._problems]
+        answers = sorted(self._answers, key=lambda answer: answer.client_id)
+        try:
+            self._report_problems(round, "fit", problems, num_good=len(answers))
+        except ClientFailure:
+            self.abandon()
+            raise
+        metrics = self.conclude(round)
         self.rounds_done = round
         self.history["rounds"].append(
             {
@@ -217,13 +225,13 @@ class CoarseStrategy(Strategy):
                 **mean_metrics(answers, seconds=time.perf_counter() - self._round_started),
                 **metrics,
                 "bytes_down": self._sent,
-                "bytes_up": received,
+                "bytes_up": self._received,
                 "clients": [dict(answer.metrics) for answer in answers],
                 "failed": problems,
             }
         )
         self._checkpoint()
-        return self._message(self.weights), {}
+        return _NOTHING, {}
 
     def configure_evaluate(
         self, server_round: int, parameters: Parameters, client_manager: ClientManager
@@ -235,7 +243,7 @@ class CoarseStrategy(Strategy):
             return []
         config: dict[str, Scalar] = {"round": round, "final": final}
         message = self._message(self.ema)
-        clients = self._participants(round, client_manager, everyone=True)
+        clients = self._roster.choose(round, client_manager, everyone=True)
         return [(client, EvaluateIns(message, dict(config))) for client in clients]
 
     def aggregate_evaluate(
@@ -248,7 +256,7 @@ class CoarseStrategy(Strategy):
         problems = self._describe_failures(results, failures)
         good = []
         for proxy, result in results:
-            client_id = self._client_ids.get(proxy.cid, -1)
+            client_id = self._roster.client_id(proxy)
             try:
                 metrics = accepted_metrics(result.metrics, client_id=client_id)
                 if result.num_examples < 1:
@@ -289,45 +297,8 @@ class CoarseStrategy(Strategy):
     def _message(self, weights: Weights) -> Parameters:
         return ndarrays_to_parameters(wire.encode_model(weights))
 
-    def _participants(
-        self, round: int, manager: ClientManager, *, everyone: bool = False
-    ) -> list[ClientProxy]:
-        """Clients of this round in the order of their ids, drawn from the run's seed."""
-        if not manager.wait_for(self.settings.min_clients, timeout=self.settings.wait_seconds):
-            raise ClientFailure(
-                f"round {round}: {manager.num_available()} clients are connected, "
-                f"{self.settings.min_clients} are needed; start as many nodes (in simulation: "
-                f"--federation-config num-supernodes={self.settings.min_clients}) or set "
-                "aggregation.min_clients"
-            )
-        proxies = dict(manager.all())
-        for cid, proxy in proxies.items():
-            if cid not in self._client_ids:
-                answer = proxy.get_properties(GetPropertiesIns({}), timeout=None, group_id=round)
-                known = answer.properties.get("client_id")
-                if not isinstance(known, int):
-                    raise ClientFailure(
-                        f"round {round}: node {cid} does not say which client it is: "
-                        f"{answer.status.message or known!r}"
-                    )
-                self._client_ids[cid] = known
-        ids = {cid: self._client_ids[cid] for cid in proxies}
-        if len(set(ids.values())) < len(ids):
-            raise ClientFailure(
-                f"round {round}: two nodes have the same client id ({sorted(ids.values())}); "
-                "give each node its own partition-id"
-            )
-        ordered = [proxies[cid] for cid in sorted(proxies, key=lambda cid: ids[cid])]
-        if not everyone and self.settings.fraction_fit < 1.0:
-            count = max(1, math.floor(self.settings.fraction_fit * len(ordered) + 0.5))
-            rng = numpy_rng(self.settings.seed, Purpose.CLIENT_SELECTION, round=round)
-            picked = sorted(rng.choice(len(ordered), size=count, replace=False))
-            ordered = [ordered[index] for index in picked]
-        self._asked = {ids[proxy.cid] for proxy in ordered}
-        return ordered
-
     def _describe_failures(self, results: Sequence[Any], failures: Sequence[Any]) -> list[str]:
-        return describe_failures(results, failures, ids=self._client_ids, asked=self._asked)
+        return describe_failures(results, failures, ids=self._roster.ids, asked=self._roster.asked)
 
     def _report_problems(
         self, round: int, what: str, problems: Sequence[str], *, num_good: int

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from flwr.common import Context
-from flwr.server import ServerApp, ServerAppComponents, ServerConfig
+from flwr.server import ServerApp, ServerAppComponents, ServerConfig, SimpleClientManager
 
 from fedpdm.build import (
     ImageSpec,
@@ -23,9 +23,11 @@ from fedpdm.releases import ReleaseStore
 from fedpdm.reporting import RunLog, draw_split, finish_run
 from fedpdm.runs import RunDirectory
 from fedpdm.runtime import is_resumed, release_path, run_config_of, run_root
-from strategies.coarse import CoarseStrategy, ServerSettings
+from strategies.coarse import CoarseStrategy
 from strategies.fedavg import CoarseFedAvg
+from strategies.roster import ServerSettings
 from strategies.server_training import CoarseServerTraining
+from strategies.streaming import StreamingServer
 
 __all__ = ["app", "build_strategy", "server_fn"]
 
@@ -84,7 +86,7 @@ def server_fn(context: Context) -> ServerAppComponents:
     ]
     strategy = build_strategy(config, run, resume=is_resumed(context.run_config), stores=stores)
     return ServerAppComponents(
-        strategy=strategy,
+        server=StreamingServer(client_manager=SimpleClientManager(), strategy=strategy),
         config=ServerConfig(
             num_rounds=strategy.rounds_left(), round_timeout=config.aggregation.round_timeout
         ),

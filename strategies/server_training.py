@@ -8,12 +8,12 @@ fine models.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from flwr.common import Parameters, ndarrays_to_parameters
+from flwr.common import NDArrays, Parameters, ndarrays_to_parameters
 
 from fedpdm import wire
 from fedpdm.build import (
@@ -45,6 +45,7 @@ class CoarseServerTraining(CoarseStrategy):
         self._schedule = build_schedule(config)
         self._plan = build_release_plan(config, self._schedule, spec)
         self._spec = spec
+        self._accepted: list[int] = []  # whose releases came in this round
         self._device = select_device(config.run.device)
         model = build_denoiser(config, "coarse", spec=spec, schedule=self._schedule)
         settings = build_optimizer_settings(config, "coarse", at_server=True)
@@ -58,16 +59,30 @@ class CoarseServerTraining(CoarseStrategy):
         """Nothing: no client trains the coarse model, so weights travel for evaluation alone."""
         return ndarrays_to_parameters(wire.encode_nothing())
 
-    def check(self, round: int, answer: ClientAnswer) -> None:
+    def accept(self, round: int, answer: ClientAnswer, message: NDArrays) -> None:
+        """A release goes to disk at once."""
         if self.phase(round) == "fine":
-            if answer.message:
+            if message:
                 raise wire.WireError(
                     f"client {answer.client_id} sent a message where none was asked for"
                 )
             return
         released = wire.decode_release(
-            answer.message, who=f"client {answer.client_id}", client_id=answer.client_id
+            message, who=f"client {answer.client_id}", client_id=answer.client_id
         )
+        self._check(released, answer)
+        self._run.save_release(answer.client_id, released)
+        self._accepted.append(answer.client_id)
+
+    def begin(self, round: int, clients: Collection[int]) -> None:
+        self._accepted = []
+
+    def abandon(self) -> None:
+        for client_id in self._accepted:
+            self._run.drop_release(client_id)
+
+    def _check(self, released: ReleasedDataset, answer: ClientAnswer) -> None:
+        """`wire.WireError` for a release that is not what was asked for."""
         got, shape = released.parameters, tuple(released.x_tilde.shape[1:])
         wanted = release_parameters(
             self._schedule, t0=self._plan.t0, clip_norm=self._plan.clip_norm, shift=self._plan.shift
@@ -94,11 +109,8 @@ class CoarseServerTraining(CoarseStrategy):
                 f"[0, {self._spec.num_classes - 1}]"
             )
 
-    def absorb(self, round: int, answers: Sequence[ClientAnswer]) -> dict[str, float]:
-        if self.phase(round) == "release":
-            for answer in answers:
-                released = wire.decode_release(answer.message, who=f"client {answer.client_id}")
-                self._run.save_release(answer.client_id, released)
+    def conclude(self, round: int) -> dict[str, float]:
+        """Train on all releases."""
         released = self._collected()
         loss = coarse_batch_loss(
             self._config,

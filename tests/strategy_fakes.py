@@ -26,8 +26,9 @@ from fedpdm import wire
 from fedpdm.config import AggregationConfig
 from fedpdm.runs import RunDirectory
 from fedpdm.types import CoarseUpdate
-from strategies.coarse import CoarseStrategy, ServerSettings
+from strategies.coarse import CoarseStrategy
 from strategies.fedavg import CoarseFedAvg
+from strategies.roster import ServerSettings
 
 Arrays = Mapping[str, np.ndarray]
 START: Arrays = {

@@ -32,7 +32,7 @@ from fedpdm.mechanism import select
 from fedpdm.rng import Purpose, torch_generator
 from fedpdm.store import ClientStore
 from fedpdm.training import Trainer, class_weights
-from strategies.coarse import ClientFailure
+from strategies.roster import ClientFailure
 from tests.federations import client_of, initial_message, small_config
 
 

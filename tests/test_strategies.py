@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from strategies.coarse import ClientFailure
+from strategies.roster import ClientFailure
 from tests.strategy_fakes import START, Arrays, arrays, drift, fedavg_server, sent_weights, update
 
 COUNTS = {0: 30, 1: 10, 2: 5}

@@ -16,7 +16,7 @@ from fedpdm import wire
 from fedpdm.mechanism import SeededNoise, release
 from fedpdm.runs import RunDirectory
 from fedpdm.schedule import make_schedule
-from strategies.coarse import ClientFailure
+from strategies.roster import ClientFailure
 from tests.strategy_fakes import (
     START,
     Arrays,
@@ -194,7 +194,7 @@ def test_an_exception_may_be_of_any_silent_client(tmp_path: Path) -> None:
 def test_a_round_without_any_answer_stops_the_run(tmp_path: Path) -> None:
     server = fedavg_server(tmp_path, on_failure="skip")
     server.ask(1)
-    with pytest.raises(ValueError, match="round 1: nothing to aggregate"):
+    with pytest.raises(ValueError, match="round 1: no update to average"):
         server.take(1, {})
 
 

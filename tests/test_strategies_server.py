@@ -19,7 +19,7 @@ from fedpdm.mechanism import SeededNoise, SystemNoise, release
 from fedpdm.runs import RunDirectory
 from fedpdm.training import Trainer
 from fedpdm.types import ReleasedDataset, TrainReport
-from strategies.coarse import ClientFailure
+from strategies.roster import ClientFailure
 from strategies.server_training import CoarseServerTraining, join_releases
 from tests.federations import small_config
 from tests.strategy_fakes import EMPTY, Server, arrays, drift, fit_result, settings, update

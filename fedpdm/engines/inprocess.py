@@ -26,7 +26,6 @@ from flwr.common import (
     ReconnectIns,
     RecordDict,
 )
-from flwr.server import Server, SimpleClientManager
 from flwr.server.client_proxy import ClientProxy
 
 from clients.client_app import client_fn
@@ -100,12 +99,12 @@ def run_in_process(
         )
 
     components = server_fn(context(0, {}))
-    assert components.config is not None
-    manager = SimpleClientManager()
+    server, rounds = components.server, components.config
+    assert server is not None
+    assert rounds is not None
     for index in range(config.partition.num_clients):
         node = {"partition-id": index, "num-partitions": config.partition.num_clients}
-        manager.register(_LocalProxy(context(index + 1, node)))
-    server = Server(client_manager=manager, strategy=components.strategy)
+        server.client_manager().register(_LocalProxy(context(index + 1, node)))
     server.set_max_workers(1)
     logging.getLogger("flwr").setLevel(logging.WARNING)  # the strategy says what matters
-    server.fit(components.config.num_rounds, components.config.round_timeout)
+    server.fit(rounds.num_rounds, rounds.round_timeout)

@@ -1,0 +1,61 @@
+"""Flower's server, except that a client's answer is taken in when it comes and then let go.
+
+Flower's own `Server` collects all answers of a round before it shows them to the strategy, which
+costs as many copies of the model as there are clients.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor, as_completed
+
+from flwr.common import Code, FitIns, FitRes, Parameters, Scalar
+from flwr.server import ClientManager, Server
+from flwr.server.client_proxy import ClientProxy
+
+from strategies.coarse import CoarseStrategy
+
+__all__ = ["StreamingServer"]
+
+FitResult = tuple[ClientProxy, FitRes]
+Failures = list[FitResult | BaseException]
+
+
+class StreamingServer(Server):
+    """A `Server` for a `CoarseStrategy`."""
+
+    def __init__(self, *, client_manager: ClientManager, strategy: CoarseStrategy) -> None:
+        super().__init__(client_manager=client_manager, strategy=strategy)
+        self._coarse = strategy
+
+    def fit_round(
+        self, server_round: int, timeout: float | None
+    ) -> tuple[Parameters | None, dict[str, Scalar], tuple[list[FitResult], Failures]] | None:
+        """One round of training; what it returns of clients' answers has no weights any more."""
+        instructions = self._coarse.configure_fit(
+            server_round, self.parameters, self._client_manager
+        )
+        if not instructions:
+            return None
+
+        def ask(proxy: ClientProxy, request: FitIns) -> FitResult:
+            return proxy, proxy.fit(request, timeout=timeout, group_id=server_round)
+
+        results: list[FitResult] = []
+        failures: Failures = []
+        with ThreadPoolExecutor(max_workers=self.max_workers) as executor:
+            futures = {executor.submit(ask, *instruction) for instruction in instructions}
+            del instructions
+            for future in as_completed(futures):
+                futures.discard(future)
+                if (error := future.exception()) is not None:
+                    failures.append(error)
+                    continue
+                proxy, answer = future.result()
+                del future
+                if answer.status.code != Code.OK:
+                    failures.append((proxy, answer))
+                    continue
+                self._coarse.receive_fit(server_round, proxy, answer)
+                results.append((proxy, answer))
+        parameters, metrics = self._coarse.aggregate_fit(server_round, results, failures)
+        return parameters, metrics, (results, failures)
