@@ -82,12 +82,28 @@ def is_deployed(node_config: Mapping[str, Any]) -> bool:
 def open_local_client(
     node_config: dict[str, Any], flower_run_config: dict[str, Any], run_id: int
 ) -> LocalClient:
-    """The client that this node is.
+    """The client that this node is. In simulation a process keeps the last ones that it opened.
 
     In simulation `partition-id` says which part of the configured data set it holds; elsewhere
     `node_config` gives `partition-id`, `data-dir` and `store-dir`, and may allow what the server
     cannot: `raw-metrics` and `allow-new-release`. Of equal images the first is kept.
     """
+    settings = tuple(sorted(flower_run_config.items()))
+    if not is_deployed(node_config) and run_config_of(flower_run_config).run.simulation:
+        return _kept_client(tuple(sorted(node_config.items())), settings, run_id)
+    return _open(node_config, flower_run_config, run_id)
+
+
+@functools.lru_cache(maxsize=8)
+def _kept_client(
+    node_config: tuple[tuple[str, Any], ...], settings: tuple[tuple[str, Any], ...], run_id: int
+) -> LocalClient:
+    return _open(dict(node_config), dict(settings), run_id)
+
+
+def _open(
+    node_config: dict[str, Any], flower_run_config: dict[str, Any], run_id: int
+) -> LocalClient:
     config = run_config_of(flower_run_config)
     client_id = int(node_config["partition-id"])
     if config.run.simulation:

@@ -8,6 +8,7 @@ answered from the store, and an interrupted one goes on from its last checkpoint
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -21,19 +22,16 @@ from clients.failures import EXPECTED, failure_line
 from clients.local import LocalClient
 from clients.samples import measure_images
 from clients.training import LocalTraining
+from clients.workers import WriteBehind, borrowed
 from fedpdm import wire
-from fedpdm.build import (
-    build_denoiser,
-    build_optimizer_settings,
-    coarse_batch_loss,
-)
+from fedpdm.build import coarse_batch_loss
 from fedpdm.denoisers import Denoiser
 from fedpdm.evaluation import mean_loss
 from fedpdm.files import StoreError
 from fedpdm.mechanism import select
 from fedpdm.rng import Purpose
 from fedpdm.store import Reply
-from fedpdm.training import Trainer, load_named
+from fedpdm.training import load_named
 
 __all__ = ["PFDMClient"]
 
@@ -110,10 +108,13 @@ class PFDMClient(NumPyClient):
             return Reply(**{**vars(reply), "metrics": {**kept, "replayed": True}})
         started = time.perf_counter()
         store.begin_round(round)
-        message, metrics = self._shared_part(parameters, round, config)
-        store.draft_payload(round, message[0] if message else b"")
-        del message  # it is on disk; fine training needs the memory
-        metrics |= self.work.train_fine(round)
+        with WriteBehind() as write:
+            message, metrics = self._shared_part(parameters, round, config, write)
+            payload: Any = message[0] if message else b""
+            del message  # once it is on disk, fine training needs the memory
+            write(functools.partial(store.draft_payload, round, payload), num_bytes=len(payload))
+            del payload
+            metrics |= self.work.train_fine(round)
         metrics["seconds"] = time.perf_counter() - started
         return store.finish_round(
             Reply(
@@ -127,7 +128,7 @@ class PFDMClient(NumPyClient):
         )
 
     def _shared_part(
-        self, parameters: NDArrays, round: int, config: dict[str, Scalar]
+        self, parameters: NDArrays, round: int, config: dict[str, Scalar], write: WriteBehind
     ) -> tuple[NDArrays, dict[str, Any]]:
         """What the round's phase asks for besides fine training: the message and its metrics."""
         metrics: dict[str, Any] = {
@@ -142,17 +143,24 @@ class PFDMClient(NumPyClient):
             train = select(released, torch.from_numpy(self.local.train))
             return wire.encode_release(train, client_id=self.local.client_id), metrics
         if phase == "coarse":
-            message, trained = self.work.train_coarse(parameters, released, round, config)
+            message, trained = self.work.train_coarse(parameters, released, round, config, write)
             return message, metrics | trained
         raise ValueError(f"phase must be coarse, release or fine, got {phase!r}")
 
     def _evaluate(self, parameters: NDArrays, config: dict[str, Scalar]) -> dict[str, Any]:
         received = wire.decode_model(parameters)
-        coarse = build_denoiser(
-            self.config, "coarse", spec=self.local.spec, schedule=self.work.schedule
-        ).to(self.work.device)
-        load_named(dict(coarse.network.named_parameters()), received, what="coarse weights")
-        coarse.eval()
+        with borrowed(
+            self.local,
+            "coarse",
+            schedule=self.work.schedule,
+            device=self.work.device,
+            fresh=False,
+        ) as trainer:
+            trainer.load_weights(received, what="coarse weights")
+            trainer.model.eval()
+            return self._evaluate_model(trainer.model, final=bool(config.get("final", False)))
+
+    def _evaluate_model(self, coarse: Denoiser, *, final: bool) -> dict[str, Any]:
         heldout = self.local.heldout if len(self.local.heldout) else self.local.train
         released = select(self.work.release(), torch.from_numpy(heldout))
         loss = coarse_batch_loss(
@@ -173,7 +181,7 @@ class PFDMClient(NumPyClient):
             "heldout_coarse_loss": value,
             "num_heldout": len(released),
         }
-        if bool(config.get("final", False)):
+        if final:
             metrics |= self._final_images(coarse)
         return metrics
 
@@ -183,27 +191,24 @@ class PFDMClient(NumPyClient):
         last = store.last_round()
         if last == 0:
             return {}  # never selected for training
-        fine = build_denoiser(
-            self.config,
-            "fine",
-            spec=self.local.spec,
-            schedule=self.work.schedule,
-            client=self.local.client_id,
-        )
-        trainer = Trainer(
-            fine, build_optimizer_settings(self.config, "fine"), device=self.work.device
-        )
         state = store.load_state(last, "fine")
         if not state:
             raise StoreError(f"{store.root}: the fine model of round {last} is missing")
-        trainer.load_state(state, what=f"fine state of {self.work.who}")
-        load_named(trainer.weights(), trainer.ema(), what="EMA of the fine model")
-        fine.eval()
-        return measure_images(
+        with borrowed(
             self.local,
-            coarse=coarse,
-            fine=fine,
+            "fine",
             schedule=self.work.schedule,
-            plan=self.work.plan,
-            generator=self.work.generator(Purpose.SAMPLING, last),
-        )
+            device=self.work.device,
+            fresh=False,
+        ) as trainer:
+            trainer.load_state(state, what=f"fine state of {self.work.who}")
+            load_named(trainer.weights(), trainer.ema(), what="EMA of the fine model")
+            trainer.model.eval()
+            return measure_images(
+                self.local,
+                coarse=coarse,
+                fine=trainer.model,
+                schedule=self.work.schedule,
+                plan=self.work.plan,
+                generator=self.work.generator(Purpose.SAMPLING, last),
+            )

@@ -14,17 +14,19 @@ from flwr.common import NDArrays, Scalar
 
 from clients.local import LocalClient
 from clients.progress import count_progress, work_progress
+from clients.workers import WriteBehind, borrowed
 from fedpdm import wire
 from fedpdm.build import (
+    ImageSpec,
     ReleasePlan,
-    build_denoiser,
-    build_optimizer_settings,
     build_release_plan,
     build_release_request,
     build_schedule,
     coarse_batch_loss,
 )
+from fedpdm.config import RunConfig
 from fedpdm.data import normalize
+from fedpdm.denoisers import Denoiser
 from fedpdm.mechanism import clip_l2
 from fedpdm.objectives import denoising_loss, drop_labels
 from fedpdm.rng import Purpose, torch_generator
@@ -41,14 +43,20 @@ def _show_from(show: Progress, start: int, total: int, done: int, _: int, loss: 
     show(start + done, total, loss)
 
 
+@functools.lru_cache(maxsize=4)
+def _planned(config: RunConfig, spec: ImageSpec) -> tuple[NoiseSchedule, ReleasePlan]:
+    """Calibrated once per process, not per message."""
+    schedule = build_schedule(config)
+    return schedule, build_release_plan(config, schedule, spec)
+
+
 class LocalTraining:
     """One client's training, between its images and its store. Use under the store's lock."""
 
     def __init__(self, local: LocalClient) -> None:
         self.local = local
         self.config = local.config
-        self.schedule: NoiseSchedule = build_schedule(self.config)
-        self.plan: ReleasePlan = build_release_plan(self.config, self.schedule, local.spec)
+        self.schedule, self.plan = _planned(local.config, local.spec)
         self.device = select_device(self.config.run.device)
         if self.config.run.threads:
             torch.set_num_threads(self.config.run.threads)
@@ -95,79 +103,88 @@ class LocalTraining:
         released: ReleasedDataset,
         round: int,
         config: dict[str, Scalar],
+        write: WriteBehind,
     ) -> tuple[NDArrays, dict[str, Any]]:
         """Local coarse steps from the received weights; Adam's moments stay with the client."""
         store = self.local.store
         received = wire.decode_model(parameters)
-        model = build_denoiser(self.config, "coarse", spec=self.local.spec, schedule=self.schedule)
-        settings = build_optimizer_settings(self.config, "coarse")
-        trainer = Trainer(model, settings, device=self.device)
-        if moments := store.load_state(store.last_round(), "coarse"):
-            trainer.load_state({**trainer.state(), **moments}, what=f"coarse state of {self.who}")
-        trainer.load_weights(received, what="coarse weights from the server")
-        trainer.step = (round - 1) * self.config.coarse.steps_per_round
-        loss = coarse_batch_loss(
-            self.config,
-            model,
-            self.schedule,
-            released,
-            subset=self.local.train,
-            training=True,
-            device=self.device,
-        )
-        mu = float(config.get("proximal_mu", 0.0))
-        anchor = received if mu > 0 else None
-        del received
-        labels = released.labels[torch.from_numpy(self.local.train)]
-        where = f"{self.who} round {round} coarse"
-        report = trainer.train(
-            loss,
-            sample_weights=class_weights(labels, balance=self.config.coarse.class_balance),
-            num_steps=self.config.coarse.steps_per_round,
-            generator=self.generator(Purpose.COARSE_TRAINING, round),
-            anchor=anchor,
-            proximal_mu=mu,
-            progress=work_progress(where),
-            what=where,
-        )
-        update = CoarseUpdate(
-            weights=trainer.weights(),
-            num_examples=len(self.local.train),
-            client_id=self.local.client_id,
-            round=round,
-            seeded=released.seeded,
-        )
-        kept = ("exp_avg", "step")  # Adam's moments and their age; the weights are the server's
-        moments = {k: v for k, v in trainer.state().items() if k.startswith(kept)}
-        store.draft_state(round, "coarse", moments)
+        with borrowed(
+            self.local, "coarse", schedule=self.schedule, device=self.device, fresh=False
+        ) as trainer:
+            trainer.restart(
+                received,
+                moments=store.load_state(store.last_round(), "coarse"),
+                step=(round - 1) * self.config.coarse.steps_per_round,
+                what=f"coarse weights from the server, or moments of {self.who}",
+            )
+            loss = coarse_batch_loss(
+                self.config,
+                trainer.model,
+                self.schedule,
+                released,
+                subset=self.local.train,
+                training=True,
+                device=self.device,
+            )
+            mu = float(config.get("proximal_mu", 0.0))
+            anchor = received if mu > 0 else None
+            del received
+            labels = released.labels[torch.from_numpy(self.local.train)]
+            where = f"{self.who} round {round} coarse"
+            report = trainer.train(
+                loss,
+                sample_weights=class_weights(labels, balance=self.config.coarse.class_balance),
+                num_steps=self.config.coarse.steps_per_round,
+                generator=self.generator(Purpose.COARSE_TRAINING, round),
+                anchor=anchor,
+                proximal_mu=mu,
+                progress=work_progress(where),
+                what=where,
+            )
+            update = CoarseUpdate(
+                weights=trainer.weights(),
+                num_examples=len(self.local.train),
+                client_id=self.local.client_id,
+                round=round,
+                seeded=released.seeded,
+            )
+            kept = ("exp_avg", "step")  # Adam's moments and their age; the weights are the server's
+            moments = {k: v for k, v in trainer.state().items() if k.startswith(kept)}
+            write(
+                functools.partial(store.draft_state, round, "coarse", moments),
+                num_bytes=sum(tensor.nbytes for tensor in moments.values()),
+            )
         metrics = {
             "coarse_loss": report.loss,
             "coarse_steps": report.num_steps,
             "coarse_seconds": report.seconds,
             "coarse_images": report.num_images,
         }
-        # Moments, EMA and gradients go before the message is made: memory peaks there.
-        del trainer, model, loss, moments
+        # Moments and EMA of a large model go before the message is made: memory peaks there.
+        del trainer, loss, moments
         return wire.encode_update(update), metrics
 
-    def _resume_fine(self, trainer: Trainer, round: int) -> int:
-        """Load the fine model's last state; returns how many chunks of `round` are done."""
+    def train_fine(self, round: int) -> dict[str, Any]:
+        """Fine steps on raw images, in chunks that are checkpointed and seeded one by one."""
         store = self.local.store
         chunks_done, state = store.load_partial(round) or (0, None)
         if state is None:
             state = store.load_state(store.last_round(), "fine")
-        if state:
-            trainer.load_state(state, what=f"fine state of {self.who}")
-        return chunks_done
+        with borrowed(
+            self.local, "fine", schedule=self.schedule, device=self.device, fresh=not state
+        ) as trainer:
+            if state:
+                trainer.load_state(state, what=f"fine state of {self.who}")
+            del state
+            metrics = self._fine_steps(trainer, round, chunks_done)
+            store.draft_state(round, "fine", trainer.state())
+        return metrics
 
-    def train_fine(self, round: int) -> dict[str, Any]:
-        """Fine steps on raw images, in chunks that are checkpointed and seeded one by one."""
-        local, section = self.local, self.config.fine
-        model = build_denoiser(
-            self.config, "fine", spec=local.spec, schedule=self.schedule, client=local.client_id
-        )
-        trainer = Trainer(model, build_optimizer_settings(self.config, "fine"), device=self.device)
-        chunks_done = self._resume_fine(trainer, round)
+    def _fine_steps(
+        self, trainer: Trainer[Denoiser], round: int, chunks_done: int
+    ) -> dict[str, Any]:
+        """The round's chunks from `chunks_done` on; returns their metrics."""
+        local, section, model = self.local, self.config.fine, trainer.model
         pixels = torch.from_numpy(local.images.images[local.train]).to(self.device)
         labels = torch.from_numpy(local.images.labels[local.train]).to(self.device)
         t_max = self.schedule.num_steps if section.t_range == "all" else self.plan.t0
@@ -214,5 +231,4 @@ class LocalTraining:
         metrics: dict[str, Any] = {"fine_images": images}
         if losses and local.raw_metrics:
             metrics["fine_loss"] = float(np.mean(losses))
-        local.store.draft_state(round, "fine", trainer.state())
         return metrics

@@ -153,6 +153,23 @@ class Trainer(Generic[Model]):
         """Set the current weights (not EMA, not moments); strict, see `load_named`."""
         load_named(self.weights(), weights, what=what)
 
+    def restart(
+        self,
+        weights: Mapping[str, torch.Tensor],
+        *,
+        moments: Mapping[str, torch.Tensor] | None = None,
+        step: int,
+        what: str,
+    ) -> None:
+        """Go on from these weights, which become the EMA too; strict, see `load_named`.
+
+        `moments` are `state`'s entries that begin with exp_avg, and step; none: Adam starts anew.
+        """
+        own = {f"model.{name}": tensor for name, tensor in weights.items()}
+        own |= {f"ema.{name}": tensor for name, tensor in weights.items()}
+        self.load_state({"step": torch.tensor(0), **own, **(moments or {})}, what=what)
+        self.step = step
+
     def state(self) -> dict[str, torch.Tensor]:
         """Everything that the next step depends on, as named tensors on the CPU."""
         tensors = {f"model.{name}": p for name, p in self.weights().items()}
@@ -258,6 +275,7 @@ class Trainer(Generic[Model]):
                 checked = index + 1
                 if progress is not None:
                     progress(index + 1, num_steps, recent[-1][0])
+        self._optimizer.zero_grad(set_to_none=True)
         return TrainReport(
             loss=float(trace[:, 0].double().mean()),
             num_steps=num_steps,

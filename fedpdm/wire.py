@@ -157,8 +157,10 @@ def decode_update(
                 f"update of {who}: {name} must be {reference.dtype} {tuple(reference.shape)}, "
                 f"got {value.dtype} {tuple(value.shape)}"
             )
-        if not bool(torch.isfinite(value).all()):
-            raise WireError(f"update of {who}: {name} has values that are not finite")
+    largest = torch._foreach_norm(list(tensors.values()), math.inf)  # one pass: NaN stays NaN
+    if not bool(torch.stack(largest).isfinite().all()):
+        bad = [n for n, norm in zip(tensors, largest, strict=True) if not norm.isfinite()]
+        raise WireError(f"update of {who}: {min(bad)} has values that are not finite")
     try:
         update = CoarseUpdate(
             weights=tensors,
