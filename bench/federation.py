@@ -89,6 +89,7 @@ def _run(config: RunConfig) -> float:
 
 def _bare_loop(config: RunConfig) -> float:
     """Seconds of all clients' gradient steps in one loop per model."""
+    import numpy as np
     import torch
 
     from fedpdm.build import (
@@ -97,43 +98,42 @@ def _bare_loop(config: RunConfig) -> float:
         build_optimizer_settings,
         build_release_plan,
         build_schedule,
+        coarse_batch_loss,
+        fine_batch_loss,
         load_split,
     )
     from fedpdm.data import normalize
-    from fedpdm.objectives import denoising_loss, truncated_loss
+    from fedpdm.mechanism import release
+    from fedpdm.noise import SeededNoise
     from fedpdm.training import Trainer
 
     images = load_split(config, "train")
     spec, schedule = build_image_spec(config, images), build_schedule(config)
     plan = build_release_plan(config, schedule, spec)
-    pixels, labels = torch.tensor(images.images), torch.tensor(images.labels)
-    released = torch.randn(pixels.shape)
+    labels = torch.tensor(images.labels)
+    released = release(
+        normalize(torch.tensor(images.images), shift=plan.shift), labels, schedule=schedule,
+        t0=plan.t0, clip_norm=plan.clip_norm, shift=plan.shift,
+        noise=SeededNoise(np.random.SeedSequence(0)),
+    )  # fmt: skip
+    device = torch.device("cpu")
     steps = config.coarse.steps_per_round * config.partition.num_clients * ROUNDS
     started = time.perf_counter()
     for role in ("coarse", "fine"):
         model = build_denoiser(config, role, spec=spec, schedule=schedule)
-        settings = build_optimizer_settings(config, role)
-        trainer = Trainer(model, settings, device=torch.device("cpu"))
-
-        def coarse_loss(
-            index: torch.Tensor, generator: torch.Generator, model: Any = model
-        ) -> torch.Tensor:
-            return truncated_loss(
-                model, schedule, released[index], labels=labels[index], t0=plan.t0,
-                generator=generator,
+        trainer = Trainer(model, build_optimizer_settings(config, role), device=device)
+        if role == "coarse":
+            loss = coarse_batch_loss(
+                config, model, schedule, released, training=True, device=device
+            )
+        else:
+            loss = fine_batch_loss(
+                config, model, schedule, plan, images=images.images.copy(), labels=images.labels.copy(),
+                device=device,
             )  # fmt: skip
-
-        def fine_loss(
-            index: torch.Tensor, generator: torch.Generator, model: Any = model
-        ) -> torch.Tensor:
-            return denoising_loss(
-                model, schedule, normalize(pixels[index], shift=plan.shift), labels=labels[index],
-                t_max=schedule.num_steps, weighting=config.fine.weighting, generator=generator,
-            )  # fmt: skip
-
         trainer.train(
-            coarse_loss if role == "coarse" else fine_loss,
-            sample_weights=torch.ones(len(pixels), dtype=torch.float64),
+            loss,
+            sample_weights=torch.ones(len(labels), dtype=torch.float64),
             num_steps=steps,
             generator=torch.Generator().manual_seed(0),
         )

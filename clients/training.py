@@ -23,12 +23,10 @@ from fedpdm.build import (
     build_release_request,
     build_schedule,
     coarse_batch_loss,
+    fine_batch_loss,
 )
 from fedpdm.config import RunConfig
-from fedpdm.data import normalize
 from fedpdm.denoisers import Denoiser
-from fedpdm.mechanism import clip_l2
-from fedpdm.objectives import denoising_loss, drop_labels
 from fedpdm.rng import Purpose, torch_generator
 from fedpdm.schedule import NoiseSchedule
 from fedpdm.statement import client_statement, plain_text
@@ -185,30 +183,16 @@ class LocalTraining:
     ) -> dict[str, Any]:
         """The round's chunks from `chunks_done` on; returns their metrics."""
         local, section, model = self.local, self.config.fine, trainer.model
-        pixels = torch.from_numpy(local.images.images[local.train]).to(self.device)
-        labels = torch.from_numpy(local.images.labels[local.train]).to(self.device)
-        t_max = self.schedule.num_steps if section.t_range == "all" else self.plan.t0
-
-        def loss(indices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-            x_0 = normalize(pixels[indices], shift=self.plan.shift)
-            draw = torch.rand(len(indices), generator=generator, device=self.device)
-            clipped = draw < section.clipped_fraction
-            bounded = clip_l2(x_0, clip_norm=self.plan.clip_norm)
-            x_0 = torch.where(clipped.view(-1, 1, 1, 1), bounded, x_0)
-            chosen = drop_labels(
-                labels[indices], probability=section.label_dropout, generator=generator
-            )
-            return denoising_loss(
-                model,
-                self.schedule,
-                x_0,
-                labels=chosen,
-                clipped=clipped,
-                t_max=t_max,
-                weighting=section.weighting,
-                generator=generator,
-            )
-
+        loss = fine_batch_loss(
+            self.config,
+            model,
+            self.schedule,
+            self.plan,
+            images=local.images.images[local.train],
+            labels=local.images.labels[local.train],
+            device=self.device,
+        )
+        labels = torch.from_numpy(local.images.labels[local.train])
         where = f"{self.who} round {round} fine"
         show = work_progress(where)
         total, size = section.steps_per_round, section.checkpoint_every

@@ -14,12 +14,13 @@ import torch
 from fedpdm.accountant import epsilon_bound, epsilon_spent
 from fedpdm.calibration import calibrate_t0
 from fedpdm.config import CoarseConfig, ConfigError, FineConfig, RunConfig
-from fedpdm.data import DATASETS, ImageSet, load_image_set
+from fedpdm.data import DATASETS, ImageSet, load_image_set, normalize
 from fedpdm.denoisers import PRESETS, Denoiser, DenoiserSpec
 from fedpdm.mechanism import (
     NoiseSource,
     SeededNoise,
     SystemNoise,
+    clip_l2,
     release_event,
     release_parameters,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "build_release_request",
     "build_schedule",
     "coarse_batch_loss",
+    "fine_batch_loss",
     "load_split",
     "sampler_options",
 ]
@@ -290,6 +292,48 @@ def coarse_batch_loss(
             labels=chosen,
             t_max=schedule.num_steps,
             weighting=config.coarse.weighting,
+            generator=generator,
+        )
+
+    return loss
+
+
+def fine_batch_loss(
+    config: RunConfig,
+    denoiser: Denoiser,
+    schedule: NoiseSchedule,
+    plan: ReleasePlan,
+    *,
+    images: np.ndarray,
+    labels: np.ndarray,
+    device: torch.device,
+) -> BatchLoss:
+    """The configured fine objective on raw images, as loss of a batch of indices.
+
+    `images` uint8 (N, C, H, W) stay so on the device and are normalised there, `labels` int64 (N,).
+    A share of each batch is clipped and flagged so.
+    """
+    section = config.fine
+    pixels, classes = torch.from_numpy(images).to(device), torch.from_numpy(labels).to(device)
+    t_max = schedule.num_steps if section.t_range == "all" else plan.t0
+
+    def loss(indices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        x_0 = normalize(pixels[indices], shift=plan.shift)
+        draw = torch.rand(len(indices), generator=generator, device=device)
+        clipped = draw < section.clipped_fraction
+        bounded = clip_l2(x_0, clip_norm=plan.clip_norm)
+        x_0 = torch.where(clipped.view(-1, 1, 1, 1), bounded, x_0)
+        chosen = drop_labels(
+            classes[indices], probability=section.label_dropout, generator=generator
+        )
+        return denoising_loss(
+            denoiser,
+            schedule,
+            x_0,
+            labels=chosen,
+            clipped=clipped,
+            t_max=t_max,
+            weighting=section.weighting,
             generator=generator,
         )
 
