@@ -128,8 +128,8 @@ def _bare_loop(config: RunConfig) -> float:
             )
         else:
             loss = fine_batch_loss(
-                config, model, schedule, plan, images=images.images.copy(), labels=images.labels.copy(),
-                device=device,
+                config, model, schedule, plan, images=images.images.copy(),
+                labels=images.labels.copy(), device=device,
             )  # fmt: skip
         trainer.train(
             loss,

@@ -196,17 +196,18 @@ class Trainer(Generic[Model]):
         load_named(self.weights(), groups.get("model", {}), what=what)
         load_named(self.ema(), groups.get("ema", {}), what=what)
         self.step = int(groups["step"][""])
-        self._optimizer.state.clear()
+        slots = self._optimizer.state
         if "exp_avg" not in groups and "exp_avg_sq" not in groups:
-            return  # a state from before the first step
+            slots.clear()  # a state from before the first step
+            return
         for key in ("exp_avg", "exp_avg_sq"):
-            moments = {name: torch.empty_like(p) for name, p in self._named.items()}
+            for p in self._parameters:
+                if key not in slots[p]:
+                    slots[p][key] = torch.empty_like(p)
+            moments = {name: slots[p][key] for name, p in self._named.items()}
             load_named(moments, groups.get(key, {}), what=f"{what}, {key}")
-            for name, p in self._named.items():
-                self._optimizer.state[p][key] = moments[name]
-                self._optimizer.state[p]["step"] = torch.tensor(
-                    float(self.step), device=self.device
-                )
+        for p in self._parameters:
+            slots[p]["step"] = torch.tensor(float(self.step), device=self.device)
 
     def train(
         self,

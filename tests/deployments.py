@@ -26,7 +26,6 @@ from flwr.common.constant import ErrorCode
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.compat.common import recorddict_compat as compat
 from flwr.proto.message_pb2 import Message as ProtoMessage
-from flwr.server import Server, SimpleClientManager
 from flwr.server.compat.grid_client_proxy import GridClientProxy
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.task_identity import TaskIdentity
@@ -109,11 +108,10 @@ class Federation:
         """The server of this run config with these nodes, to the end or for some rounds."""
         TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 0
         components = server_fn(self._context(0, {}))
-        manager = SimpleClientManager()
+        server = components.server
         for client in self.nodes:
             proxy = GridClientProxy(node_id=client + 1, grid=self, run_id=0)  # type: ignore
-            manager.register(proxy)
-        server = Server(client_manager=manager, strategy=components.strategy)
+            server.client_manager().register(proxy)
         server.set_max_workers(1)
         logging.getLogger("flwr").setLevel(logging.WARNING)
         server.fit(rounds or components.config.num_rounds, None)

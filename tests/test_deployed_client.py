@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from clients import training
 from clients.local import LocalClient, open_local_client
-from fedpdm import wire
+from fedpdm import build, wire
 from fedpdm.build import build_release_plan, build_release_request, build_schedule
 from fedpdm.files import StoreError
 from fedpdm.mechanism import SeededNoise, SystemNoise
@@ -229,7 +228,7 @@ def raise_in_training(error: Exception) -> Callable[[Federation, pytest.MonkeyPa
         def fail(*_: Any, **__: Any) -> None:
             raise error
 
-        monkeypatch.setattr(training, "normalize", fail)
+        monkeypatch.setattr(build, "normalize", fail)
         return str(error)
 
     return plant

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import difflib
+import functools
 import json
 import math
 import types
@@ -195,6 +196,7 @@ def config_to_json(config: RunConfig) -> str:
     return json.dumps(dataclasses.asdict(config), sort_keys=True)
 
 
+@functools.lru_cache(maxsize=16)  # every message of a run carries the same text
 def config_from_json(text: str) -> RunConfig:
     """Inverse of `config_to_json`. `ConfigError` also for text that is not JSON."""
     try:
