@@ -92,14 +92,13 @@ def _bare_loop(config: RunConfig) -> float:
     import numpy as np
     import torch
 
+    from fedpdm.batches import coarse_batch_loss, fine_batch_loss
     from fedpdm.build import (
         build_denoiser,
         build_image_spec,
         build_optimizer_settings,
         build_release_plan,
         build_schedule,
-        coarse_batch_loss,
-        fine_batch_loss,
         load_split,
     )
     from fedpdm.data import normalize

@@ -24,7 +24,7 @@ from clients.samples import measure_images
 from clients.training import LocalTraining
 from clients.workers import WriteBehind, borrowed
 from fedpdm import wire
-from fedpdm.build import coarse_batch_loss
+from fedpdm.batches import coarse_batch_loss
 from fedpdm.denoisers import Denoiser
 from fedpdm.evaluation import mean_loss
 from fedpdm.files import StoreError
@@ -32,6 +32,7 @@ from fedpdm.mechanism import select
 from fedpdm.rng import Purpose
 from fedpdm.store import Reply
 from fedpdm.training import load_named
+from fedpdm.types import ReleasedDataset
 
 __all__ = ["PFDMClient"]
 
@@ -141,11 +142,15 @@ class PFDMClient(NumPyClient):
         released = self.work.release()
         if phase == "release":
             train = select(released, torch.from_numpy(self.local.train))
-            return wire.encode_release(train, client_id=self.local.client_id), metrics
+            return self._upload(train), metrics
         if phase == "coarse":
             message, trained = self.work.train_coarse(parameters, released, round, config, write)
             return message, metrics | trained
         raise ValueError(f"phase must be coarse, release or fine, got {phase!r}")
+
+    def _upload(self, released: ReleasedDataset) -> NDArrays:
+        encoding = self.config.aggregation.encoding
+        return wire.encode_release(released, client_id=self.local.client_id, encoding=encoding)
 
     def _evaluate(self, parameters: NDArrays, config: dict[str, Scalar]) -> dict[str, Any]:
         received = wire.decode_model(parameters)

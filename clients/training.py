@@ -16,14 +16,13 @@ from clients.local import LocalClient
 from clients.progress import count_progress, work_progress
 from clients.workers import WriteBehind, borrowed
 from fedpdm import wire
+from fedpdm.batches import coarse_batch_loss, fine_batch_loss
 from fedpdm.build import (
     ImageSpec,
     ReleasePlan,
     build_release_plan,
     build_release_request,
     build_schedule,
-    coarse_batch_loss,
-    fine_batch_loss,
 )
 from fedpdm.config import RunConfig
 from fedpdm.denoisers import Denoiser
@@ -126,7 +125,8 @@ class LocalTraining:
             )
             mu = float(config.get("proximal_mu", 0.0))
             anchor = received if mu > 0 else None
-            del received
+            if self.config.aggregation.encoding == "float32":
+                received = {}  # weights are sent as they are
             labels = released.labels[torch.from_numpy(self.local.train)]
             where = f"{self.who} round {round} coarse"
             report = trainer.train(
@@ -160,7 +160,15 @@ class LocalTraining:
         }
         # Moments and EMA of a large model go before the message is made: memory peaks there.
         del trainer, loss, moments
-        return wire.encode_update(update), metrics
+        message = wire.encode_update(
+            update,
+            encoding=self.config.aggregation.encoding,
+            base=received,
+            generator=torch_generator(
+                self.config.run.seed, Purpose.ROUNDING, client=self.local.client_id, round=round
+            ),
+        )
+        return message, metrics
 
     def train_fine(self, round: int) -> dict[str, Any]:
         """Fine steps on raw images, in chunks that are checkpointed and seeded one by one."""

@@ -8,29 +8,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from fedpdm.accountant import epsilon_bound, epsilon_spent
 from fedpdm.calibration import calibrate_t0
 from fedpdm.config import CoarseConfig, ConfigError, FineConfig, RunConfig
-from fedpdm.data import DATASETS, ImageSet, load_image_set, normalize
+from fedpdm.data import DATASETS, ImageSet, load_image_set
 from fedpdm.denoisers import PRESETS, Denoiser, DenoiserSpec
 from fedpdm.mechanism import (
     NoiseSource,
     SeededNoise,
     SystemNoise,
-    clip_l2,
     release_event,
     release_parameters,
 )
-from fedpdm.objectives import denoising_loss, drop_labels, truncated_loss
 from fedpdm.partition import ClientPartition, partition
 from fedpdm.releases import ReleaseRequest
 from fedpdm.rng import Purpose, numpy_rng, seed_sequence
 from fedpdm.schedule import NoiseSchedule, make_schedule
-from fedpdm.training import BatchLoss, OptimizerSettings
-from fedpdm.types import ReleasedDataset
+from fedpdm.training import OptimizerSettings
 
 __all__ = [
     "ImageSpec",
@@ -43,8 +39,6 @@ __all__ = [
     "build_release_plan",
     "build_release_request",
     "build_schedule",
-    "coarse_batch_loss",
-    "fine_batch_loss",
     "load_split",
     "sampler_options",
 ]
@@ -252,92 +246,6 @@ def build_optimizer_settings(
         ema_decay=section.ema_decay,
         precision=config.run.precision,
     )
-
-
-def coarse_batch_loss(
-    config: RunConfig,
-    denoiser: Denoiser,
-    schedule: NoiseSchedule,
-    released: ReleasedDataset,
-    *,
-    training: bool,
-    device: torch.device,
-    subset: np.ndarray | None = None,
-) -> BatchLoss:
-    """The configured coarse objective on a release, as loss of a batch of indices.
-
-    Indices count within `subset` (int64 positions in the release) where it is given.
-    """
-    x_tilde, labels = released.x_tilde.to(device), released.labels.to(device)
-    positions = None if subset is None else torch.from_numpy(subset).to(device)
-    dropout = config.coarse.label_dropout if training else 0.0
-
-    def loss(indices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        if positions is not None:
-            indices = positions[indices]
-        chosen = drop_labels(labels[indices], probability=dropout, generator=generator)
-        if config.coarse.objective == "truncated":
-            return truncated_loss(
-                denoiser,
-                schedule,
-                x_tilde[indices],
-                labels=chosen,
-                t0=released.parameters.t0,
-                generator=generator,
-            )
-        return denoising_loss(
-            denoiser,
-            schedule,
-            x_tilde[indices],
-            labels=chosen,
-            t_max=schedule.num_steps,
-            weighting=config.coarse.weighting,
-            generator=generator,
-        )
-
-    return loss
-
-
-def fine_batch_loss(
-    config: RunConfig,
-    denoiser: Denoiser,
-    schedule: NoiseSchedule,
-    plan: ReleasePlan,
-    *,
-    images: np.ndarray,
-    labels: np.ndarray,
-    device: torch.device,
-) -> BatchLoss:
-    """The configured fine objective on raw images, as loss of a batch of indices.
-
-    `images` uint8 (N, C, H, W) stay so on the device and are normalised there, `labels` int64 (N,).
-    A share of each batch is clipped and flagged so.
-    """
-    section = config.fine
-    pixels, classes = torch.from_numpy(images).to(device), torch.from_numpy(labels).to(device)
-    t_max = schedule.num_steps if section.t_range == "all" else plan.t0
-
-    def loss(indices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        x_0 = normalize(pixels[indices], shift=plan.shift)
-        draw = torch.rand(len(indices), generator=generator, device=device)
-        clipped = draw < section.clipped_fraction
-        bounded = clip_l2(x_0, clip_norm=plan.clip_norm)
-        x_0 = torch.where(clipped.view(-1, 1, 1, 1), bounded, x_0)
-        chosen = drop_labels(
-            classes[indices], probability=section.label_dropout, generator=generator
-        )
-        return denoising_loss(
-            denoiser,
-            schedule,
-            x_0,
-            labels=chosen,
-            clipped=clipped,
-            t_max=t_max,
-            weighting=section.weighting,
-            generator=generator,
-        )
-
-    return loss
 
 
 def sampler_options(

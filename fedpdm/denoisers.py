@@ -52,12 +52,17 @@ class DenoisingFunction(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """A U-Net by name: diffusers keyword arguments and the prediction type that suits it."""
+    """A U-Net by name: diffusers keyword arguments and the prediction type that suits it.
+
+    With `patch` p it works on p x p pixels as one with p^2 times the channels (pixel-unshuffle, Shi
+    et al. 2016): a wider network at a quarter of the positions for p = 2.
+    """
 
     unet: Mapping[str, Any]
     prediction: str
     resolutions: tuple[int, int]
     description: str
+    patch: int = 1
 
 
 def _blocks(kinds: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -99,6 +104,13 @@ PRESETS: Mapping[str, Preset] = {
         prediction="v",
         resolutions=(8, 16),
         description="8x8 and 16x16, about 0.7 M parameters",
+    ),
+    "tiny_patch": Preset(
+        unet=_unet("RA", (48, 96), 1, 8, 16),
+        prediction="v",
+        resolutions=(12, 32),
+        description="16x16 as 8x8 patches, about 1.6 M parameters, half of tiny's FLOPs",
+        patch=2,
     ),
     "small": Preset(
         unet=_unet("RAR", (32, 64, 128), 1, 8, 16),
@@ -143,7 +155,8 @@ class DenoiserSpec:
     @property
     def padded_resolution(self) -> int:
         """The network's resolution: images are zero-padded up to a multiple of its stride."""
-        stride = 2 ** (len(PRESETS[self.preset].unet["block_out_channels"]) - 1)
+        preset = PRESETS[self.preset]
+        stride = preset.patch * 2 ** (len(preset.unet["block_out_channels"]) - 1)
         return -(-self.resolution // stride) * stride
 
     @property
@@ -166,12 +179,14 @@ class Denoiser(TrainableDenoiser):
     def __init__(self, spec: DenoiserSpec, schedule: NoiseSchedule) -> None:
         super().__init__()
         self.spec = spec
+        preset = PRESETS[spec.preset]
+        self._patch = preset.patch
         network: Any = UNet2DModel(
-            sample_size=spec.padded_resolution,
-            in_channels=spec.channels,
-            out_channels=spec.channels,
+            sample_size=spec.padded_resolution // preset.patch,
+            in_channels=spec.channels * preset.patch**2,
+            out_channels=spec.channels * preset.patch**2,
             num_class_embeds=spec.num_conditions,
-            **PRESETS[spec.preset].unet,
+            **preset.unet,
         )
         self.network = network
         abar = torch.tensor(schedule.alphas_cumprod)
@@ -201,8 +216,10 @@ class Denoiser(TrainableDenoiser):
         """x0_hat float32 (B, C, H, W) from x_t of that shape, t int (B,) in [1, T], labels (B,)."""
         pad = self.spec.padded_resolution - self.spec.resolution
         x_in = nn.functional.pad(x_t, (0, pad, 0, pad)) if pad else x_t
+        x_in = nn.functional.pixel_unshuffle(x_in, self._patch)
         # diffusers' timestep k is the state after k + 1 steps of noise.
         raw = self.network(x_in, t - 1, class_labels=self.condition(labels, clipped)).sample
+        raw = nn.functional.pixel_shuffle(raw, self._patch)
         if pad:
             raw = raw[..., : self.spec.resolution, : self.spec.resolution]
         raw = raw.float()

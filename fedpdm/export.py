@@ -25,6 +25,7 @@ from diffusers.utils import logging as diffusers_logging
 
 from fedpdm.build import ImageSpec, build_denoiser, build_schedule, load_split
 from fedpdm.config import RunConfig
+from fedpdm.denoisers import PRESETS
 from fedpdm.files import StoreError, read_tensors
 from fedpdm.pictures import draw_image_grid
 from fedpdm.pictures.files import png_path
@@ -129,6 +130,8 @@ def export_pipeline(
         fine_prediction=models["fine"].spec.prediction,
         num_classes=num_classes,
         resolution=spec.resolution,
+        coarse_patch=PRESETS[config.coarse.preset].patch,
+        fine_patch=PRESETS[config.fine.preset].patch,
         shift=shift,
         guidance_scale=config.sampling.guidance,
         fine_t_max=schedule.num_steps if config.fine.t_range == "all" else t0,

@@ -46,6 +46,8 @@ class PFDMPipeline(DiffusionPipeline):
         fine_prediction: as `coarse_prediction`.
         num_classes: K.
         resolution: pixels per side; default the U-Nets' (they may be padded to their stride).
+        coarse_patch: the network sees p x p pixels as one with p^2 times the channels.
+        fine_patch: as `coarse_patch`.
         shift: public background level in [-1, 1] that the models' scale is centred on.
         guidance_scale: default classifier-free guidance weight, 1 for none.
         fine_t_max: the fine model was trained at t in [1, fine_t_max]; default T.
@@ -68,6 +70,8 @@ class PFDMPipeline(DiffusionPipeline):
         fine_prediction: str = "sample",
         num_classes: int = 1,
         resolution: int | None = None,
+        coarse_patch: int = 1,
+        fine_patch: int = 1,
         shift: float = 0.0,
         guidance_scale: float = 1.0,
         fine_t_max: int | None = None,
@@ -100,7 +104,9 @@ class PFDMPipeline(DiffusionPipeline):
             coarse_prediction=coarse_prediction,
             fine_prediction=fine_prediction,
             num_classes=num_classes,
-            resolution=resolution or coarse_unet.config["sample_size"],
+            resolution=resolution or coarse_unet.config["sample_size"] * coarse_patch,
+            coarse_patch=coarse_patch,
+            fine_patch=fine_patch,
             shift=shift,
             guidance_scale=guidance_scale,
             fine_t_max=len(self.betas) if fine_t_max is None else fine_t_max,
@@ -138,7 +144,8 @@ class PFDMPipeline(DiffusionPipeline):
         """
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"output_type must be pil, np or pt, got {output_type!r}")
-        resolution, channels = self.config["resolution"], self.coarse_unet.config["in_channels"]
+        resolution = self.config["resolution"]
+        channels = self.coarse_unet.config["in_channels"] // self.config["coarse_patch"] ** 2
         shape = (len(self._check_labels(labels)), channels, resolution, resolution)
         x_T = randn_tensor(
             shape, generator=generator, device=self._execution_device, dtype=torch.float32
@@ -272,10 +279,13 @@ class PFDMPipeline(DiffusionPipeline):
         """x0_hat float32 (N, C, H, W); `index` int64 (N,) into the class embeddings."""
         role = "coarse" if use_coarse else "fine"
         unet, prediction = getattr(self, f"{role}_unet"), self.config[f"{role}_prediction"]
-        pad = unet.config["sample_size"] - self.config["resolution"]
+        patch = self.config[f"{role}_patch"]
+        pad = unet.config["sample_size"] * patch - self.config["resolution"]
         x_in = torch.nn.functional.pad(x_t, (0, pad, 0, pad)) if pad else x_t
+        x_in = torch.nn.functional.pixel_unshuffle(x_in, patch)
         timesteps = torch.full((len(x_t),), t - 1, device=x_t.device)
         raw = unet(x_in.to(unet.dtype), timesteps, class_labels=index).sample
+        raw = torch.nn.functional.pixel_shuffle(raw, patch)
         raw = raw[..., : self.config["resolution"], : self.config["resolution"]].float()
         if prediction == "sample":
             return raw

@@ -31,6 +31,7 @@ class Purpose(IntEnum):
     CLIENT_SELECTION = 9
     SERVER_TRAINING = 10
     MIXTURE_POINTS = 11
+    ROUNDING = 12
 
 
 def seed_sequence(

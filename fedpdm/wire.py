@@ -5,6 +5,9 @@ safetensors file: names, shapes and dtypes travel with the values, and a header 
 message it is. Only three kinds can be encoded: the coarse model (server to client), a
 `CoarseUpdate` and a `ReleasedDataset` (client to server); metrics pass `check_metrics`, a fixed
 list of scalars. Anything else raises `WireError`.
+
+Numbers are float32, or fewer bits (`fedpdm.quantize`); a header says which. Weights in fewer bits
+are sent as their difference from the weights that the client received.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import numpy as np
 import torch
 
 from fedpdm.mechanism import release_metadata, restore_release
+from fedpdm.quantize import dequantize, quantize
 from fedpdm.tensorfile import TensorFileError, pack, unpack
 from fedpdm.types import CoarseUpdate, ReleasedDataset
 
@@ -112,24 +116,53 @@ def encode_nothing() -> Message:
     return []
 
 
-def encode_model(weights: Mapping[str, torch.Tensor]) -> Message:
-    """Server to client: the coarse model's weights by name."""
-    return _pack(weights, {"kind": "coarse-model"})
+def encode_model(weights: Mapping[str, torch.Tensor], *, encoding: str = "float32") -> Message:
+    """Server to client: the coarse model's weights by name, rounded to nearest."""
+    return _pack(
+        quantize(weights, encoding=encoding), {"kind": "coarse-model", "encoding": encoding}
+    )
 
 
 def decode_model(message: Message, *, who: str = "the server") -> dict[str, torch.Tensor]:
     """Inverse of `encode_model`; names and shapes are checked where the weights are loaded."""
-    return _unpack(message, "coarse-model", who)[0]
+    tensors, metadata = _unpack(message, "coarse-model", who)
+    return _decoded(tensors, metadata, f"coarse model from {who}")
 
 
-def encode_update(update: CoarseUpdate) -> Message:
-    """Client to server: coarse weights that came from a release. `WireError` for anything else."""
+def _decoded(
+    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], what: str
+) -> dict[str, torch.Tensor]:
+    try:
+        return dequantize(tensors, encoding=metadata.get("encoding", "float32"))
+    except ValueError as error:
+        raise WireError(f"{what}: {error}") from None
+
+
+def encode_update(
+    update: CoarseUpdate,
+    *,
+    encoding: str = "float32",
+    base: Mapping[str, torch.Tensor] | None = None,
+    generator: torch.Generator | None = None,
+) -> Message:
+    """Client to server: coarse weights that came from a release. `WireError` for anything else.
+
+    With fewer bits than float32 the difference from `base`, the weights that the client received,
+    is sent, rounded stochastically from `generator`.
+    """
     if not isinstance(update, CoarseUpdate):
         raise WireError(f"only a CoarseUpdate may leave here, got {type(update).__name__}")
+    values: Mapping[str, torch.Tensor] = update.weights
+    if encoding != "float32":
+        if base is None:
+            raise WireError(f"an update in {encoding} needs the weights that it started from")
+        change = {name: tensor.cpu() - base[name].cpu() for name, tensor in values.items()}
+        values = quantize(change, encoding=encoding, generator=generator)
     return _pack(
-        update.weights,
+        values,
         {
             "kind": "coarse-update",
+            "encoding": encoding,
             "num_examples": str(update.num_examples),
             "client_id": str(update.client_id),
             "round": str(update.round),
@@ -139,13 +172,21 @@ def encode_update(update: CoarseUpdate) -> Message:
 
 
 def decode_update(
-    message: Message, *, like: Mapping[str, torch.Tensor], round: int, who: str
+    message: Message,
+    *,
+    like: Mapping[str, torch.Tensor],
+    round: int,
+    who: str,
+    encoding: str = "float32",
 ) -> CoarseUpdate:
-    """A client's update, checked against the coarse model `like`.
+    """A client's update, checked against the coarse model `like`, from which differences count.
 
     `WireError` naming `who` for wrong names, shapes, dtypes, round, or values that are not finite.
     """
     tensors, metadata = _unpack(message, "coarse-update", who)
+    if (sent := metadata.get("encoding", "float32")) != encoding:
+        raise WireError(f"update of {who}: encoding must be {encoding}, got {sent!r}")
+    tensors = _decoded(tensors, metadata, f"update of {who}")
     if missing := like.keys() - tensors.keys():
         raise WireError(f"update of {who}: missing {sorted(missing)[0]}")
     if unexpected := tensors.keys() - like.keys():
@@ -161,6 +202,8 @@ def decode_update(
     if not bool(torch.stack(largest).isfinite().all()):
         bad = [n for n, norm in zip(tensors, largest, strict=True) if not norm.isfinite()]
         raise WireError(f"update of {who}: {min(bad)} has values that are not finite")
+    if encoding != "float32":
+        tensors = {name: tensor.add_(like[name]) for name, tensor in tensors.items()}
     try:
         update = CoarseUpdate(
             weights=tensors,
@@ -178,14 +221,20 @@ def decode_update(
     return update
 
 
-def encode_release(released: ReleasedDataset, *, client_id: int) -> Message:
-    """Client to server, server-trained mode: the stored release. `WireError` for anything else."""
+def encode_release(
+    released: ReleasedDataset, *, client_id: int, encoding: str = "float32"
+) -> Message:
+    """Client to server, server-trained mode: the stored release. `WireError` for anything else.
+
+    Fewer bits than float32 round what was released, image by image.
+    """
     if not isinstance(released, ReleasedDataset):
         raise WireError(f"only a ReleasedDataset may leave here, got {type(released).__name__}")
     return _pack(
-        {"x_tilde": released.x_tilde, "labels": released.labels},
+        {**quantize({"x_tilde": released.x_tilde}, encoding=encoding), "labels": released.labels},
         {
             "kind": "release",
+            "encoding": encoding,
             "client_id": str(client_id),
             **release_metadata(
                 released.parameters,
@@ -205,6 +254,10 @@ def decode_release(message: Message, *, who: str, client_id: int | None = None) 
     tensors, metadata = _unpack(message, "release", who)
     if client_id is not None and metadata.get("client_id") != str(client_id):
         raise WireError(f"release of {who}: header says client {metadata.get('client_id')}")
+    labels = tensors.pop("labels", None)
+    tensors = _decoded(tensors, metadata, f"release of {who}")
+    if labels is not None:
+        tensors["labels"] = labels
     if tensors.keys() != {"x_tilde", "labels"}:
         raise WireError(f"release of {who}: expected x_tilde and labels, got {sorted(tensors)}")
     try:

@@ -244,6 +244,9 @@ class CoarseStrategy(Strategy):
         config: dict[str, Scalar] = {"round": round, "final": final}
         message = self._message(self.ema)
         clients = self._roster.choose(round, client_manager, everyone=True)
+        if self.history["rounds"]:
+            sent = sum(len(tensor) for tensor in message.tensors) * len(clients)
+            self.history["rounds"][-1]["bytes_down"] += sent
         return [(client, EvaluateIns(message, dict(config))) for client in clients]
 
     def aggregate_evaluate(
@@ -295,7 +298,7 @@ class CoarseStrategy(Strategy):
         return self._first_round - 1 + server_round
 
     def _message(self, weights: Weights) -> Parameters:
-        return ndarrays_to_parameters(wire.encode_model(weights))
+        return ndarrays_to_parameters(wire.encode_model(weights, encoding=self.settings.encoding))
 
     def _describe_failures(self, results: Sequence[Any], failures: Sequence[Any]) -> list[str]:
         return describe_failures(results, failures, ids=self._roster.ids, asked=self._roster.asked)

@@ -53,7 +53,11 @@ class CoarseFedAvg(CoarseStrategy):
 
     def accept(self, round: int, answer: ClientAnswer, message: NDArrays) -> None:
         update = wire.decode_update(
-            message, like=self.weights, round=round, who=f"client {answer.client_id}"
+            message,
+            like=self.weights,
+            round=round,
+            who=f"client {answer.client_id}",
+            encoding=self.settings.encoding,
         )
         if update.client_id != answer.client_id or update.num_examples != answer.num_examples:
             raise wire.WireError(

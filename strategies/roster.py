@@ -32,6 +32,7 @@ class ServerSettings:
     seed: int
     wait_seconds: int = 86_400
     simulation: bool = False
+    encoding: str = "float32"
 
 
 class Roster:

@@ -60,6 +60,7 @@ def build_strategy(
             ema_decay=section.ema_decay,
             seed=config.run.seed,
             simulation=config.run.simulation,
+            encoding=section.encoding,
         ),
         "weights": {name: p.detach() for name, p in model.network.named_parameters()},
         "run": run,

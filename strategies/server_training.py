@@ -16,13 +16,13 @@ import torch
 from flwr.common import NDArrays, Parameters, ndarrays_to_parameters
 
 from fedpdm import wire
+from fedpdm.batches import coarse_batch_loss
 from fedpdm.build import (
     ImageSpec,
     build_denoiser,
     build_optimizer_settings,
     build_release_plan,
     build_schedule,
-    coarse_batch_loss,
     server_steps_per_round,
 )
 from fedpdm.config import RunConfig

@@ -99,6 +99,8 @@ def test_half_precision_outputs_become_float32() -> None:
         ("paper", 32, 32),
         ("paper", 33, 40),
         ("tiny", 1, 2),
+        ("tiny_patch", 16, 16),
+        ("tiny_patch", 17, 20),
     ],
 )
 def test_images_are_padded_to_a_multiple_of_the_stride(
@@ -123,9 +125,40 @@ def test_padding_is_zero_outside_and_cropped_again(side: int) -> None:
     assert float(network.x[..., side, :].abs().sum() + network.x[..., :, side].abs().sum()) == 0.0
 
 
+def test_a_patch_is_pixels_of_one_place() -> None:
+    """What the network sees at a position are the 2 x 2 pixels there, and its answer is theirs."""
+    torch.manual_seed(0)
+    spec = make_spec(preset="tiny_patch", resolution=16, prediction="sample")
+    denoiser = Denoiser(spec, LINEAR)
+    denoiser.network = Remember()
+    x_t = torch.randn(2, 1, 16, 16)
+    assert torch.equal(denoiser(x_t, torch.tensor([3, 7]), labels=torch.tensor([0, 1])), x_t)
+    seen = denoiser.network.seen
+    assert seen.shape == (2, 4, 8, 8)
+    for row, column in ((0, 0), (3, 5), (7, 7)):
+        place = x_t[:, 0, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
+        assert torch.equal(seen[:, :, row, column], place.flatten(1))
+
+
+class Remember(torch.nn.Module):
+    """A network that answers with what it was shown."""
+
+    def forward(self, x: torch.Tensor, *_: object, **__: object) -> SimpleNamespace:
+        self.seen = x
+        return SimpleNamespace(sample=x)
+
+
 @pytest.mark.parametrize(
     ("preset", "resolution", "channels"),
-    [("micro", 8, 1), ("micro", 7, 3), ("tiny", 16, 3), ("small", 28, 1), ("small", 29, 3)],
+    [
+        ("micro", 8, 1),
+        ("micro", 7, 3),
+        ("tiny", 16, 3),
+        ("tiny_patch", 16, 1),
+        ("tiny_patch", 15, 3),
+        ("small", 28, 1),
+        ("small", 29, 3),
+    ],
 )
 def test_real_networks_keep_the_shape_and_are_finite(
     preset: str, resolution: int, channels: int
@@ -187,7 +220,8 @@ def test_a_coarse_denoiser_has_no_flag() -> None:
 
 
 @pytest.mark.parametrize(
-    ("preset", "millions"), [("micro", 0.4), ("tiny", 0.7), ("small", 2.6), ("paper", 35.7)]
+    ("preset", "millions"),
+    [("micro", 0.4), ("tiny", 0.7), ("tiny_patch", 1.6), ("small", 2.6), ("paper", 35.7)],
 )
 def test_presets_have_the_advertised_size(preset: str, millions: float) -> None:
     spec = make_spec(preset=preset, resolution=32, channels=3)
@@ -218,7 +252,10 @@ def test_schedule_tables_do_not_travel_with_the_weights() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"preset": "huge"}, "model.preset must be one of micro, tiny, small, paper, got huge"),
+        (
+            {"preset": "huge"},
+            "preset must be one of micro, tiny, tiny_patch, small, paper, got huge",
+        ),
         ({"prediction": "score"}, "prediction must be sample, epsilon or v, got 'score'"),
         ({"resolution": 0}, "resolution must be at least 1, got 0"),
         ({"channels": 0}, "channels must be at least 1, got 0"),

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from clients.local import LocalClient, open_local_client
-from fedpdm import build, wire
+from fedpdm import batches, wire
 from fedpdm.build import build_release_plan, build_release_request, build_schedule
 from fedpdm.files import StoreError
 from fedpdm.mechanism import SeededNoise, SystemNoise
@@ -228,7 +228,7 @@ def raise_in_training(error: Exception) -> Callable[[Federation, pytest.MonkeyPa
         def fail(*_: Any, **__: Any) -> None:
             raise error
 
-        monkeypatch.setattr(build, "normalize", fail)
+        monkeypatch.setattr(batches, "normalize", fail)
         return str(error)
 
     return plant

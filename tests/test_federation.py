@@ -17,12 +17,12 @@ import torch
 import yaml
 
 from fedpdm import wire
+from fedpdm.batches import coarse_batch_loss
 from fedpdm.build import (
     build_denoiser,
     build_image_spec,
     build_optimizer_settings,
     build_schedule,
-    coarse_batch_loss,
 )
 from fedpdm.config import RunConfig, config_to_yaml
 from fedpdm.engines import inprocess

@@ -25,6 +25,7 @@ RANKS: dict[str, int] = {
     "fedpdm.partition": 2,
     "fedpdm.metrics": 2,
     "fedpdm.tensorfile": 2,  # bytes of named tensors, for wire and store
+    "fedpdm.quantize": 2,  # fewer bits per number in messages
     "fedpdm.pipeline": 2,  # copied into exports, so it stands alone
     "fedpdm.denoisers": 3,
     "fedpdm.pictures": 3,
@@ -42,6 +43,7 @@ RANKS: dict[str, int] = {
     "fedpdm.wire": 6,
     "fedpdm.releases": 6,
     "fedpdm.build": 7,
+    "fedpdm.batches": 8,  # the configured objectives on a client's data
     "fedpdm.store": 7,
     "fedpdm.statement": 8,
     "fedpdm.runs": 8,

@@ -11,12 +11,15 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from scipy.special import logit
+from scipy.stats import norm
 
 from fedpdm.denoisers import NO_LABEL
 from fedpdm.objectives import (
     WEIGHTINGS,
     bridge_coefficients,
     denoising_loss,
+    draw_timesteps,
     drop_labels,
     snr_weight,
     truncated_loss,
@@ -287,3 +290,30 @@ def test_bad_ranges_are_refused() -> None:
     for t0 in (0, 200, -3):
         with pytest.raises(ValueError, match=re.escape(f"t0 must be in [1, 199], got {t0}")):
             truncated_loss(probe, schedule, x, labels=labels, t0=t0, generator=generator(0))
+
+
+@pytest.mark.parametrize("t_max", [1, 7, 642, 1000])
+def test_logit_normal_timesteps_follow_their_law(t_max: int) -> None:
+    """P(t <= k) = Phi(logit(k / t_max) + 1), by Kolmogorov's bound; another mean misses it."""
+    count = 20_000
+    t = draw_timesteps(
+        count, t_max=t_max, timesteps="logit_normal", generator=torch.Generator().manual_seed(0),
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    assert t.dtype == torch.int64
+    assert 1 <= int(t.min()) <= int(t.max()) <= t_max
+    share = np.arange(1, t_max) / t_max
+    found = (t.numpy()[:, None] <= np.arange(1, t_max)).mean(axis=0)
+    bound = 1.95 / count**0.5  # exceeded once in a thousand
+    distance = [
+        np.abs(found - norm.cdf(logit(share) - mean)).max(initial=0.0) for mean in (-1.0, -0.9)
+    ]
+    assert distance[0] < bound
+    assert t_max == 1 or distance[1] > bound
+
+
+def test_an_unknown_law_of_timesteps_is_refused() -> None:
+    with pytest.raises(ValueError, match="timesteps must be one of uniform, logit_normal, got 'x'"):
+        draw_timesteps(
+            1, t_max=9, timesteps="x", generator=torch.Generator(), device=torch.device("cpu")
+        )

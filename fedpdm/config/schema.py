@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+ENCODINGS = ("float32", "bfloat16", "int8")
+
 __all__ = [
     "AggregationConfig",
     "CoarseConfig",
@@ -122,7 +124,7 @@ class ScheduleConfig:
 class _ModelConfig:
     """What coarse and fine training have in common."""
 
-    preset: str = key("tiny", "U-Net", choices=("micro", "tiny", "small", "paper"))
+    preset: str = key("tiny", "U-Net", choices=("micro", "tiny", "tiny_patch", "small", "paper"))
     prediction: str | None = key(
         None, "network output; default: the preset's", choices=("sample", "epsilon", "v")
     )
@@ -170,6 +172,9 @@ class FineConfig(_ModelConfig):
         choices=("all", "below_t0"),
     )  # fmt: skip
     weighting: str = key("v", "loss weight", choices=("snr", "v", "min_snr", "uniform"))
+    timesteps: str = key(
+        "logit_normal", "how often each t is trained at", choices=("uniform", "logit_normal")
+    )
     clipped_fraction: float = key(
         0.1, "share of examples that are clipped and flagged so", low=0.0, below=1.0
     )
@@ -188,6 +193,7 @@ class AggregationConfig:
     )
     momentum: float = key(0.9, "fedavgm, and beta_1 of fedadam", low=0.0, below=1.0)
     proximal_mu: float = key(0.01, "fedprox", low=0.0)
+    encoding: str = key("float32", "numbers in messages; fewer bits are rounded", choices=ENCODINGS)
     ema_decay: float = key(0.5, "average of the coarse model over rounds", low=0.0, below=1.0)
     fraction_fit: float = key(1.0, "share of clients per round", above=0.0, high=1.0)
     min_clients: int | None = key(None, "clients that must be there; default: all", low=1)
