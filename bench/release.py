@@ -59,6 +59,7 @@ def _speed(noise: Callable[[], Any]) -> dict[str, Any]:
     best = {name: megabytes / min(values) for name, values in seconds.items()}
     return {
         "ratio": best["release"],
+        "limit": best["copy"],
         "median_mb_per_second": megabytes / statistics.median(seconds["release"]),
         "memcpy_mb_per_second": best["copy"],
         "over_memcpy": best["release"] / best["copy"],

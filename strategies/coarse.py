@@ -224,6 +224,7 @@ class CoarseStrategy(Strategy):
                 "round": round,
                 **mean_metrics(answers, seconds=time.perf_counter() - self._round_started),
                 **metrics,
+                "seconds": time.perf_counter() - self._round_started,
                 "bytes_down": self._sent,
                 "bytes_up": self._received,
                 "clients": [dict(answer.metrics) for answer in answers],
