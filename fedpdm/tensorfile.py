@@ -77,7 +77,7 @@ def header(layout: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[
     return _header(tuple(layout.items()), json.dumps(dict(metadata), sort_keys=True))
 
 
-@functools.lru_cache(maxsize=32)  # 4 ms for a model's 600 tensors, and the same at every step
+@functools.lru_cache(maxsize=8)  # 4 ms for a model's 600 tensors, and the same at every step
 def _header(layout: tuple[tuple[str, tuple[str, tuple[int, ...]]], ...], entry: str) -> bytes:
     table: dict[str, Any] = {"__metadata__": {ENTRY: entry}}
     start = 0
@@ -100,13 +100,27 @@ def read_file(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     return _views(np.memmap(path, dtype=np.uint8, mode="c"))
 
 
-def unpack(payload: bytes | np.ndarray) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def unpack(
+    payload: bytes | np.ndarray, *, shared: bool = False
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Inverse of `pack`, from bytes or uint8 (n,), whose memory is shared where it is writable.
 
-    `TensorFileError` for anything else.
+    With `shared` it always is, and the tensors must not be written to. `TensorFileError` for
+    anything else.
     """
     data = np.frombuffer(payload, dtype=np.uint8) if isinstance(payload, bytes) else payload
-    return _views(data if data.flags.writeable else data.copy())
+    if not data.flags.writeable:
+        data = np.asarray(_Writable(data)) if shared else data.copy()
+    return _views(data)
+
+
+class _Writable:
+    """The memory of an array under an interface that allows writing, as torch wants it."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array  # whose memory it is
+        address, _ = array.__array_interface__["data"]
+        self.__array_interface__ = {**array.__array_interface__, "data": (address, False)}
 
 
 def _views(data: np.ndarray) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -145,7 +159,7 @@ class _Place(NamedTuple):
     shapes: list[list[int]]
 
 
-@functools.lru_cache(maxsize=32)  # as `_header`; and a message's size bounds what is kept
+@functools.lru_cache(maxsize=8)  # as `_header`; and a message's size bounds what is kept
 def _layout(text: bytes) -> tuple[list[_Place], int, str]:
     """Where the values of a header lie, how many bytes they take, and our entry."""
     table = json.loads(text)

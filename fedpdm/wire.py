@@ -82,12 +82,12 @@ def _pack(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> M
 
 
 def _unpack(
-    message: Message, kind: str, who: str
+    message: Message, kind: str, who: str, *, shared: bool = False
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     if len(message) != 1 or message[0].dtype != np.uint8 or message[0].ndim != 1:
         raise WireError(f"expected one uint8 array from {who}, got {len(message)} arrays")
     try:
-        tensors, metadata = unpack(message[0])
+        tensors, metadata = unpack(message[0], shared=shared)
     except TensorFileError as error:
         raise WireError(f"malformed message from {who}: {error}") from None
     if metadata.get("version") != VERSION or metadata.get("kind") != kind:
@@ -181,9 +181,11 @@ def decode_update(
 ) -> CoarseUpdate:
     """A client's update, checked against the coarse model `like`, from which differences count.
 
+    Its float32 weights lie in the message's memory and must not be written to.
+
     `WireError` naming `who` for wrong names, shapes, dtypes, round, or values that are not finite.
     """
-    tensors, metadata = _unpack(message, "coarse-update", who)
+    tensors, metadata = _unpack(message, "coarse-update", who, shared=True)
     if (sent := metadata.get("encoding", "float32")) != encoding:
         raise WireError(f"update of {who}: encoding must be {encoding}, got {sent!r}")
     tensors = _decoded(tensors, metadata, f"update of {who}")

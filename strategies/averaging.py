@@ -40,7 +40,7 @@ class OrderedMean:
         self._total = 0
 
     def add(self, client_id: int, weights: Weights, *, num_examples: int) -> None:
-        """Take an update; `weights` may be kept and changed."""
+        """Take an update; `weights` are only read, and not kept."""
         if client_id not in self._waiting:
             raise ValueError(f"client {client_id} is not waited for")
         if client_id == self._waiting[0]:
@@ -73,7 +73,7 @@ class OrderedMean:
     def _absorb(self, weights: Weights, num_examples: int) -> None:
         self._total += num_examples
         if not self._mean:
-            self._mean = weights
+            self._mean = {name: tensor.clone() for name, tensor in weights.items()}
             return
         share = num_examples / self._total
         torch._foreach_lerp_(

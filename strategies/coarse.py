@@ -24,19 +24,20 @@ from flwr.common import (
     NDArrays,
     Parameters,
     Scalar,
-    ndarrays_to_parameters,
 )
 from flwr.server.client_manager import ClientManager
 from flwr.server.client_proxy import ClientProxy
 from flwr.server.strategy import Strategy
 
 from fedpdm import wire
+from fedpdm.memory import release_free_memory
 from fedpdm.runs import RunDirectory
 from strategies.answers import (
     ClientAnswer,
     accepted_metrics,
     decode_arrays,
     describe_failures,
+    encode_arrays,
     mean_metrics,
     round_line,
 )
@@ -62,7 +63,7 @@ class CoarseStrategy(Strategy):
     ) -> None:
         self.settings = settings
         self.weights = {name: tensor.detach().clone() for name, tensor in weights.items()}
-        self.ema = {name: tensor.clone() for name, tensor in self.weights.items()}
+        self.ema = dict(self.weights)
         self.history: dict[str, Any] = {"rounds": []}
         self.rounds_done = 0
         self._run = run
@@ -123,9 +124,9 @@ class CoarseStrategy(Strategy):
         if checkpoint is None:
             return
         self.rounds_done, tensors, self.history = checkpoint
-        for prefix, target in (("weights.", self.weights), ("ema.", self.ema)):
-            for name in target:
-                target[name] = tensors[prefix + name]
+        if self.rounds_done == 0:
+            return
+        self._take(tensors)
         rest = {
             name.removeprefix("extra."): tensor
             for name, tensor in tensors.items()
@@ -139,16 +140,33 @@ class CoarseStrategy(Strategy):
         """Flower rounds still to run: at least one, for the final evaluation."""
         return max(1, self.settings.rounds - self.rounds_done)
 
+    def _settle(self) -> None:
+        """Let go of weights and EMA until they are used: they are mapped from the checkpoint."""
+        checkpoint = self._run.load_checkpoint()
+        if checkpoint is not None:
+            self._take(checkpoint[1])
+        release_free_memory()
+
+    def _take(self, tensors: Weights) -> None:
+        for prefix, target in (("weights.", self.weights), ("ema.", self.ema)):
+            for name in target:
+                target[name] = tensors[prefix + name]
+
     def _checkpoint(self) -> None:
         tensors = {f"weights.{name}": tensor for name, tensor in self.weights.items()}
         tensors |= {f"ema.{name}": tensor for name, tensor in self.ema.items()}
         tensors |= {f"extra.{name}": tensor for name, tensor in self.extra_state().items()}
         self._run.save_checkpoint(self.rounds_done, tensors, self.history)
-        self._run.write_json("metrics.json", self.history)
+        del tensors
+        self._settle()
+        if self.rounds_done:
+            self._run.write_json("metrics.json", self.history)
 
     # Flower's interface.
 
     def initialize_parameters(self, client_manager: ClientManager) -> Parameters:
+        if self.rounds_done == 0:
+            self._checkpoint()
         return _NOTHING  # Flower keeps what it gets here; requests are made of `self.weights`
 
     def evaluate(
@@ -173,6 +191,7 @@ class CoarseStrategy(Strategy):
         self._seen = set()
         self.begin(round, self._roster.asked)
         message = self.fit_message(round)
+        self._settle()  # making it has read the weights
         self._sent = sum(len(tensor) for tensor in message.tensors) * len(chosen)
         return [(client, FitIns(message, dict(config))) for client in chosen]
 
@@ -299,7 +318,7 @@ class CoarseStrategy(Strategy):
         return self._first_round - 1 + server_round
 
     def _message(self, weights: Weights) -> Parameters:
-        return ndarrays_to_parameters(wire.encode_model(weights, encoding=self.settings.encoding))
+        return encode_arrays(wire.encode_model(weights, encoding=self.settings.encoding))
 
     def _describe_failures(self, results: Sequence[Any], failures: Sequence[Any]) -> list[str]:
         return describe_failures(results, failures, ids=self._roster.ids, asked=self._roster.asked)

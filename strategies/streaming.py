@@ -6,7 +6,8 @@ costs as many copies of the model as there are clients.
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor, as_completed
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 from flwr.common import Code, FitIns, FitRes, Parameters, Scalar
 from flwr.server import ClientManager, Server
@@ -37,25 +38,28 @@ class StreamingServer(Server):
         if not instructions:
             return None
 
-        def ask(proxy: ClientProxy, request: FitIns) -> FitResult:
-            return proxy, proxy.fit(request, timeout=timeout, group_id=server_round)
+        turn = threading.Lock()
+
+        def ask(proxy: ClientProxy, request: FitIns) -> FitResult | BaseException:
+            try:
+                answer = proxy.fit(request, timeout=timeout, group_id=server_round)
+            except Exception as error:
+                return error
+            if answer.status.code == Code.OK:
+                with turn:
+                    self._coarse.receive_fit(server_round, proxy, answer)
+            return proxy, answer
 
         results: list[FitResult] = []
         failures: Failures = []
         with ThreadPoolExecutor(max_workers=self.max_workers) as executor:
-            futures = {executor.submit(ask, *instruction) for instruction in instructions}
-            del instructions
-            for future in as_completed(futures):
-                futures.discard(future)
-                if (error := future.exception()) is not None:
-                    failures.append(error)
-                    continue
-                proxy, answer = future.result()
-                del future
-                if answer.status.code != Code.OK:
-                    failures.append((proxy, answer))
-                    continue
-                self._coarse.receive_fit(server_round, proxy, answer)
-                results.append((proxy, answer))
+            futures = [executor.submit(ask, *instruction) for instruction in instructions]
+            del instructions  # with the message, once all have it
+            for future in futures:
+                outcome = future.result()
+                if isinstance(outcome, BaseException) or outcome[1].status.code != Code.OK:
+                    failures.append(outcome)
+                else:
+                    results.append(outcome)
         parameters, metrics = self._coarse.aggregate_fit(server_round, results, failures)
         return parameters, metrics, (results, failures)

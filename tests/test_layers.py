@@ -24,6 +24,7 @@ RANKS: dict[str, int] = {
     "fedpdm.data": 2,
     "fedpdm.partition": 2,
     "fedpdm.metrics": 2,
+    "fedpdm.memory": 2,
     "fedpdm.tensorfile": 2,  # bytes of named tensors, for wire and store
     "fedpdm.quantize": 2,  # fewer bits per number in messages
     "fedpdm.pipeline": 2,  # copied into exports, so it stands alone

@@ -96,9 +96,10 @@ class Trainee(FakeProxy):
 
     live: ClassVar[list[weakref.ref[FitRes]]] = []
     most = 0
+    seconds = 0.0
 
     def fit(self, ins: Any, timeout: Any, group_id: Any) -> FitRes:
-        time.sleep(random.Random(self.client_id).random() / 20)
+        time.sleep(random.Random(self.client_id).random() * self.seconds)
         result = answer(self.client_id, int(ins.config["round"]))
         Trainee.live.append(weakref.ref(result))
         alive = [reference() for reference in Trainee.live]
@@ -107,10 +108,19 @@ class Trainee(FakeProxy):
         return result
 
 
+@pytest.mark.parametrize("slow", ["clients", "server"])
 @pytest.mark.parametrize("workers", [1, 3])
-def test_the_server_holds_few_updates(tmp_path: Path, workers: int) -> None:
+def test_the_server_holds_few_updates(
+    tmp_path: Path, workers: int, slow: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With w clients at work at most w + 1 updates are in memory, whatever their number."""
     made = fedavg_server(tmp_path, clients=())
+    if slow == "server":
+        accept = made.strategy.accept
+        monkeypatch.setattr(
+            made.strategy, "accept", lambda *given: (time.sleep(0.02), accept(*given))
+        )
+    monkeypatch.setattr(Trainee, "seconds", 0.05 if slow == "clients" else 0.0)
     for k in range(20):
         trainee = Trainee(k)
         trainee.cid = f"node{k}"
@@ -178,3 +188,19 @@ def test_misuse_of_a_mean_is_refused() -> None:
         mean.finish()
     with pytest.raises(ValueError, match="unknown method 'sgd'"):
         make_server_optimizer(AggregationConfig(method="sgd"), {})
+
+
+def test_an_error_of_the_server_ends_the_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = fedavg_server(tmp_path, clients=())
+    for k in range(4):
+        made.manager.register(Trainee(k))
+
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(made.strategy, "accept", fail)
+    server = StreamingServer(client_manager=made.manager, strategy=made.strategy)
+    with pytest.raises(ZeroDivisionError):
+        server.fit_round(1, None)
