@@ -65,7 +65,9 @@ def _pieces(
     yield header({name: (_NAMES[t.dtype], tuple(t.shape)) for name, t in named}, metadata)
     for _, tensor in named:
         values = tensor.detach().to("cpu").contiguous()
-        yield values.view(-1).view(torch.uint8).numpy().data
+        if values.dtype == torch.bfloat16 or not values.numel():  # which numpy has no buffers for
+            values = values.view(-1).view(torch.uint8)
+        yield values.numpy().data
 
 
 def header(layout: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:

@@ -12,11 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 from flwr.common import Code, FitIns, FitRes, Parameters, Scalar
 from flwr.server import ClientManager, Server
 from flwr.server.client_proxy import ClientProxy
+from flwr.superlink.grid import InMemoryGrid
 
 from strategies.coarse import CoarseStrategy
 
 __all__ = ["StreamingServer"]
 
+PULL_SECONDS = 0.02
 FitResult = tuple[ClientProxy, FitRes]
 Failures = list[FitResult | BaseException]
 
@@ -38,6 +40,11 @@ class StreamingServer(Server):
         if not instructions:
             return None
 
+        for proxy, _ in instructions:
+            # Flower's simulation looks for answers ten times a second: for a round of seconds,
+            # too seldom.
+            if isinstance(grid := getattr(proxy, "grid", None), InMemoryGrid):
+                grid.pull_interval = min(grid.pull_interval, PULL_SECONDS)
         turn = threading.Lock()
 
         def ask(proxy: ClientProxy, request: FitIns) -> FitResult | BaseException:
