@@ -41,7 +41,7 @@ def plain(preset: str) -> Recipe:
 
 
 def ours(preset: str) -> Recipe:
-    """The defaults of fine models, with a warm-up and an average that suit so few steps."""
+    """Fine models with `timesteps: logit_normal`; warm-up and average suit so few steps."""
     return Recipe(
         preset=preset, prediction="v", weighting="v", timesteps="logit_normal", lr=3e-3,
         decay="cosine", warmup=50, ema=0.995, beta2=0.99,

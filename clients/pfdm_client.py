@@ -22,7 +22,7 @@ from clients.failures import EXPECTED, failure_line
 from clients.local import LocalClient
 from clients.samples import measure_images
 from clients.training import LocalTraining
-from clients.workers import WriteBehind, borrowed
+from clients.workers import WriteBehind
 from fedpdm import wire
 from fedpdm.batches import coarse_batch_loss
 from fedpdm.denoisers import Denoiser
@@ -154,13 +154,7 @@ class PFDMClient(NumPyClient):
 
     def _evaluate(self, parameters: NDArrays, config: dict[str, Scalar]) -> dict[str, Any]:
         received = wire.decode_model(parameters)
-        with borrowed(
-            self.local,
-            "coarse",
-            schedule=self.work.schedule,
-            device=self.work.device,
-            fresh=False,
-        ) as trainer:
+        with self.work.borrowed("coarse") as trainer:
             trainer.load_weights(received, what="coarse weights")
             trainer.model.eval()
             return self._evaluate_model(trainer.model, final=bool(config.get("final", False)))
@@ -199,13 +193,7 @@ class PFDMClient(NumPyClient):
         state = store.load_state(last, "fine")
         if not state:
             raise StoreError(f"{store.root}: the fine model of round {last} is missing")
-        with borrowed(
-            self.local,
-            "fine",
-            schedule=self.work.schedule,
-            device=self.work.device,
-            fresh=False,
-        ) as trainer:
+        with self.work.borrowed("fine") as trainer:
             trainer.load_state(state, what=f"fine state of {self.work.who}")
             load_named(trainer.weights(), trainer.ema(), what="EMA of the fine model")
             trainer.model.eval()

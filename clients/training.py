@@ -6,6 +6,7 @@ Free of Flower, except for the arrays of a message. Everything is kept in the cl
 from __future__ import annotations
 
 import functools
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -83,6 +84,12 @@ class LocalTraining:
             store.save_statement(statement, plain_text(statement))
         return released
 
+    def borrowed(
+        self, role: str, *, fresh: bool = False
+    ) -> AbstractContextManager[Trainer[Denoiser]]:
+        """A trainer for a block; see `clients.workers`."""
+        return borrowed(self.local, role, schedule=self.schedule, device=self.device, fresh=fresh)
+
     def generator(self, purpose: Purpose, round: int, chunk: int = 0) -> torch.Generator:
         """The client's random stream for a purpose, round and chunk, on its device."""
         return torch_generator(
@@ -105,9 +112,7 @@ class LocalTraining:
         """Local coarse steps from the received weights; Adam's moments stay with the client."""
         store = self.local.store
         received = wire.decode_model(parameters)
-        with borrowed(
-            self.local, "coarse", schedule=self.schedule, device=self.device, fresh=False
-        ) as trainer:
+        with self.borrowed("coarse") as trainer:
             trainer.restart(
                 received,
                 moments=store.load_state(store.last_round(), "coarse"),
@@ -176,9 +181,7 @@ class LocalTraining:
         chunks_done, state = store.load_partial(round) or (0, None)
         if state is None:
             state = store.load_state(store.last_round(), "fine")
-        with borrowed(
-            self.local, "fine", schedule=self.schedule, device=self.device, fresh=not state
-        ) as trainer:
+        with self.borrowed("fine", fresh=not state) as trainer:
             if state:
                 trainer.load_state(state, what=f"fine state of {self.who}")
             del state

@@ -86,8 +86,11 @@ def server_fn(context: Context) -> ServerAppComponents:
         for client in range(config.partition.num_clients if config.run.simulation else 0)
     ]
     strategy = build_strategy(config, run, resume=is_resumed(context.run_config), stores=stores)
+    server = StreamingServer(client_manager=SimpleClientManager(), strategy=strategy)
+    # A thread waits for each answer: with Flower's default only a few clients would work at once.
+    server.set_max_workers(max(32, config.partition.num_clients))
     return ServerAppComponents(
-        server=StreamingServer(client_manager=SimpleClientManager(), strategy=strategy),
+        server=server,
         config=ServerConfig(
             num_rounds=strategy.rounds_left(), round_timeout=config.aggregation.round_timeout
         ),

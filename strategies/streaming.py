@@ -18,7 +18,6 @@ from strategies.coarse import CoarseStrategy
 
 __all__ = ["StreamingServer"]
 
-PULL_SECONDS = 0.02
 FitResult = tuple[ClientProxy, FitRes]
 Failures = list[FitResult | BaseException]
 
@@ -41,10 +40,10 @@ class StreamingServer(Server):
             return None
 
         for proxy, _ in instructions:
-            # Flower's simulation looks for answers ten times a second: for a round of seconds,
-            # too seldom.
+            # Flower's simulation looks for each answer ten times a second: for a few clients with
+            # rounds of seconds, too seldom.
             if isinstance(grid := getattr(proxy, "grid", None), InMemoryGrid):
-                grid.pull_interval = min(grid.pull_interval, PULL_SECONDS)
+                grid.pull_interval = min(0.1, max(0.02, len(instructions) / 1000))
         turn = threading.Lock()
 
         def ask(proxy: ClientProxy, request: FitIns) -> FitResult | BaseException:

@@ -173,7 +173,7 @@ class FineConfig(_ModelConfig):
     )  # fmt: skip
     weighting: str = key("v", "loss weight", choices=("snr", "v", "min_snr", "uniform"))
     timesteps: str = key(
-        "logit_normal", "how often each t is trained at", choices=("uniform", "logit_normal")
+        "uniform", "how often each t is trained at", choices=("uniform", "logit_normal")
     )
     clipped_fraction: float = key(
         0.1, "share of examples that are clipped and flagged so", low=0.0, below=1.0
