@@ -39,7 +39,7 @@ class StreamingServer(Server):
         if not instructions:
             return None
 
-        for proxy, _ in instructions:
+        for proxy in [proxy for proxy, _ in instructions]:  # no name may outlive the message
             # Flower's simulation looks for each answer ten times a second: for a few clients with
             # rounds of seconds, too seldom.
             if isinstance(grid := getattr(proxy, "grid", None), InMemoryGrid):
