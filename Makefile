@@ -5,17 +5,20 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PROFILE ?= smoke
+JOBS ?= 2
+EXPERIMENT = --profile $(PROFILE) --jobs $(JOBS) $(if $(filter smoke,$(PROFILE)),--results runs/smoke-results)
 NOW := $(shell date +%Y%m%d-%H%M%S)
 export FLWR_TELEMETRY_ENABLED = 0
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-fast audit lint format bench stop clean \
-	experiment-gmm experiment-cifar experiment-colored-mnist
+	experiment-gmm experiment-cifar experiment-colored-mnist experiment-celeba tables
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | \
 		awk -F'\t' '{ printf "  make %-26s %s\n", $$1, $$2 }'
-	@echo "  variables: FEDPDM_DATA=DIR (torchvision layout), PROFILE=smoke, PYTHON=python3"
+	@echo "  variables: FEDPDM_DATA=DIR (torchvision layout), PROFILE=smoke (or cpu, paper), JOBS=2,"
+	@echo "  PYTHON=python3"
 
 install: $(STAMP) ## create .venv and install (Python 3.11 or newer)
 
@@ -38,12 +41,17 @@ test-fast: install ## the tests that start no Flower processes and take no minut
 experiment-gmm: install ## Gaussian-mixture toy beside its theory, under a minute (fedpdm toy)
 	$(BIN)/fedpdm toy experiments/gmm.yaml --out runs/gmm
 
-experiment-cifar: install ## CIFAR-10, majority/minority clients (PROFILE=smoke)
-	$(BIN)/fedpdm run experiments/cifar10-$(PROFILE).yaml --out runs/cifar10-$(PROFILE)-$(NOW)
+experiment-cifar: install ## the paper's CIFAR-10 table, all methods (PROFILE=smoke, JOBS=2)
+	$(BIN)/fedpdm experiment experiments/cifar10.yaml $(EXPERIMENT)
 
-experiment-colored-mnist: install ## Colorized MNIST, majority/minority clients (PROFILE=smoke)
-	$(BIN)/fedpdm run experiments/colored-mnist-$(PROFILE).yaml \
-		--out runs/colored-mnist-$(PROFILE)-$(NOW)
+experiment-colored-mnist: install ## the paper's Colorized MNIST table, all methods
+	$(BIN)/fedpdm experiment experiments/colored-mnist.yaml $(EXPERIMENT)
+
+experiment-celeba: install ## the paper's CelebA table, all methods
+	$(BIN)/fedpdm experiment experiments/celeba.yaml $(EXPERIMENT)
+
+tables: install ## docs/results.md from experiments/results/
+	$(BIN)/fedpdm tables
 
 audit: install ## attack the release as clients make it: linkage and one-run audit, a minute
 	$(BIN)/fedpdm attack linkage --data digits

@@ -56,6 +56,7 @@ def server_memory() -> dict[str, Any]:
             entry = {
                 "kind": "coarse-update", "version": "1", "num_examples": "10", "seeded": "false",
                 "client_id": str(self.number), "round": str(ins.config["round"]),
+                "basis": "released",
             }  # fmt: skip
             header["__metadata__"] = {"fedpdm": json.dumps(entry)}
             text = json.dumps(header).encode()

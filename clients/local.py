@@ -11,11 +11,18 @@ from typing import Any
 import numpy as np
 
 from clients.failures import Refusal
-from fedpdm.build import ImageSpec, build_image_spec, build_partitions, load_split
+from fedpdm.build import (
+    ImageSpec,
+    build_image_spec,
+    build_partitions,
+    client_images,
+    load_split,
+    split_heldout,
+)
 from fedpdm.config import ConfigError, RunConfig, config_from_json, config_to_json
 from fedpdm.data import ImageSet
+from fedpdm.partition import ClientPartition
 from fedpdm.releases import ReleaseStore
-from fedpdm.rng import Purpose, numpy_rng
 from fedpdm.runs import RunDirectory
 from fedpdm.runtime import new_release_allowed, release_path, run_config_of, run_root
 from fedpdm.store import ClientStore
@@ -58,20 +65,11 @@ class LocalClient:
 
 
 @functools.lru_cache(maxsize=2)
-def _simulated_data(config_json: str) -> tuple[ImageSet, ImageSet, tuple[Any, ...]]:
+def _simulated_data(config_json: str) -> tuple[ImageSet, ImageSet, tuple[ClientPartition, ...]]:
     """In simulation one party holds all data: load it once per process, split it identically."""
     config = config_from_json(config_json)
     train = load_split(config, "train")
     return train, load_split(config, "test"), build_partitions(config, train)
-
-
-def split_heldout(
-    num_images: int, *, fraction: float, seed: int, client: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """(train, held-out) indices, int64, sorted; at least one image is for training."""
-    order = numpy_rng(seed, Purpose.HOLDOUT, client=client).permutation(num_images)
-    num_heldout = min(round(fraction * num_images), num_images - 1)
-    return np.sort(order[num_heldout:]), np.sort(order[:num_heldout])
 
 
 def is_deployed(node_config: Mapping[str, Any]) -> bool:
@@ -112,14 +110,9 @@ def _open(
                 "run.simulation: true seeds the privacy noise, so this deployed node refuses the "
                 f"run (client {client_id})"
             )
-        train, test, partitions = _simulated_data(config_to_json(config))
-        if client_id >= len(partitions):
-            raise ConfigError(
-                f"partition.num_clients: {len(partitions)}, but there is a client {client_id}; "
-                "the federation must have as many nodes (num-supernodes)"
-            )
-        part = partitions[client_id]
-        images, majority, minority = train.subset(part.indices), part.majority, part.minority
+        train, test, parts = _simulated_data(config_to_json(config))
+        own = client_images(config, train, parts, client_id)
+        images, majority, minority = own.images, own.majority, own.minority
         reference: ImageSet | None = test
         run = RunDirectory(run_root(flower_run_config, config, run_id))
         store = run.client_path(client_id)

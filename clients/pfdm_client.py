@@ -24,7 +24,6 @@ from clients.samples import measure_images
 from clients.training import LocalTraining
 from clients.workers import WriteBehind
 from fedpdm import wire
-from fedpdm.batches import coarse_batch_loss
 from fedpdm.denoisers import Denoiser
 from fedpdm.evaluation import mean_loss
 from fedpdm.files import StoreError
@@ -71,8 +70,8 @@ class PFDMClient(NumPyClient):
             checked = self._checked(metrics)
         except self._caught as error:
             return 0.0, 0, self._failure(error)
-        loss = float(metrics["heldout_coarse_loss"])  # the checked ones leave out NaN
-        return loss, int(metrics["num_heldout"]), checked
+        loss = metrics.get("heldout_coarse_loss", 0.0)  # the checked ones leave out NaN
+        return float(loss), int(metrics["num_heldout"]), checked
 
     # What a message asks for.
 
@@ -115,7 +114,8 @@ class PFDMClient(NumPyClient):
             del message  # once it is on disk, fine training needs the memory
             write(functools.partial(store.draft_payload, round, payload), num_bytes=len(payload))
             del payload
-            metrics |= self.work.train_fine(round)
+            if self.config.has_fine_model:
+                metrics |= self.work.train_fine(round)
         metrics["seconds"] = time.perf_counter() - started
         return store.finish_round(
             Reply(
@@ -134,17 +134,16 @@ class PFDMClient(NumPyClient):
         """What the round's phase asks for besides fine training: the message and its metrics."""
         metrics: dict[str, Any] = {
             "client_id": self.local.client_id,
-            "num_released": len(self.local.images),
+            "num_released": len(self.local.images) if self.config.has_release else 0,
         }
         phase = str(config["phase"])
         if phase == "fine":
             return wire.encode_nothing(), metrics
-        released = self.work.release()
         if phase == "release":
-            train = select(released, torch.from_numpy(self.local.train))
+            train = select(self.work.release(), torch.from_numpy(self.local.train))
             return self._upload(train), metrics
         if phase == "coarse":
-            message, trained = self.work.train_coarse(parameters, released, round, config, write)
+            message, trained = self.work.train_coarse(parameters, round, config, write)
             return message, metrics | trained
         raise ValueError(f"phase must be coarse, release or fine, got {phase!r}")
 
@@ -153,43 +152,47 @@ class PFDMClient(NumPyClient):
         return wire.encode_release(released, client_id=self.local.client_id, encoding=encoding)
 
     def _evaluate(self, parameters: NDArrays, config: dict[str, Scalar]) -> dict[str, Any]:
+        final = bool(config.get("final", False))
+        if self.config.coarse.training == "none":
+            metrics = {"client_id": self.local.client_id, "num_heldout": len(self.local.train)}
+            return metrics | (self._final_images(None) if final else {})
         received = wire.decode_model(parameters)
         with self.work.borrowed("coarse") as trainer:
             trainer.load_weights(received, what="coarse weights")
             trainer.model.eval()
-            return self._evaluate_model(trainer.model, final=bool(config.get("final", False)))
+            return self._evaluate_model(trainer.model, final=final)
 
     def _evaluate_model(self, coarse: Denoiser, *, final: bool) -> dict[str, Any]:
         heldout = self.local.heldout if len(self.local.heldout) else self.local.train
-        released = select(self.work.release(), torch.from_numpy(heldout))
-        loss = coarse_batch_loss(
-            self.config,
-            coarse,
-            self.work.schedule,
-            released,
-            training=False,
-            device=self.work.device,
-        )
+        loss, _ = self.work.coarse_loss(coarse, heldout, training=False)
         value = mean_loss(
             loss,
-            num_examples=len(released),
+            num_examples=len(heldout),
             generator=self.work.generator(Purpose.EVALUATION, 0),
         )
         metrics: dict[str, Any] = {
             "client_id": self.local.client_id,
             "heldout_coarse_loss": value,
-            "num_heldout": len(released),
+            "num_heldout": len(heldout),
         }
         if final:
             metrics |= self._final_images(coarse)
         return metrics
 
-    def _final_images(self, coarse: Denoiser) -> dict[str, float]:
+    def _final_images(self, coarse: Denoiser | None) -> dict[str, float]:
         """Sample with the finished models; the pictures stay in the client's store."""
         store = self.local.store
         last = store.last_round()
         if last == 0:
             return {}  # never selected for training
+        options: dict[str, Any] = {
+            "coarse": coarse,
+            "schedule": self.work.schedule,
+            "plan": self.work.plan,
+            "generator": self.work.generator(Purpose.SAMPLING, last),
+        }
+        if not self.config.has_fine_model:
+            return measure_images(self.local, fine=None, **options)
         state = store.load_state(last, "fine")
         if not state:
             raise StoreError(f"{store.root}: the fine model of round {last} is missing")
@@ -197,11 +200,4 @@ class PFDMClient(NumPyClient):
             trainer.load_state(state, what=f"fine state of {self.work.who}")
             load_named(trainer.weights(), trainer.ema(), what="EMA of the fine model")
             trainer.model.eval()
-            return measure_images(
-                self.local,
-                coarse=coarse,
-                fine=trainer.model,
-                schedule=self.work.schedule,
-                plan=self.work.plan,
-                generator=self.work.generator(Purpose.SAMPLING, last),
-            )
+            return measure_images(self.local, fine=trainer.model, **options)

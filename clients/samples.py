@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from clients.local import LocalClient
-from fedpdm.build import ReleasePlan, sampler_options
+from fedpdm.build import ReleasePlan, coarse_share, sampler_options
 from fedpdm.data import denormalize
 from fedpdm.denoisers import DenoisingFunction
 from fedpdm.evaluation import ImageJudge, group_labels, merge_named
@@ -16,6 +16,8 @@ from fedpdm.sampling import sample_in_batches
 from fedpdm.schedule import NoiseSchedule
 
 __all__ = ["measure_images"]
+
+Methods = dict[str, tuple[DenoisingFunction | None, DenoisingFunction | None]]
 
 
 def _pixels(x: torch.Tensor, shift: float) -> np.ndarray:
@@ -25,28 +27,35 @@ def _pixels(x: torch.Tensor, shift: float) -> np.ndarray:
 def measure_images(
     local: LocalClient,
     *,
-    coarse: DenoisingFunction,
-    fine: DenoisingFunction,
+    coarse: DenoisingFunction | None,
+    fine: DenoisingFunction | None,
     schedule: NoiseSchedule,
     plan: ReleasePlan,
     generator: torch.Generator,
 ) -> dict[str, float]:
-    """Sample with coarse then fine, and with the fine model alone; store pictures; return metrics.
+    """Sample with coarse then fine, and with each alone; store pictures; return metrics.
 
-    `alone` needs a fine model that was trained at every t (`fine.t_range: all`). Metrics are
-    empty where the config does not ask for them or the client does not allow them.
+    `alone` needs a fine model that was trained at every t (`fine.t_range: all`), `shared` a coarse
+    model that was (baselines). Metrics are empty where the config does not ask for them or the
+    client does not allow them.
     """
     config = local.config
-    methods: dict[str, DenoisingFunction | None] = {"pfdm": coarse}
-    if config.fine.t_range == "all":
-        methods["alone"] = None
+    methods: Methods = {}
+    if fine is None:
+        methods["shared"] = (coarse, None)
+    elif coarse is not None:
+        methods["pfdm"] = (coarse, fine)
+    if fine is not None and config.fine.t_range == "all":
+        methods["alone"] = (None, fine)
+    own_labels = local.images.labels[local.train]
     options = {
         **sampler_options(config, schedule, plan),
+        "coarse_share": coarse_share(config, own_labels, num_classes=local.spec.num_classes),
         "image_shape": local.spec.shape,
         "generator": generator,
         "batch_size": config.sampling.batch_size,
     }
-    _store_pictures(local, methods, fine, plan, options)
+    _store_pictures(local, methods, plan, options)
     if not (local.raw_metrics and config.evaluation.image_metrics and local.reference):
         return {}
     parts = {}
@@ -54,8 +63,8 @@ def measure_images(
         judge = ImageJudge(local.reference, classes)
         labels = group_labels(classes, config.evaluation.num_images)
         wanted = torch.from_numpy(labels).to(generator.device)
-        for method, first in methods.items():
-            output = sample_in_batches(first, fine, labels=wanted, **options)
+        for method, (first, second) in methods.items():
+            output = sample_in_batches(first, second, labels=wanted, **options)
             images = _pixels(output.images, plan.shift)
             parts[f"{group}_{method}"] = judge.score(images, labels)
         held = np.flatnonzero(np.isin(local.images.labels, classes))
@@ -67,8 +76,7 @@ def measure_images(
 
 def _store_pictures(
     local: LocalClient,
-    methods: dict[str, DenoisingFunction | None],
-    fine: DenoisingFunction,
+    methods: Methods,
     plan: ReleasePlan,
     options: dict[str, Any],
 ) -> None:
@@ -77,8 +85,8 @@ def _store_pictures(
     labels = torch.arange(local.spec.num_classes).repeat_interleave(per_class)
     wanted = labels.to(options["generator"].device)
     arrays: dict[str, np.ndarray] = {"labels": labels.numpy()}
-    for method, first in methods.items():
-        output = sample_in_batches(first, fine, labels=wanted, **options)
+    for method, (first, second) in methods.items():
+        output = sample_in_batches(first, second, labels=wanted, **options)
         arrays[method] = _pixels(output.images, plan.shift)
         if output.coarse is not None:
             arrays["coarse"] = _pixels(output.coarse, plan.shift)

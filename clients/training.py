@@ -17,7 +17,7 @@ from clients.local import LocalClient
 from clients.progress import count_progress, work_progress
 from clients.workers import WriteBehind, borrowed
 from fedpdm import wire
-from fedpdm.batches import coarse_batch_loss, fine_batch_loss
+from fedpdm.batches import coarse_batch_loss, fine_batch_loss, raw_coarse_batch_loss
 from fedpdm.build import (
     ImageSpec,
     ReleasePlan,
@@ -30,7 +30,7 @@ from fedpdm.denoisers import Denoiser
 from fedpdm.rng import Purpose, torch_generator
 from fedpdm.schedule import NoiseSchedule
 from fedpdm.statement import client_statement, plain_text
-from fedpdm.training import Progress, Trainer, class_weights, select_device
+from fedpdm.training import BatchLoss, Progress, Trainer, class_weights, select_device
 from fedpdm.types import CoarseUpdate, ReleasedDataset
 
 __all__ = ["LocalTraining"]
@@ -84,6 +84,32 @@ class LocalTraining:
             store.save_statement(statement, plain_text(statement))
         return released
 
+    def coarse_loss(
+        self, model: Denoiser, indices: np.ndarray, *, training: bool
+    ) -> tuple[BatchLoss, bool]:
+        """(loss of the shared model on the images at `indices`, whether their noise is seeded).
+
+        On the release of these images, or for baselines on the raw ones.
+        """
+        options: dict[str, Any] = {"training": training, "device": self.device}
+        if self.config.has_release:
+            released = self.release()
+            loss = coarse_batch_loss(
+                self.config, model, self.schedule, released, subset=indices, **options
+            )
+            return loss, released.seeded
+        images = self.local.images
+        loss = raw_coarse_batch_loss(
+            self.config,
+            model,
+            self.schedule,
+            shift=self.plan.shift,
+            images=images.images[indices],
+            labels=images.labels[indices],
+            **options,
+        )
+        return loss, False
+
     def borrowed(
         self, role: str, *, fresh: bool = False
     ) -> AbstractContextManager[Trainer[Denoiser]]:
@@ -104,13 +130,12 @@ class LocalTraining:
     def train_coarse(
         self,
         parameters: NDArrays,
-        released: ReleasedDataset,
         round: int,
         config: dict[str, Scalar],
         write: WriteBehind,
     ) -> tuple[NDArrays, dict[str, Any]]:
         """Local coarse steps from the received weights; Adam's moments stay with the client."""
-        store = self.local.store
+        store, indices = self.local.store, self.local.train
         received = wire.decode_model(parameters)
         with self.borrowed("coarse") as trainer:
             trainer.restart(
@@ -119,20 +144,12 @@ class LocalTraining:
                 step=(round - 1) * self.config.coarse.steps_per_round,
                 what=f"coarse weights from the server, or moments of {self.who}",
             )
-            loss = coarse_batch_loss(
-                self.config,
-                trainer.model,
-                self.schedule,
-                released,
-                subset=self.local.train,
-                training=True,
-                device=self.device,
-            )
+            loss, seeded = self.coarse_loss(trainer.model, indices, training=True)
             mu = float(config.get("proximal_mu", 0.0))
             anchor = received if mu > 0 else None
             if self.config.aggregation.encoding == "float32":
                 received = {}  # weights are sent as they are
-            labels = released.labels[torch.from_numpy(self.local.train)]
+            labels = torch.from_numpy(self.local.images.labels[indices])
             where = f"{self.who} round {round} coarse"
             report = trainer.train(
                 loss,
@@ -146,10 +163,11 @@ class LocalTraining:
             )
             update = CoarseUpdate(
                 weights=trainer.weights(),
-                num_examples=len(self.local.train),
+                num_examples=len(indices),
                 client_id=self.local.client_id,
                 round=round,
-                seeded=released.seeded,
+                seeded=seeded,
+                basis=self.config.coarse.images,
             )
             kept = ("exp_avg", "step")  # Adam's moments and their age; the weights are the server's
             moments = {k: v for k, v in trainer.state().items() if k.startswith(kept)}
@@ -172,6 +190,7 @@ class LocalTraining:
             generator=torch_generator(
                 self.config.run.seed, Purpose.ROUNDING, client=self.local.client_id, round=round
             ),
+            simulation=self.config.run.simulation,
         )
         return message, metrics
 

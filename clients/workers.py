@@ -18,8 +18,9 @@ from typing import Any, Self
 import torch
 
 from clients.local import LocalClient
-from fedpdm.build import build_denoiser, build_optimizer_settings
+from fedpdm.build import build_denoiser, build_dp_sgd, build_optimizer_settings
 from fedpdm.denoisers import Denoiser
+from fedpdm.dpsgd import PrivateTrainer
 from fedpdm.schedule import NoiseSchedule
 from fedpdm.training import Trainer
 
@@ -41,15 +42,26 @@ def borrowed(
     Otherwise its state is left from other work: `load_state` or `restart` must set it.
     """
     config = local.config
+    private = role == "coarse" and config.coarse.images == "dp_sgd"
+    noise = (config.privacy, len(local.train)) if private else None
     key = (role, config.coarse if role == "coarse" else config.fine, config.run, local.spec,
-           config.schedule, str(device))  # fmt: skip
+           config.schedule, str(device), noise)  # fmt: skip
     with _lock:
         trainer = _shelf.pop(key, None)
     if trainer is None or fresh:
         model = build_denoiser(
             config, role, spec=local.spec, schedule=schedule, client=local.client_id
         )
-        trainer = Trainer(model, build_optimizer_settings(config, role), device=device)
+        settings = build_optimizer_settings(config, role)
+        if private:
+            trainer = PrivateTrainer(
+                model,
+                settings,
+                build_dp_sgd(config, num_images=len(local.train)),
+                device=device,
+            )
+        else:
+            trainer = Trainer(model, settings, device=device)
     yield trainer
     if 4 * sum(p.numel() * p.element_size() for p in trainer.weights().values()) <= KEPT_BYTES:
         with _lock:

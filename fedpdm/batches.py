@@ -15,7 +15,7 @@ from fedpdm.schedule import NoiseSchedule
 from fedpdm.training import BatchLoss
 from fedpdm.types import ReleasedDataset
 
-__all__ = ["coarse_batch_loss", "fine_batch_loss"]
+__all__ = ["coarse_batch_loss", "fine_batch_loss", "raw_coarse_batch_loss"]
 
 
 def coarse_batch_loss(
@@ -56,6 +56,41 @@ def coarse_batch_loss(
             labels=chosen,
             t_max=schedule.num_steps,
             weighting=config.coarse.weighting,
+            timesteps=config.coarse.timesteps,
+            generator=generator,
+        )
+
+    return loss
+
+
+def raw_coarse_batch_loss(
+    config: RunConfig,
+    denoiser: Denoiser,
+    schedule: NoiseSchedule,
+    *,
+    shift: float,
+    images: np.ndarray,
+    labels: np.ndarray,
+    training: bool,
+    device: torch.device,
+) -> BatchLoss:
+    """The loss of baselines whose shared model sees raw images (`coarse.images` raw or dp_sgd).
+
+    Arguments as in `fine_batch_loss`; t is drawn from [1, T].
+    """
+    section = config.coarse
+    pixels, classes = torch.from_numpy(images).to(device), torch.from_numpy(labels).to(device)
+    dropout = section.label_dropout if training else 0.0
+
+    def loss(indices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        return denoising_loss(
+            denoiser,
+            schedule,
+            normalize(pixels[indices], shift=shift),
+            labels=drop_labels(classes[indices], probability=dropout, generator=generator),
+            t_max=schedule.num_steps,
+            weighting=section.weighting,
+            timesteps=section.timesteps,
             generator=generator,
         )
 

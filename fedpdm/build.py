@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from fedpdm.accountant import epsilon_bound, epsilon_spent
 from fedpdm.calibration import calibrate_t0
 from fedpdm.config import CoarseConfig, ConfigError, FineConfig, RunConfig
-from fedpdm.data import DATASETS, ImageSet, load_image_set
+from fedpdm.data import DATASETS, ImageSet, count_classes
 from fedpdm.denoisers import PRESETS, Denoiser, DenoiserSpec
+from fedpdm.dpsgd import DpSgdSettings, dp_sgd_noise_multiplier
+from fedpdm.loading import build_partitions, load_public, load_split
 from fedpdm.mechanism import (
     NoiseSource,
     SeededNoise,
@@ -22,16 +24,18 @@ from fedpdm.mechanism import (
     release_event,
     release_parameters,
 )
-from fedpdm.partition import ClientPartition, partition
+from fedpdm.partition import ClientPartition
 from fedpdm.releases import ReleaseRequest
 from fedpdm.rng import Purpose, numpy_rng, seed_sequence
 from fedpdm.schedule import NoiseSchedule, make_schedule
 from fedpdm.training import OptimizerSettings
 
 __all__ = [
+    "ClientImages",
     "ImageSpec",
     "ReleasePlan",
     "build_denoiser",
+    "build_dp_sgd",
     "build_image_spec",
     "build_noise",
     "build_optimizer_settings",
@@ -39,8 +43,12 @@ __all__ = [
     "build_release_plan",
     "build_release_request",
     "build_schedule",
+    "client_images",
+    "coarse_share",
+    "load_public",
     "load_split",
     "sampler_options",
+    "split_heldout",
 ]
 
 
@@ -79,23 +87,6 @@ def build_schedule(config: RunConfig) -> NoiseSchedule:
     )
 
 
-def load_split(config: RunConfig, split: str, *, root: Path | None = None) -> ImageSet:
-    """The configured data set's `train` or `test` split, from `root` or the configured place."""
-    data = config.data
-    configured = data.root or os.environ.get("FEDPDM_DATA")
-    if root is None and configured:
-        root = Path(configured)
-    return load_image_set(
-        data.name,
-        split=typing.cast(Any, split),
-        root=root,
-        resolution=data.resolution,
-        coloring=typing.cast(Any, data.coloring),
-        max_images=data.max_images if split == "train" else config.evaluation.num_reference,
-        download=data.download,
-    )
-
-
 def build_image_spec(config: RunConfig, images: ImageSet | None = None) -> ImageSpec:
     """Shape and shift, from the registry where it knows the set, else from the images."""
     info = DATASETS[config.data.name]
@@ -114,7 +105,13 @@ def build_image_spec(config: RunConfig, images: ImageSet | None = None) -> Image
         assert info.num_classes is not None
         coloring = config.data.coloring
         channels = info.channels if coloring is None else (1 if coloring == "none" else 3)
-        num_classes, background = info.num_classes, info.background
+        num_classes = count_classes(
+            info.num_classes,
+            class_label=typing.cast(Any, config.data.class_label),
+            attributes=config.data.attributes,
+            classes=config.data.classes,
+        )
+        background = info.background
         height = config.data.resolution or info.resolution or 0
     shift = config.privacy.shift
     return ImageSpec(
@@ -125,19 +122,55 @@ def build_image_spec(config: RunConfig, images: ImageSet | None = None) -> Image
     )
 
 
-def build_partitions(config: RunConfig, images: ImageSet) -> tuple[ClientPartition, ...]:
-    """The split over clients; keys that another kind of split needs are left aside."""
-    section = config.partition
-    by_alpha, by_majority = section.kind == "dirichlet", section.kind == "majority_minority"
-    return partition(
-        images.labels,
-        kind=typing.cast(Any, section.kind),
-        num_clients=section.num_clients,
-        num_classes=images.num_classes,
-        alpha=section.alpha if by_alpha else None,
-        majority_classes=section.majority_classes if by_majority else None,
-        majority_ratio=section.majority_ratio if by_majority else None,
-        rng=numpy_rng(config.run.seed, Purpose.PARTITION),
+def split_heldout(
+    num_images: int, *, fraction: float, seed: int, client: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(train, held-out) indices, int64, sorted; at least one image is for training."""
+    order = numpy_rng(seed, Purpose.HOLDOUT, client=client).permutation(num_images)
+    num_heldout = min(round(fraction * num_images), num_images - 1)
+    return np.sort(order[num_heldout:]), np.sort(order[:num_heldout])
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ClientImages:
+    """What a simulated client holds: `images` each once; `train`, `heldout` are positions there."""
+
+    client_id: int
+    images: ImageSet
+    train: np.ndarray
+    heldout: np.ndarray
+    majority: tuple[int, ...]
+    minority: tuple[int, ...]
+
+    @property
+    def train_labels(self) -> np.ndarray:
+        """int64 (n,) of the training images."""
+        return self.images.labels[self.train]
+
+
+def client_images(
+    config: RunConfig, images: ImageSet, parts: Sequence[ClientPartition], client_id: int
+) -> ClientImages:
+    """Client `client_id`'s part of the `train` split `images`, which `parts` share out."""
+    if not 0 <= client_id < len(parts):
+        raise ConfigError(
+            f"partition.num_clients: {len(parts)}, but there is a client {client_id}; "
+            "the federation must have as many nodes (num-supernodes)"
+        )
+    part = parts[client_id]
+    own = images.subset(part.indices)
+    first = own.distinct()
+    own = own if len(first) == len(own) else own.subset(first)
+    train, heldout = split_heldout(
+        len(own), fraction=config.data.holdout_fraction, seed=config.run.seed, client=client_id
+    )
+    return ClientImages(
+        client_id=client_id,
+        images=own,
+        train=train,
+        heldout=heldout,
+        majority=part.majority,
+        minority=part.minority,
     )
 
 
@@ -208,6 +241,12 @@ def build_denoiser(
 ) -> Denoiser:
     """A freshly initialised coarse or fine denoiser, its weights drawn from the run's seed."""
     section: CoarseConfig | FineConfig = config.coarse if role == "coarse" else config.fine
+    smallest = PRESETS[section.preset].stride
+    if spec.resolution < smallest:
+        raise ConfigError(
+            f"data.resolution: {role}.preset {section.preset} needs images of at least "
+            f"{smallest}x{smallest}, got {spec.resolution}x{spec.resolution}"
+        )
     denoiser_spec = DenoiserSpec(
         preset=section.preset,
         resolution=spec.resolution,
@@ -248,6 +287,29 @@ def build_optimizer_settings(
     )
 
 
+def build_dp_sgd(config: RunConfig, *, num_images: int) -> DpSgdSettings:
+    """DP-SGD for one client's whole run at `privacy.epsilon`, of its `num_images` images."""
+    section, privacy = config.coarse, config.privacy
+    assert privacy.epsilon is not None  # RunConfig
+    if section.batch_size > num_images:
+        raise ConfigError(
+            f"coarse.batch_size: DP-SGD needs at most the client's {num_images} images, "
+            f"got {section.batch_size}"
+        )
+    steps = max(1, section.steps_per_round * config.run.rounds)
+    return DpSgdSettings(
+        noise_multiplier=dp_sgd_noise_multiplier(
+            epsilon=privacy.epsilon,
+            delta=privacy.delta,
+            sample_rate=section.batch_size / num_images,
+            num_steps=steps,
+        ),
+        max_grad_norm=section.grad_clip,
+        multiplicity=section.noise_multiplicity,
+        max_steps=steps,
+    )
+
+
 def sampler_options(
     config: RunConfig, schedule: NoiseSchedule, plan: ReleasePlan
 ) -> dict[str, Any]:
@@ -258,5 +320,20 @@ def sampler_options(
         "scheduler": config.sampling.scheduler,
         "num_steps": config.sampling.num_steps,
         "guidance": config.sampling.guidance,
-        "chain": config.coarse.objective,
+        "chain": config.coarse.objective if config.has_release else "truncated",
     }
+
+
+def coarse_share(config: RunConfig, labels: np.ndarray, *, num_classes: int) -> torch.Tensor | None:
+    """What a client trusts the coarse model above t0, float32 (K + 1,) by class; None: wholly.
+
+    `labels` int64 (n,) are those of the client's training images. Two estimates of a class's mean,
+    one worth w images (`sampling.coarse_worth`) and one of n_k images, are best weighed as w : n_k.
+    The last entry is for no label.
+    """
+    worth = config.sampling.coarse_worth
+    if worth is None:
+        return None
+    counts = np.bincount(labels, minlength=num_classes).astype(np.float64)
+    shares = np.append(worth / (worth + counts), worth / (worth + counts.mean()))
+    return torch.tensor(shares, dtype=torch.float32)

@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from fedpdm.commands.attack import add_attack_parser
+from fedpdm.commands.evaluate import add_evaluate_parser
+from fedpdm.commands.experiment import add_experiment_parser
 from fedpdm.commands.ledger import add_ledger_parser
 from fedpdm.commands.privacy import add_privacy_parser
+from fedpdm.commands.tables import add_tables_parser
 from fedpdm.commands.toy import add_toy_parser
 from fedpdm.config import ConfigError, RunConfig, config_reference, load_config
 
@@ -97,6 +100,9 @@ def _parser() -> argparse.ArgumentParser:
     add_ledger_parser(commands)
     add_attack_parser(commands)
     add_toy_parser(commands)
+    add_experiment_parser(commands)
+    add_evaluate_parser(commands)
+    add_tables_parser(commands)
 
     show = commands.add_parser("show", help="summary of a finished run")
     show.add_argument("run", type=Path)

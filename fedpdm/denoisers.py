@@ -55,7 +55,8 @@ class Preset:
     """A U-Net by name: diffusers keyword arguments and the prediction type that suits it.
 
     With `patch` p it works on p x p pixels as one with p^2 times the channels (pixel-unshuffle, Shi
-    et al. 2016): a wider network at a quarter of the positions for p = 2.
+    et al. 2016): a wider network at a quarter of the positions for p = 2. `resolutions` are the
+    image sizes it is meant for, smallest and largest; it runs on any of at least its stride.
     """
 
     unet: Mapping[str, Any]
@@ -63,6 +64,11 @@ class Preset:
     resolutions: tuple[int, int]
     description: str
     patch: int = 1
+
+    @property
+    def stride(self) -> int:
+        """Pixels per side that one position of the coarsest level stands for."""
+        return int(self.patch * 2 ** (len(self.unet["block_out_channels"]) - 1))
 
 
 def _blocks(kinds: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -155,8 +161,7 @@ class DenoiserSpec:
     @property
     def padded_resolution(self) -> int:
         """The network's resolution: images are zero-padded up to a multiple of its stride."""
-        preset = PRESETS[self.preset]
-        stride = preset.patch * 2 ** (len(preset.unet["block_out_channels"]) - 1)
+        stride = PRESETS[self.preset].stride
         return -(-self.resolution // stride) * stride
 
     @property

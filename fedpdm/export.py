@@ -23,7 +23,15 @@ import safetensors
 import torch
 from diffusers.utils import logging as diffusers_logging
 
-from fedpdm.build import ImageSpec, build_denoiser, build_schedule, load_split
+from fedpdm.build import (
+    ImageSpec,
+    build_denoiser,
+    build_partitions,
+    build_schedule,
+    client_images,
+    coarse_share,
+    load_split,
+)
 from fedpdm.config import RunConfig
 from fedpdm.denoisers import PRESETS
 from fedpdm.files import StoreError, read_tensors
@@ -106,6 +114,8 @@ def export_pipeline(
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"{out}: exists already and is not an empty directory; choose another")
     config = run.config()
+    if not config.has_release:
+        raise ValueError(f"{run.root}: this run is a baseline, without a coarse and a fine model")
     privacy, coarse = _finished(run)
     folder = Path(store or run.client_path(client_id))
     fine, shape = _client(run, folder, privacy, client_id=client_id)
@@ -134,6 +144,7 @@ def export_pipeline(
         fine_patch=PRESETS[config.fine.preset].patch,
         shift=shift,
         guidance_scale=config.sampling.guidance,
+        coarse_share=_share(config, client_id, num_classes=num_classes),
         fine_t_max=schedule.num_steps if config.fine.t_range == "all" else t0,
         id2label=_class_names(config, num_classes=num_classes),
     )
@@ -245,6 +256,16 @@ def _client(
             )
     weights = {k.removeprefix("ema."): v for k, v in state.items() if k.startswith("ema.")}
     return weights, tuple(released["image_shape"])
+
+
+def _share(config: RunConfig, client_id: int, *, num_classes: int) -> list[float] | None:
+    """`coarse_share` of a simulated client, by class and for no label."""
+    if config.sampling.coarse_worth is None:
+        return None
+    images = load_split(config, "train")
+    own = client_images(config, images, build_partitions(config, images), client_id)
+    share = coarse_share(config, own.train_labels, num_classes=num_classes)
+    return None if share is None else share.tolist()
 
 
 def _class_names(config: RunConfig, *, num_classes: int) -> dict[str, str] | None:

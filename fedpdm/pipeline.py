@@ -75,6 +75,7 @@ class PFDMPipeline(DiffusionPipeline):
         shift: float = 0.0,
         guidance_scale: float = 1.0,
         fine_t_max: int | None = None,
+        coarse_share: list[float] | None = None,
         id2label: dict | None = None,
     ) -> None:
         super().__init__()
@@ -110,6 +111,7 @@ class PFDMPipeline(DiffusionPipeline):
             shift=shift,
             guidance_scale=guidance_scale,
             fine_t_max=len(self.betas) if fine_t_max is None else fine_t_max,
+            coarse_share=coarse_share,
             id2label=id2label,
         )
 
@@ -204,13 +206,31 @@ class PFDMPipeline(DiffusionPipeline):
                 for timestep in scheduler.timesteps:
                     x_t = scheduler.scale_model_input(x, timestep)
                     level = round(float(timestep)) + 1
-                    answer = self._guided(x_t, level, index, guidance, use_coarse=level > floor)
+                    answer = self._answer(x_t, level, index, guidance, method, floor)
                     if prediction == "epsilon":
                         abar = float(self._alphas_cumprod[level])
                         answer = (x_t - abar**0.5 * answer) / (1.0 - abar) ** 0.5
                     x = scheduler.step(answer, timestep, x, **extra).prev_sample
                     bar.update()
         return x
+
+    def _answer(
+        self,
+        x_t: torch.Tensor,
+        t: int,
+        index: torch.Tensor,
+        guidance: float,
+        method: str,
+        floor: int,
+    ) -> torch.Tensor:
+        """x0_hat: above `floor` the coarse model's, mixed by `coarse_share`; else the fine's."""
+        answer = self._guided(x_t, t, index, guidance, use_coarse=t > floor)
+        shares = self.config["coarse_share"]
+        if method != "pfdm" or t <= floor or shares is None:
+            return answer
+        share = torch.tensor(shares, device=x_t.device)[index].view(-1, 1, 1, 1)
+        fine = self._guided(x_t, t, index, guidance, use_coarse=False)
+        return torch.lerp(fine, answer, share)
 
     def _stages(self, method: str, num_steps: int) -> list[tuple[int, int, int]]:
         """Chains to run, as (number of betas, steps, level above which the coarse model acts)."""

@@ -14,16 +14,18 @@ from fedpdm.build import ReleasePlan, build_noise, build_schedule
 from fedpdm.config import RunConfig
 from fedpdm.data import ImageSet
 from fedpdm.files import write_tensors
+from fedpdm.loading import record_partitions
 from fedpdm.partition import ClientPartition, partition_table
 from fedpdm.pictures import draw_image_grid, draw_partition
 from fedpdm.releases import ReleaseStore
 from fedpdm.runs import RunDirectory
-from fedpdm.statement import plain_text, run_statement
+from fedpdm.statement import baseline_statement, plain_text, run_statement
 from fedpdm.store import ClientStore
 
 __all__ = ["RunLog", "draw_samples", "draw_split", "finish_run", "summarise"]
 
 ROW_NAMES = {
+    "shared": "shared model",
     "coarse": "coarse output",
     "pfdm": "coarse, then fine",
     "alone": "training alone",
@@ -44,11 +46,17 @@ class RunLog:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n")
 
 
-def draw_split(run: RunDirectory, partitions: Sequence[ClientPartition], images: ImageSet) -> None:
-    """`partition.png` and `partition.txt`: who holds how many images of which class."""
+def draw_split(
+    run: RunDirectory,
+    config: RunConfig,
+    partitions: Sequence[ClientPartition],
+    images: ImageSet,
+) -> None:
+    """`partition.png`, `.txt` and `.json`: who holds how many images of which class, and which."""
     names = images.class_names
     draw_partition(run.root / "partition.png", partitions, images.labels, names)
     run.write_text("partition.txt", partition_table(partitions, images.labels, names) + "\n")
+    run.write_json("partition.json", record_partitions(config, images, partitions))
 
 
 def draw_samples(run: RunDirectory, config: RunConfig) -> bool:
@@ -105,11 +113,15 @@ def finish_run(
 
     `stores` are the clients' release stores in simulation, empty elsewhere.
     """
-    noise_source = build_noise(config, client=0, release=1).description
-    write_tensors(run.root / "coarse.safetensors", ema, {"noise_source": noise_source})
-    statement = run_statement(
-        config, plan, build_schedule(config), noise_source=noise_source, stores=stores
-    )
+    if config.has_release:
+        noise_source = build_noise(config, client=0, release=1).description
+        statement = run_statement(
+            config, plan, build_schedule(config), noise_source=noise_source, stores=stores
+        )
+    else:
+        noise_source, statement = "none", baseline_statement(config)
+    if config.coarse.training != "none":
+        write_tensors(run.root / "coarse.safetensors", ema, {"noise_source": noise_source})
     run.write_json("privacy.json", statement)
     run.write_text("privacy.txt", plain_text(statement))
     run.write_json("metrics.json", history)
@@ -129,6 +141,7 @@ def summarise(run: RunDirectory) -> str:
     for name, what in (
         ("samples.png", "samples of each class: coarse output, coarse then fine, training alone"),
         ("partition.png", "who holds what"),
+        ("partition.json", "the same, with digests to compare with other machines"),
         ("privacy.txt", "what is promised, in plain words"),
         ("metrics.json", "losses, bytes and metrics per round and client"),
         ("coarse.safetensors", "the shared coarse model"),
@@ -139,11 +152,14 @@ def summarise(run: RunDirectory) -> str:
     table = metrics_table(final["clients"])
     lines += table if table else ["No image metrics: they need raw data, and simulation."]
     lines.append("")
-    lines.append(f"Coarse loss on held-out releases: {final['heldout_coarse_loss']:.4f}")
+    if "heldout_coarse_loss" in final:
+        lines.append(f"Shared model's loss on held-out images: {final['heldout_coarse_loss']:.4f}")
     return "\n".join(lines)
 
 
 def _privacy_lines(privacy: Mapping[str, Any]) -> list[str]:
+    if "baseline" in privacy:
+        return [f"Privacy  baseline: {privacy['guarantee']}. {privacy['words']}"]
     groups = ", ".join(f"{v:.4g} for {k}" for k, v in privacy["group_epsilon"].items() if k != "1")
     releases = privacy["releases_per_image"]
     lines = [

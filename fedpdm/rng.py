@@ -32,6 +32,8 @@ class Purpose(IntEnum):
     SERVER_TRAINING = 10
     MIXTURE_POINTS = 11
     ROUNDING = 12
+    FEATURE_NETWORK = 13
+    DOWNSTREAM = 14
 
 
 def seed_sequence(

@@ -4,7 +4,7 @@ config.yaml          the resolved configuration
 privacy.json  privacy.txt   what is promised, in numbers and in words
 metrics.json         per round and final
 coarse.safetensors   the shared model (EMA), when the run has finished
-samples.png  partition.png
+samples.png  partition.png  partition.txt  partition.json (digests to compare with other machines)
 log.txt
 server/checkpoint.safetensors   to resume from
 server/updates/      updates of this round that wait for their turn

@@ -25,7 +25,7 @@ from fedpdm.denoisers import NO_LABEL, DenoisingFunction
 from fedpdm.schedule import NoiseSchedule
 from fedpdm.types import SamplerOutput
 
-__all__ = ["CHAINS", "SCHEDULERS", "make_scheduler", "sample", "sample_in_batches"]
+__all__ = ["CHAINS", "SCHEDULERS", "make_scheduler", "refine", "sample", "sample_in_batches"]
 
 CHAINS = ("truncated", "noise_to_noise")
 
@@ -128,6 +128,7 @@ def sample(
     chain: str = "truncated",
     guidance: float = 1.0,
     flag_unclipped: bool = True,
+    coarse_share: torch.Tensor | None = None,
 ) -> SamplerOutput:
     """Sample with `coarse` above t0 and `fine` at and below it.
 
@@ -142,9 +143,13 @@ def sample(
             chains in the ratio T : t0.
         guidance: classifier-free guidance weight, 1 for none.
         flag_unclipped: pass the fine model's clipped flag, unset.
+        coarse_share: float (K + 1,) in [0, 1], by label and at last for no label: above t0 the
+            answer is this share of the coarse model's and the rest of the fine model's (which must
+            know all t). Default: the coarse model's alone. `truncated` only.
 
     Raises:
-        ValueError: no denoiser at all, t0 or num_steps out of range, unknown chain or scheduler.
+        ValueError: no denoiser at all, t0 or num_steps out of range, unknown chain or scheduler, a
+            share with another chain.
     """
     T = schedule.num_steps
     if coarse is None and fine is None:
@@ -155,7 +160,13 @@ def sample(
         raise ValueError(f"sampling.num_steps must be at least 1, got {num_steps}")
     if chain not in CHAINS:
         raise ValueError(f"chain must be one of {', '.join(CHAINS)}, got {chain!r}")
+    if coarse_share is not None and chain != "truncated":
+        raise ValueError(f"coarse_share needs the chain truncated, got {chain!r}")
     unclipped = torch.zeros(len(x_T), dtype=torch.bool, device=x_T.device)
+    share: torch.Tensor | None = None
+    if coarse_share is not None:
+        place = torch.where(labels == NO_LABEL, len(coarse_share) - 1, labels)
+        share = coarse_share.to(x_T)[place].view(-1, *[1] * (x_T.ndim - 1))
     calls = {"coarse": 0, "fine": 0}
     last_coarse: torch.Tensor | None = None
 
@@ -176,7 +187,11 @@ def sample(
 
     def ask_either(x: torch.Tensor, level: int) -> torch.Tensor:
         use_coarse = coarse is not None and (level > t0 or fine is None)
-        return ask_coarse(x, level) if use_coarse else ask_fine(x, level)
+        if not use_coarse:
+            return ask_fine(x, level)
+        if share is None or fine is None:
+            return ask_coarse(x, level)
+        return torch.lerp(ask_fine(x, level), ask_coarse(x, level), share)
 
     if chain == "truncated" or coarse is None:
         full = make_scheduler(scheduler, schedule.betas)
@@ -198,6 +213,37 @@ def sample(
         num_coarse_calls=calls["coarse"],
         num_fine_calls=calls["fine"],
     )
+
+
+@torch.no_grad()
+def refine(
+    fine: DenoisingFunction,
+    x_t: torch.Tensor,
+    *,
+    t: int,
+    schedule: NoiseSchedule,
+    labels: torch.Tensor,
+    generator: torch.Generator,
+    scheduler: str = "ddim",
+    num_steps: int = 50,
+    flag_unclipped: bool = True,
+) -> torch.Tensor:
+    """The fine stage by itself: x_t float32 (N, C, H, W) at level t in [0, T] down to 0.
+
+    Of noised real images this is what the fine stage makes of a perfect coarse model's samples.
+    """
+    if not 0 <= t <= schedule.num_steps:
+        raise ValueError(f"t must be in [0, {schedule.num_steps}], got {t}")
+    if t == 0:
+        return x_t
+    flag = torch.zeros(len(x_t), dtype=torch.bool, device=x_t.device) if flag_unclipped else None
+
+    def ask(x: torch.Tensor, level: int) -> torch.Tensor:
+        levels = torch.full((len(x),), level, device=x.device)
+        return fine(x, levels, labels=labels, clipped=flag)
+
+    head = make_scheduler(scheduler, schedule.betas[:t])
+    return _run_chain(ask, x_t, head, num_steps=num_steps, generator=generator)
 
 
 def sample_in_batches(

@@ -22,7 +22,7 @@ from fedpdm.releases import ReleaseStore
 from fedpdm.schedule import NoiseSchedule
 from fedpdm.types import GaussianEvent
 
-__all__ = ["client_statement", "plain_text", "run_statement"]
+__all__ = ["baseline_statement", "client_statement", "plain_text", "run_statement"]
 
 GROUPS = (1, 2, 5, 10)
 GUARANTEE = "local differential privacy per image, replace-one"
@@ -118,6 +118,38 @@ def run_statement(
     }
 
 
+def baseline_statement(config: RunConfig) -> dict[str, Any]:
+    """What a baseline promises: `coarse.images` raw or dp_sgd, or `coarse.training: none`.
+
+    `epsilon` is None where there is no bound, and 0 where nothing that depends on an image is sent.
+    """
+    images = config.coarse.images
+    epsilon: float | None
+    if images == "raw":
+        kind, epsilon = "no privacy", None
+        words = "The shared model is trained on raw images without noise. Nothing is promised."
+    elif images == "dp_sgd":
+        kind = "differential privacy per image, add or remove one, by DP-SGD"
+        epsilon = config.privacy.epsilon
+        words = (
+            f"Each client's weights are ({epsilon:g}, {config.privacy.delta:g})-differentially "
+            "private with regard to its own images: noise is added to gradients there. That "
+            "is no local differential privacy of the images: who runs the client's training sees "
+            "them, and weights for one image added or removed are compared, not one replaced."
+        )
+    else:
+        kind, epsilon = "nothing is sent", 0.0
+        words = "Each client trains alone; no message depends on an image."
+    return {
+        "baseline": "none" if epsilon == 0.0 else images,
+        "guarantee": kind,
+        "epsilon": epsilon,
+        "delta": config.privacy.delta,
+        "simulation": config.run.simulation,
+        "words": words,
+    }
+
+
 def _groups(event: GaussianEvent, delta: float) -> dict[str, float]:
     """Epsilon of a person with k images in one client, all replaced together."""
     return {str(k): epsilon_spent([repeated(event, k)], delta=delta) for k in GROUPS}
@@ -125,6 +157,8 @@ def _groups(event: GaussianEvent, delta: float) -> dict[str, float]:
 
 def plain_text(statement: Mapping[str, Any]) -> str:
     """A statement in plain language, for people who are responsible for data."""
+    if "baseline" in statement:
+        return "PRIVACY STATEMENT\n\nThis run is a baseline. " + statement["words"] + "\n"
     epsilon, delta = statement["epsilon"], statement["delta"]
     lines = ["PRIVACY STATEMENT", ""]
     if statement["simulation"]:

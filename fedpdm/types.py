@@ -2,7 +2,8 @@
 
 What a client may send is a *type*: `ReleasedDataset`, which only the mechanism makes, and
 `CoarseUpdate`, which is computed from one. `fedpdm.wire` encodes these and refuses everything
-else, so that raw images and fine weights cannot leave by mistake.
+else, so that raw images and fine weights cannot leave by mistake. (Baselines that average models of
+raw images say so in the update, and the wire refuses it outside simulation.)
 """
 
 from __future__ import annotations
@@ -78,6 +79,8 @@ class CoarseUpdate:
 
     `weights` maps parameter names to tensors; `num_examples` is the number of released
     images that the client holds (never the number of batches); `seeded` is that of the release.
+    `basis` is `released`, or for baselines in simulation what else was trained on: `raw` or
+    `dp_sgd`.
     """
 
     weights: Mapping[str, torch.Tensor]
@@ -85,6 +88,7 @@ class CoarseUpdate:
     client_id: int
     round: int
     seeded: bool
+    basis: str = "released"
 
 
 @dataclass(frozen=True, kw_only=True)

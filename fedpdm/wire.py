@@ -66,7 +66,7 @@ RAW_METRICS: Mapping[str, type] = {
     **{
         f"{group}_{method}_{metric}": float
         for group in ("majority", "minority", "all")
-        for method in ("pfdm", "alone", "own")
+        for method in ("pfdm", "shared", "alone", "own")
         for metric in ("frechet", "class_fidelity")
     },
 }
@@ -144,14 +144,19 @@ def encode_update(
     encoding: str = "float32",
     base: Mapping[str, torch.Tensor] | None = None,
     generator: torch.Generator | None = None,
+    simulation: bool = False,
 ) -> Message:
     """Client to server: coarse weights that came from a release. `WireError` for anything else.
+
+    In `simulation`, where one party holds all images, baselines may send weights that did not.
 
     With fewer bits than float32 the difference from `base`, the weights that the client received,
     is sent, rounded stochastically from `generator`.
     """
     if not isinstance(update, CoarseUpdate):
         raise WireError(f"only a CoarseUpdate may leave here, got {type(update).__name__}")
+    if update.basis != "released" and not simulation:
+        raise WireError(f"an update from {update.basis} images may not leave outside simulation")
     values: Mapping[str, torch.Tensor] = update.weights
     if encoding != "float32":
         if base is None:
@@ -167,6 +172,7 @@ def encode_update(
             "client_id": str(update.client_id),
             "round": str(update.round),
             "seeded": str(update.seeded).lower(),
+            "basis": update.basis,
         },
     )
 
@@ -178,12 +184,14 @@ def decode_update(
     round: int,
     who: str,
     encoding: str = "float32",
+    basis: str = "released",
 ) -> CoarseUpdate:
     """A client's update, checked against the coarse model `like`, from which differences count.
 
     Its float32 weights lie in the message's memory and must not be written to.
 
-    `WireError` naming `who` for wrong names, shapes, dtypes, round, or values that are not finite.
+    `WireError` naming `who` for wrong names, shapes, dtypes, round, basis, or values that are not
+    finite.
     """
     tensors, metadata = _unpack(message, "coarse-update", who, shared=True)
     if (sent := metadata.get("encoding", "float32")) != encoding:
@@ -213,11 +221,14 @@ def decode_update(
             client_id=int(metadata["client_id"]),
             round=int(metadata["round"]),
             seeded={"true": True, "false": False}[metadata["seeded"]],
+            basis=metadata["basis"],
         )
     except (KeyError, ValueError) as error:
         raise WireError(f"update of {who}: malformed header: {error}") from None
     if update.num_examples < 1:
         raise WireError(f"update of {who}: num_examples must be at least 1")
+    if update.basis != basis:
+        raise WireError(f"update of {who}: made from {update.basis} images, expected {basis}")
     if update.round != round:
         raise WireError(f"update of {who}: made for round {update.round}, expected {round}")
     return update

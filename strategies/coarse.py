@@ -52,6 +52,8 @@ _NOTHING = Parameters(tensors=[], tensor_type="numpy.ndarray")
 class CoarseStrategy(Strategy):
     """See the module. `finish` is called once, with the final EMA weights and all metrics."""
 
+    has_model = True  # whether there is a shared model at all
+
     def __init__(
         self,
         *,
@@ -115,6 +117,10 @@ class CoarseStrategy(Strategy):
     def fit_message(self, round: int) -> Parameters:
         """What clients are sent to work on: the coarse weights."""
         return self._message(self.weights)
+
+    def evaluation_message(self) -> Parameters:
+        """What clients are sent to evaluate: the average of the coarse weights."""
+        return self._message(self.ema)
 
     # Resuming.
 
@@ -262,7 +268,7 @@ class CoarseStrategy(Strategy):
             self._tell(self.history["rounds"][-1])
             return []
         config: dict[str, Scalar] = {"round": round, "final": final}
-        message = self._message(self.ema)
+        message = self.evaluation_message()
         clients = self._roster.choose(round, client_manager, everyone=True)
         if self.history["rounds"]:
             sent = sum(len(tensor) for tensor in message.tensors) * len(clients)
@@ -296,13 +302,14 @@ class CoarseStrategy(Strategy):
         counts = np.array([result.num_examples for _, result, _ in good], dtype=np.float64)
         losses = np.array([result.loss for _, result, _ in good], dtype=np.float64)
         loss = float((counts * losses).sum() / counts.sum())
+        measured = {"heldout_coarse_loss": loss} if self.has_model else {}
         record = self.history["rounds"][-1]
-        record["heldout_coarse_loss"] = loss
+        record |= measured
         record["seconds"] = time.perf_counter() - self._round_started
         self._tell(record)
         if round == self.settings.rounds:
             self.history["final"] = {
-                "heldout_coarse_loss": loss,
+                **measured,
                 "clients": [metrics for _, _, metrics in good],
             }
             self._finish(self.ema, self.history)

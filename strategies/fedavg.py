@@ -58,6 +58,7 @@ class CoarseFedAvg(CoarseStrategy):
             round=round,
             who=f"client {answer.client_id}",
             encoding=self.settings.encoding,
+            basis=self.settings.basis,
         )
         if update.client_id != answer.client_id or update.num_examples != answer.num_examples:
             raise wire.WireError(

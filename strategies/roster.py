@@ -21,7 +21,8 @@ class ClientFailure(RuntimeError):
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
     """The server's part of the configuration. `min_clients` nodes are waited for, `wait_seconds` at
-    most; only in a `simulation` may privacy noise be seeded."""
+    most; only in a `simulation` may privacy noise be seeded, and the `basis` of updates be other
+    images than released ones."""
 
     rounds: int
     min_clients: int
@@ -33,6 +34,7 @@ class ServerSettings:
     wait_seconds: int = 86_400
     simulation: bool = False
     encoding: str = "float32"
+    basis: str = "released"
 
 
 class Roster:

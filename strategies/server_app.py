@@ -23,6 +23,7 @@ from fedpdm.releases import ReleaseStore
 from fedpdm.reporting import RunLog, draw_split, finish_run
 from fedpdm.runs import RunDirectory
 from fedpdm.runtime import is_resumed, release_path, run_config_of, run_root
+from strategies.baselines import CentralisedTraining, TrainingAlone
 from strategies.coarse import CoarseStrategy
 from strategies.fedavg import CoarseFedAvg
 from strategies.roster import ServerSettings
@@ -46,7 +47,7 @@ def build_strategy(
     run.open(config, resume=resume)
     log = RunLog(run)
     if images is not None:
-        draw_split(run, build_partitions(config, images), images)
+        draw_split(run, config, build_partitions(config, images), images)
     model = build_denoiser(config, "coarse", spec=spec, schedule=schedule)
     section = config.aggregation
     options: dict[str, Any] = {
@@ -61,6 +62,7 @@ def build_strategy(
             seed=config.run.seed,
             simulation=config.run.simulation,
             encoding=section.encoding,
+            basis=config.coarse.images,
         ),
         "weights": {name: p.detach() for name, p in model.network.named_parameters()},
         "run": run,
@@ -68,7 +70,11 @@ def build_strategy(
         "finish": functools.partial(finish_run, run, config, plan, log, stores),
     }
     strategy: CoarseStrategy
-    if config.coarse.training == "server":
+    if config.coarse.training == "none":
+        strategy = TrainingAlone(**options)
+    elif config.coarse.training == "server" and config.coarse.images == "raw":
+        strategy = CentralisedTraining(config=config, spec=spec, **options)
+    elif config.coarse.training == "server":
         strategy = CoarseServerTraining(config=config, spec=spec, **options)
     else:
         strategy = CoarseFedAvg(aggregation=section, **options)

@@ -28,7 +28,7 @@ from fedpdm.build import (
 from fedpdm.config import RunConfig
 from fedpdm.mechanism import release_parameters, same_release
 from fedpdm.rng import Purpose, torch_generator
-from fedpdm.training import Trainer, class_weights, select_device
+from fedpdm.training import BatchLoss, Trainer, class_weights, select_device
 from fedpdm.types import ReleasedDataset
 from strategies.answers import ClientAnswer
 from strategies.coarse import CoarseStrategy, Weights
@@ -109,8 +109,8 @@ class CoarseServerTraining(CoarseStrategy):
                 f"[0, {self._spec.num_classes - 1}]"
             )
 
-    def conclude(self, round: int) -> dict[str, float]:
-        """Train on all releases."""
+    def training_data(self) -> tuple[BatchLoss, torch.Tensor]:
+        """(loss on all releases, their labels)."""
         released = self._collected()
         loss = coarse_batch_loss(
             self._config,
@@ -120,10 +120,15 @@ class CoarseServerTraining(CoarseStrategy):
             training=True,
             device=self._device,
         )
-        section = self._config.coarse
+        return loss, released.labels
+
+    def conclude(self, round: int) -> dict[str, float]:
+        """Train on all that there is."""
+        loss, labels = self.training_data()
+        balance = self._config.coarse.class_balance
         report = self._trainer.train(
             loss,
-            sample_weights=class_weights(released.labels, balance=section.class_balance),
+            sample_weights=class_weights(labels, balance=balance),
             num_steps=server_steps_per_round(self._config),
             generator=torch_generator(
                 self._config.run.seed, Purpose.SERVER_TRAINING, round=round, device=self._device

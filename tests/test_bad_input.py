@@ -78,6 +78,36 @@ def test_bad_experiment_file(refuser: Refuser, tmp_path: Path, content: bytes, w
 CHECKS = {
     "far too many clients": (("partition.num_clients=2000",), r"num_clients .* 1442, got 2000"),
     "classes": (("partition.majority_classes=11",), r"majority_classes .*\[1, 10\], got 11"),
+    "too many clients": (
+        ("partition.num_clients=200",),
+        r"client 1\d\d would have none of its m\w+ority class \d \(\d\), .* are 1\d\d for 200 clients",
+    ),
+    "nothing left to train on": (
+        ("partition.num_clients=9", "partition.majority_ratio=1e6", "data.max_images=90")
+        + ("data.classes=[0,1]", "partition.majority_classes=1", "data.holdout_fraction=0.9"),
+        r"partition: client \d has no training image of its m\w+ority classes \([01]\): .* held out",
+    ),
+    "class that is not there": (
+        ("data.classes=[3,12]",),
+        r"data.classes: must be in \[0, 9\], got 12",
+    ),
+    "unknown class": (("data.classes=['3','x']",), "data.classes: unknown class 'x' .known: 0, 1"),
+    "classes of one": (("data.classes=3",), "data.classes: must be a list, got 3"),
+    "class label": (
+        ("data.class_label=both", "data.coloring=none"),
+        "data.class_label: both needs coloured images",
+    ),
+    "correlation": (
+        ("data.color_correlation=0.5",),
+        "color_correlation: needs data.coloring: correlated, got 0.5 and by_label",
+    ),
+    "no correlation": (("data.coloring=correlated",), "data.color_correlation: must be given with"),
+    "attributes": (("data.attributes=[Male]",), "only celeba has attributes, got .* digits"),
+    "too small for the U-Net": (
+        ("data.resolution=4", "fine.preset=paper"),
+        "data.resolution: fine.preset paper needs images of at least 8x8, got 4x4",
+    ),
+    "resolution": (("data.resolution=2",), "data.resolution: must be at least 4, got 2"),
     "no ratio": (("partition.majority_ratio=null",), "majority_ratio must be given"),
     "no alpha": (("partition.kind=dirichlet",), "alpha must be given for kind dirichlet"),
     "epsilon": (("privacy.epsilon=0.01",), "privacy.epsilon 0.01 cannot be reached with clip_norm"),

@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from fedpdm.data import COLORINGS, DATASETS, load_image_set, normalize
+from fedpdm.data import COLORINGS, DATASETS, ImageSet, load_image_set, normalize
 
 Pixels = NDArray[np.uint8]
 
@@ -187,24 +187,30 @@ def test_idx_files(name: str, folder: str, tmp_path: Path, monkeypatch: pytest.M
         load_image_set(name, split="test")
 
 
-def test_celeba_groups_crop_and_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from torchvision.datasets import CelebA
+CELEBA_FILES = [f"{number:06d}.jpg" for number in range(1, 9)]
 
-    base = tmp_path / "celeba"
+
+def draw_celeba(root: Path) -> dict[str, str]:
+    """Eight pictures in CelebA's layout: 178x218, attributes, official partition.
+
+    Returns the text files by name, for their MD5 sums.
+    """
+    base = root / "celeba"
     (base / "img_align_celeba").mkdir(parents=True)
     groups = [(1, 1), (1, -1), (-1, 1), (-1, -1), (1, 1), (-1, -1), (1, -1), (-1, 1)]  # hair, sex
     parts = [0, 0, 0, 0, 0, 2, 2, 1]  # train, test, valid
-    files = [f"{number:06d}.jpg" for number in range(1, 9)]
+    files = CELEBA_FILES
     for number, file in enumerate(files):
         picture = np.zeros((218, 178, 3), np.uint8)
         picture[20:198] = 30 * number  # the middle square; above and below it stays black
         Image.fromarray(picture).save(base / "img_align_celeba" / file, quality=95)
     names = [f"Attribute_{k}" for k in range(38)]
-    names[8:8], names[20:20] = ["Black_Hair"], ["Male"]
+    names[8:8], names[20:20], names[31] = ["Black_Hair"], ["Male"], "Smiling"
     rows = []
     for file, (hair, sex) in zip(files, groups, strict=True):
         values = [-1] * 40
         values[names.index("Black_Hair")], values[names.index("Male")] = hair, sex
+        values[names.index("Smiling")] = hair * sex
         rows.append(f"{file} " + " ".join(f"{value:2d}" for value in values))
     head = f"{len(files)}\n"
     text = {
@@ -220,11 +226,13 @@ def test_celeba_groups_crop_and_size(tmp_path: Path, monkeypatch: pytest.MonkeyP
     }
     for file, content in text.items():
         (base / file).write_text(content + "\n")
-    arguments = {"name": "celeba", "root": tmp_path}
-    with pytest.raises(ValueError, match=r"^data.root: celeba has files in .* not the original"):
-        load_image_set(**arguments, split="train")  # type: ignore[arg-type]
+    return text
 
-    # The real files have fixed MD5 sums; let torchvision expect those of the files above.
+
+def expect_files(text: dict[str, str], base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real files have fixed MD5 sums; let torchvision expect those of the files in `base`."""
+    from torchvision.datasets import CelebA
+
     sums = {
         file: hashlib.md5((base / file).read_bytes(), usedforsecurity=False).hexdigest()
         for file in text
@@ -232,6 +240,14 @@ def test_celeba_groups_crop_and_size(tmp_path: Path, monkeypatch: pytest.MonkeyP
     expected = [(key, sums.get(file, md5), file) for key, md5, file in CelebA.file_list]
     monkeypatch.setattr(CelebA, "file_list", expected)
 
+
+def test_celeba_groups_crop_and_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, files, text = tmp_path / "celeba", CELEBA_FILES, draw_celeba(tmp_path)
+    arguments = {"name": "celeba", "root": tmp_path}
+    with pytest.raises(ValueError, match=r"^data.root: celeba has files in .* not the original"):
+        load_image_set(**arguments, split="train")  # type: ignore[arg-type]
+
+    expect_files(text, base, monkeypatch)
     train = load_image_set(**arguments, split="train")  # type: ignore[arg-type]
     assert train.images.shape == (5, 3, 64, 64)
     assert train.labels.tolist() == [0, 1, 2, 3, 0]
@@ -247,11 +263,50 @@ def test_celeba_groups_crop_and_size(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (base / "img_align_celeba" / files[4]).write_bytes(b"no image")
     few = load_image_set(**arguments, split="train", max_images=4)  # type: ignore[arg-type]
     assert sorted(few.labels) == [0, 1, 2, 3]
-    with pytest.raises(ValueError, match=r"^data.root: celeba image 000005.jpg is unreadable"):
+    with pytest.raises(
+        ValueError,
+        match=r"^data.root: celeba image 000005.jpg in .*/img_align_celeba is unreadable",
+    ):
         load_image_set(**arguments, split="train")  # type: ignore[arg-type]
     (base / "img_align_celeba" / files[4]).unlink()
-    with pytest.raises(FileNotFoundError, match=r"^data.root: celeba misses image 000005.jpg$"):
+    folder = base / "img_align_celeba"
+    words = exactly(f"data.root: celeba misses image 000005.jpg in {folder}")
+    with pytest.raises(FileNotFoundError, match=words):
         load_image_set(**arguments, split="train")  # type: ignore[arg-type]
+
+
+def test_celeba_majority_and_minority_of_the_paper(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expect_files(draw_celeba(tmp_path), tmp_path / "celeba", monkeypatch)
+
+    def load(**options: object) -> ImageSet:
+        return load_image_set("celeba", split="train", root=tmp_path, **options)  # type: ignore[arg-type]
+
+    everything = load()
+    pair = load(classes=["black hair, male", "other hair, female"])
+    assert pair.class_names == ("black hair, male", "other hair, female")
+    assert pair.labels.tolist() == [0, 1, 0]
+    assert np.array_equal(pair.images, everything.images[[0, 3, 4]])
+    assert load(classes=[3, 0]).labels.tolist() == [1, 0, 1]
+    # Smiling was written as hair times sex; of a pair the first attribute is the slower one.
+    smiling = load(attributes=["Smiling", "Male"])
+    assert smiling.class_names[1:3] == ("smiling, female", "not smiling, male")
+    assert smiling.labels.tolist() == [0, 3, 2, 1, 0]
+    assert load(attributes=["Male"]).labels.tolist() == [0, 1, 0, 1, 0]
+    for options, words in (
+        ({"attributes": ["Smilling"]}, "unknown attribute 'Smilling'; did you mean 'Smiling'?"),
+        ({"attributes": ["Male", "Male"]}, "'Male' is there twice"),
+        ({"attributes": ["Male"] * 5}, "must be 1 to 4 attributes, got 5"),
+        ({"attributes": []}, "must be 1 to 4 attributes, got 0"),
+    ):
+        with pytest.raises(ValueError, match=exactly(f"data.attributes: {words}")):
+            load(**options)
+
+    (tmp_path / "celeba" / "list_attr_celeba.txt").unlink()
+    missing = rf"^data.root: celeba misses celeba/list_attr_celeba.txt in {tmp_path}; set data.root"
+    with pytest.raises(FileNotFoundError, match=missing):
+        load()
 
 
 def test_failed_download_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,9 +40,14 @@ RANKS: dict[str, int] = {
     "fedpdm.training": 5,
     "fedpdm.evaluation": 5,
     "fedpdm.attacks": 5,
+    "fedpdm.features": 5,  # networks and other maps from images to vectors
+    "fedpdm.downstream": 6,
+    "fedpdm.judging": 6,
     "fedpdm.toy": 6,
+    "fedpdm.dpsgd": 6,  # the DP-SGD baseline
     "fedpdm.wire": 6,
     "fedpdm.releases": 6,
+    "fedpdm.loading": 6,  # images and their split, by the config
     "fedpdm.build": 7,
     "fedpdm.batches": 8,  # the configured objectives on a client's data
     "fedpdm.store": 7,
@@ -51,6 +56,9 @@ RANKS: dict[str, int] = {
     "fedpdm.runtime": 9,
     "fedpdm.reporting": 9,
     "fedpdm.export": 9,
+    "fedpdm.results": 9,  # of experiments, and tables
+    "fedpdm.synthesis": 9,
+    "fedpdm.assessment": 10,
     "clients": 10,
     "strategies": 10,
     "fedpdm.engines": 11,

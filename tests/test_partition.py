@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
+import struct
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from scipy.optimize import brentq
 
-from fedpdm.partition import KINDS, ClientPartition, partition, partition_table
+from fedpdm.partition import (
+    KINDS,
+    ClientPartition,
+    partition,
+    partition_record,
+    partition_table,
+)
 
 LABELS = np.random.default_rng(7).permutation(np.repeat(np.arange(6), [90, 80, 70, 60, 50, 7]))
 
@@ -90,7 +100,15 @@ def test_iid_sizes_differ_by_at_most_one_and_classes_do_not_matter() -> None:
 # --- majority and minority ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ratio", [1.0, 2.5, 10.0, 400.0])
+def at_least_one(weights: NDArray[np.float64], total: int) -> NDArray[np.float64]:
+    """max(1, c w) with the c at which it sums to `total`, found by a root finder."""
+    if total == len(weights):
+        return np.ones(len(weights))
+    c = brentq(lambda c: np.maximum(1.0, c * weights).sum() - total, 0.0, total / weights.min())
+    return np.maximum(1.0, c * weights)
+
+
+@pytest.mark.parametrize("ratio", [1.0, 2.5, 10.0, 50.0, 400.0])
 @pytest.mark.parametrize(("num_clients", "majority_classes"), [(2, 3), (4, 3), (7, 2), (5, 6)])
 def test_majority_ratio_holds_within_rounding(
     ratio: float, num_clients: int, majority_classes: int
@@ -103,9 +121,10 @@ def test_majority_ratio_holds_within_rounding(
     )
     counts = table(parts, LABELS)
     assert np.array_equal(counts.sum(axis=0), np.bincount(LABELS))
+    assert counts.min() >= 1
     for k in range(6):
         weights = np.array([ratio if k in part.majority else 1.0 for part in parts])
-        exact = counts[:, k].sum() * weights / weights.sum()
+        exact = at_least_one(weights, int(counts[:, k].sum()))
         assert np.abs(counts[:, k] - exact).max() < 1
     times = np.bincount([k for part in parts for k in part.majority], minlength=6)
     assert times.max() - times.min() <= 1
@@ -200,12 +219,119 @@ def test_dirichlet_limits() -> None:
 # --- few images -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["iid", "dirichlet", "majority_minority"])
+@pytest.mark.parametrize("kind", ["iid", "dirichlet"])
 def test_as_many_clients_as_images(kind: str) -> None:
     labels = np.array([0, 0, 0, 0, 1, 2, 5])
     for seed in range(20):
         parts = share(kind, labels=labels, num_clients=7, seed=seed)
         assert [len(part) for part in parts] == [1] * 7
+
+
+def test_a_class_with_an_image_for_each_client_and_no_more() -> None:
+    labels = np.repeat(np.arange(2), [4, 40])
+    parts = share(
+        "majority_minority",
+        labels=labels,
+        num_classes=2,
+        num_clients=4,
+        majority_classes=1,
+        majority_ratio=1e6,
+    )
+    assert table(parts, labels).tolist() == [[1, 1], [1, 19], [1, 1], [1, 19]]
+
+
+@pytest.mark.parametrize(
+    ("counts", "names", "words"),
+    [
+        ([9, 2], (), "client 2 would have none of its majority class 0, of which there are 2"),
+        ([9, 1], (), "client 1 would have none of its minority class 0, of which there is 1"),
+        ([9, 0], (), "client 0 would have none of its majority class 0, of which there are 0"),
+        ([9, 2], ("few", "many"), "its majority class 0 (few), of which there are 2"),
+    ],
+)
+def test_a_group_without_images_is_refused(
+    counts: list[int], names: tuple[str, ...], words: str
+) -> None:
+    labels = np.repeat([1, 0], counts)
+    with pytest.raises(ValueError, match=f"{re.escape(words)} for 4 clients$"):
+        share(
+            "majority_minority",
+            labels=labels,
+            num_classes=2,
+            num_clients=4,
+            majority_classes=1,
+            class_names=names,
+        )
+
+
+# --- balanced totals ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_balanced_totals_are_those_of_the_rarest_class(kind: str) -> None:
+    parts = share(kind, balanced=True)
+    assert table(parts, LABELS).sum(axis=0).tolist() == [7] * 6
+    held = np.concatenate([part.indices for part in parts])
+    assert len(np.unique(held)) == len(held)
+    assert set(np.flatnonzero(LABELS == 5)) <= set(held.tolist())
+    other = np.concatenate([part.indices for part in share(kind, balanced=True, seed=1)])
+    assert set(held.tolist()) != set(other.tolist())  # what is left out is drawn at random
+
+
+def test_balanced_needs_every_class() -> None:
+    words = r"^balanced needs at least 1 image of each class, class 5 \(f\) has none$"
+    with pytest.raises(ValueError, match=words):
+        share("iid", labels=LABELS[LABELS < 5], balanced=True, class_names=tuple("abcdef"))
+
+
+def test_table_says_what_was_left_out() -> None:
+    labels = np.repeat(np.arange(2), [10, 4])
+    parts = share("iid", labels=labels, num_classes=2, num_clients=2, balanced=True)
+    *_, total, left = partition_table(parts, labels, ["many", "few"]).splitlines()
+    assert total.split() == ["total", "4", "4", "8"]
+    assert left == "Left out, so that classes are equal: 6 (6 many, 0 few)"
+
+
+# --- record ---------------------------------------------------------------------------------
+
+
+def test_record_is_by_hand() -> None:
+    labels = np.array([0, 1, 1, 0, 1])
+    parts = (
+        ClientPartition(client_id=0, indices=np.array([3, 1]), majority=(0,), minority=(1,)),
+        ClientPartition(client_id=1, indices=np.array([2]), majority=(1,), minority=(0,)),
+    )
+    digests = [
+        hashlib.sha256(struct.pack(f"<{len(held)}q", *held)).digest() for held in ([1, 3], [2])
+    ]
+    record = partition_record(parts, labels, ("a", "b"), settings={"kind": "mine", "seed": 3})
+    assert record == {
+        "kind": "mine",
+        "seed": 3,
+        "sha256": hashlib.sha256(b"".join(digests)).hexdigest(),
+        "class_names": ["a", "b"],
+        "num_images": 5,
+        "left_out": [1, 1],
+        "clients": [
+            {
+                "client_id": 0,
+                "num_images": 2,
+                "per_class": [1, 1],
+                "majority": [0],
+                "minority": [1],
+                "sha256": digests[0].hex(),
+            },
+            {
+                "client_id": 1,
+                "num_images": 1,
+                "per_class": [0, 1],
+                "majority": [1],
+                "minority": [0],
+                "sha256": digests[1].hex(),
+            },
+        ],
+    }
+    assert json.loads(json.dumps(record)) == record
 
 
 # --- table ----------------------------------------------------------------------------------

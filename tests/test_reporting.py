@@ -46,7 +46,7 @@ def test_log_goes_to_the_screen_and_with_the_time_to_the_file(
 def test_split_is_drawn_and_written_down(tmp_path: Path) -> None:
     images = load_split(CONFIG, "train")
     partitions = build_partitions(CONFIG, images)
-    draw_split(RunDirectory(tmp_path), partitions, images)
+    draw_split(RunDirectory(tmp_path), CONFIG, partitions, images)
     with Image.open(tmp_path / "partition.png") as picture:
         assert min(picture.size) > 50
     rows = [line.split() for line in (tmp_path / "partition.txt").read_text().splitlines()]

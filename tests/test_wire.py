@@ -175,6 +175,7 @@ HEADER: dict[str, object] = {
     "client_id": "3",
     "round": "7",
     "seeded": "false",
+    "basis": "released",
 }
 
 

@@ -30,6 +30,7 @@ from fedpdm.config.schema import (
     SamplingConfig,
     ScheduleConfig,
 )
+from fedpdm.config.suite import Method, Profile, Suite, load_paper_values, load_suite
 from fedpdm.config.toy import ToyConfig
 
 __all__ = [
@@ -39,12 +40,15 @@ __all__ = [
     "DataConfig",
     "EvaluationConfig",
     "FineConfig",
+    "Method",
     "PartitionConfig",
     "PrivacyConfig",
+    "Profile",
     "RunConfig",
     "RunSection",
     "SamplingConfig",
     "ScheduleConfig",
+    "Suite",
     "ToyConfig",
     "apply_overrides",
     "config_from_json",
@@ -53,6 +57,8 @@ __all__ = [
     "config_to_json",
     "config_to_yaml",
     "load_config",
+    "load_paper_values",
+    "load_suite",
     "load_toy_config",
     "toy_config_from_mapping",
 ]

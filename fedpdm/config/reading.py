@@ -22,6 +22,7 @@ from fedpdm.config.toy import ToyConfig
 
 __all__ = [
     "apply_overrides",
+    "build_section",
     "config_from_json",
     "config_from_mapping",
     "config_reference",
@@ -29,6 +30,7 @@ __all__ = [
     "config_to_yaml",
     "load_config",
     "load_toy_config",
+    "read_mapping",
     "toy_config_from_mapping",
 ]
 
@@ -38,16 +40,25 @@ def _describe(annotation: Any) -> str:
 
 
 def _coerce(annotation: Any, value: Any, path: str) -> Any:
-    """`value` as `annotation`: int, float, str, bool, one of them or None, or a tuple of one."""
+    """`value` as `annotation`: int, float, str, bool, one of some of them or None, or a tuple."""
+    if isinstance(annotation, types.UnionType):
+        kinds = [kind for kind in typing.get_args(annotation) if kind is not type(None)]
+        if value is None and len(kinds) < len(typing.get_args(annotation)):
+            return None
+        if len(kinds) > 1 and type(value) not in kinds:
+            raise ConfigError(
+                f"{path}: must be {' or '.join(map(_describe, kinds))}, got {value!r}"
+            )
+        annotation = type(value) if len(kinds) > 1 else kinds[0]
+    if typing.get_origin(annotation) is dict:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{path}: must be a mapping, got {value!r}")
+        return value
     if typing.get_origin(annotation) is tuple:
         if not isinstance(value, list | tuple):
             raise ConfigError(f"{path}: must be a list, got {value!r}")
         item = typing.get_args(annotation)[0]
         return tuple(_coerce(item, each, f"{path}[{index}]") for index, each in enumerate(value))
-    if isinstance(annotation, types.UnionType):
-        if value is None:
-            return None
-        annotation = next(a for a in typing.get_args(annotation) if a is not type(None))
     if annotation is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value) if abs(value) < 10**300 else math.inf
     if annotation is float and isinstance(value, str):
@@ -82,7 +93,7 @@ def _check(value: Any, checks: Mapping[str, Any], path: str) -> None:
             raise ConfigError(f"{path}: must be {words} {checks[name]:g}, got {value!r}")
 
 
-def _build(cls: type[Any], mapping: Any, path: str) -> Any:
+def build_section(cls: type[Any], mapping: Any, path: str) -> Any:
     """A config dataclass from a nested mapping; every error names the key's path."""
     if not isinstance(mapping, Mapping):
         raise ConfigError(f"{path or 'config'}: must be a mapping, got {mapping!r}")
@@ -97,7 +108,7 @@ def _build(cls: type[Any], mapping: Any, path: str) -> Any:
             raise ConfigError(f"{full}: unknown key{hint}")
         if dataclasses.is_dataclass(hints[key]):
             section = {} if value is None else value
-            values[key] = _build(typing.cast(type[Any], hints[key]), section, full)
+            values[key] = build_section(typing.cast(type[Any], hints[key]), section, full)
         else:
             values[key] = _coerce(hints[key], value, full)
             _check(values[key], fields[key].metadata, full)
@@ -106,7 +117,7 @@ def _build(cls: type[Any], mapping: Any, path: str) -> Any:
 
 def config_from_mapping(mapping: Mapping[str, Any]) -> RunConfig:
     """A `RunConfig` from nested plain data. `ConfigError` as described in the module."""
-    config = _build(RunConfig, mapping, "")
+    config = build_section(RunConfig, mapping, "")
     assert isinstance(config, RunConfig)
     return config
 
@@ -145,26 +156,27 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
     A file may say `base: other.yaml` (relative to itself): sections are merged over the base's.
     The run's default name is the file's stem.
     """
-    mapping = _read_mapping(path)
+    mapping = read_mapping(path)
     mapping.setdefault("name", path.stem)
     return config_from_mapping(apply_overrides(mapping, overrides))
 
 
 def load_toy_config(path: Path, overrides: Iterable[str] = ()) -> ToyConfig:
     """Read the toy's experiment file and apply overrides, like `load_config`."""
-    mapping = _read_mapping(path)
+    mapping = read_mapping(path)
     mapping.setdefault("name", path.stem)
     return toy_config_from_mapping(mapping, overrides)
 
 
 def toy_config_from_mapping(mapping: Mapping[str, Any], overrides: Iterable[str] = ()) -> ToyConfig:
     """A `ToyConfig` from nested plain data. `ConfigError` as described in the module."""
-    config = _build(ToyConfig, apply_overrides(mapping, overrides), "")
+    config = build_section(ToyConfig, apply_overrides(mapping, overrides), "")
     assert isinstance(config, ToyConfig)
     return config
 
 
-def _read_mapping(path: Path, depth: int = 0) -> dict[str, Any]:
+def read_mapping(path: Path, depth: int = 0) -> dict[str, Any]:
+    """A YAML file's mapping, merged over that of its `base` file; `ConfigError` names the file."""
     if depth > 8:
         raise ConfigError(f"{path}: base files nest deeper than 8 levels")
     try:
@@ -179,7 +191,7 @@ def _read_mapping(path: Path, depth: int = 0) -> dict[str, Any]:
     base = mapping.pop("base", None)
     if base is None:
         return mapping
-    merged = _read_mapping(path.parent / str(base), depth + 1)
+    merged = read_mapping(path.parent / str(base), depth + 1)
     merged.pop("name", None)
     for key, value in mapping.items():
         if isinstance(value, dict) and isinstance(merged.get(key), dict):

@@ -68,7 +68,26 @@ class DataConfig:
     download: bool = key(False, "let torchvision download what is missing")
     resolution: int | None = key(None, "resize to this many pixels; default: native", low=4)
     coloring: str | None = key(
-        None, "colours for one-channel sets", choices=("by_label", "independent", "none")
+        None,
+        "colours for one-channel sets (docs/data.md)",
+        choices=("by_label", "correlated", "independent", "none"),
+    )
+    color_correlation: float | None = key(
+        None,
+        "correlated only: probability that the colour is the class's own, else uniform",
+        low=0.0,
+        high=1.0,
+    )
+    class_label: str = key(
+        "digit",
+        "what the class is: the set's own; of coloured sets also the colour, or both",
+        choices=("digit", "color", "both"),
+    )
+    attributes: tuple[str, ...] | None = key(
+        None, "celeba: attributes whose combinations are classes; default: Black_Hair and Male"
+    )
+    classes: tuple[int | str, ...] | None = key(
+        None, "keep these classes only, by name or number, in this order; default: all"
     )
     max_images: int | None = key(None, "use a class-stratified subset of this size", low=1)
     holdout_fraction: float = key(
@@ -90,6 +109,9 @@ class PartitionConfig:
     majority_classes: int | None = key(None, "majority classes per client", low=1)
     majority_ratio: float | None = key(
         None, "images of a majority class for one of a minority class", low=1.0
+    )
+    balanced: bool = key(
+        False, "equally many images of each class over all clients; the surplus is left out"
     )
 
 
@@ -142,22 +164,33 @@ class _ModelConfig:
     label_dropout: float = key(
         0.1, "share of unlabelled examples (for guidance)", low=0.0, below=1.0
     )
+    timesteps: str = key(
+        "uniform", "how often each t is trained at", choices=("uniform", "logit_normal")
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class CoarseConfig(_ModelConfig):
-    """The shared model, trained on releases only."""
+    """The shared model, trained on releases only, but for baselines in simulation."""
 
     training: str = key(
-        "federated", "where: federated averaging, or at the server on uploads (Algorithm 1)",
-        choices=("federated", "server"),
-    )  # fmt: skip
+        "federated",
+        "where: federated averaging, at the server on uploads (Algorithm 1), or not at all",
+        choices=("federated", "server", "none"),
+    )
+    images: str = key(
+        "released",
+        "what it is trained on. Baselines, in simulation only: raw (no privacy), dp_sgd (raw, "
+        "noisy gradients)",
+        choices=("released", "raw", "dp_sgd"),
+    )
     objective: str = key(
         "truncated", "docs/method.md section 3", choices=("truncated", "noise_to_noise")
     )
     weighting: str = key(
-        "v", "noise_to_noise only: loss weight", choices=("snr", "v", "min_snr", "uniform")
+        "v", "loss weight (not for truncated)", choices=("snr", "v", "min_snr", "uniform")
     )
+    noise_multiplicity: int = key(4, "dp_sgd: draws of (t, noise) per image and step", low=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,9 +205,6 @@ class FineConfig(_ModelConfig):
         choices=("all", "below_t0"),
     )  # fmt: skip
     weighting: str = key("v", "loss weight", choices=("snr", "v", "min_snr", "uniform"))
-    timesteps: str = key(
-        "uniform", "how often each t is trained at", choices=("uniform", "logit_normal")
-    )
     clipped_fraction: float = key(
         0.1, "share of examples that are clipped and flagged so", low=0.0, below=1.0
     )
@@ -211,6 +241,12 @@ class SamplingConfig:
     scheduler: str = key("dpm_solver", "ddpm, ddim, dpm_solver or a diffusers scheduler class")
     num_steps: int = key(25, "denoiser calls per sample", low=1)
     guidance: float = key(1.0, "classifier-free guidance weight, 1: none", low=0.0)
+    coarse_worth: float | None = key(
+        None,
+        "mix above t0: as many raw images of a class as the coarse model is worth; default: the "
+        "coarse model alone",
+        above=0.0,
+    )
     batch_size: int = key(256, "images at a time", low=1)
     per_class: int = key(8, "images per class in the picture", low=1)
 
@@ -225,6 +261,13 @@ class EvaluationConfig:
     )
     num_reference: int = key(2000, "test images that samples are compared with", low=2)
     num_images: int = key(500, "samples per group and method for image metrics", low=2)
+    features: str = key(
+        "pixels",
+        "fedpdm evaluate: whose features. trained: a network trained on images that no client "
+        "holds; inception: FID's",
+        choices=("trained", "inception", "pixels"),
+    )
+    num_public: int = key(10_000, "images that no client holds, to train that network", low=20)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,4 +304,38 @@ class RunConfig:
             raise ConfigError(
                 "partition.kind: own has one client in simulation; set num_clients: 1"
             )
+        self._check_shared_model()
         check_name(self.name)
+
+    def _check_shared_model(self) -> None:
+        """Refuse combinations of where and on what the shared model is trained."""
+        coarse = self.coarse
+        baseline = coarse.images != "released" or coarse.training == "none"
+        if baseline and not self.run.simulation:
+            what = "training: none" if coarse.images == "released" else f"images: {coarse.images}"
+            raise ConfigError(f"coarse.{what} is a baseline for simulations (run.simulation: true)")
+        if coarse.images != "released" and coarse.training == "none":
+            raise ConfigError(f"coarse.images: {coarse.images} needs coarse.training, got none")
+        if coarse.images == "dp_sgd" and coarse.training != "federated":
+            raise ConfigError("coarse.images: dp_sgd needs coarse.training: federated")
+        if coarse.images == "dp_sgd" and coarse.class_balance > 0:
+            raise ConfigError(
+                "coarse.class_balance: must be 0 with coarse.images: dp_sgd, which draws images "
+                f"alike, got {coarse.class_balance:g}"
+            )
+        if coarse.images == "dp_sgd" and self.privacy.epsilon is None:
+            raise ConfigError("privacy.epsilon: coarse.images: dp_sgd needs it, got null")
+        if coarse.training == "none" and self.fine.t_range != "all":
+            raise ConfigError("fine.t_range: must be all with coarse.training: none")
+        if self.sampling.coarse_worth is not None and self.fine.t_range != "all":
+            raise ConfigError("fine.t_range: must be all with sampling.coarse_worth")
+
+    @property
+    def has_release(self) -> bool:
+        """Whether clients release images at all (not in baselines)."""
+        return self.coarse.images == "released" and self.coarse.training != "none"
+
+    @property
+    def has_fine_model(self) -> bool:
+        """Whether clients have models of their own (baselines on raw images have not)."""
+        return self.coarse.images == "released"

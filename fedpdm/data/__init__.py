@@ -4,20 +4,26 @@
 a model. `DATASETS` says what is known of each data set by name.
 """
 
-from fedpdm.data.coloring import COLORINGS, PALETTE, colorize
+from fedpdm.data.coloring import COLOR_NAMES, COLORINGS, PALETTE, choose_colors, colorize
 from fedpdm.data.imageset import ImageSet, denormalize, normalize
+from fedpdm.data.labelling import CLASS_LABELS, count_classes
+from fedpdm.data.registry import DATASETS, DatasetInfo
 from fedpdm.data.resizing import center_square, resize
-from fedpdm.data.sources import DATASETS, SPLITS, DatasetInfo, load_image_set, stratified_positions
+from fedpdm.data.sources import SPLITS, load_image_set, stratified_positions
 
 __all__ = [
+    "CLASS_LABELS",
     "COLORINGS",
+    "COLOR_NAMES",
     "DATASETS",
     "PALETTE",
     "SPLITS",
     "DatasetInfo",
     "ImageSet",
     "center_square",
+    "choose_colors",
     "colorize",
+    "count_classes",
     "denormalize",
     "load_image_set",
     "normalize",

@@ -7,13 +7,14 @@ only when a data set of theirs is read: both are slow to import.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedpdm.data.labelling import DEFAULT_ATTRIBUTES, attribute_classes
 from fedpdm.data.rawsplit import ArrayReader, RawSplit, Split
 from fedpdm.data.resizing import resize
 
@@ -69,12 +70,23 @@ def read_digits(split: Split) -> RawSplit:
     return RawSplit(labels=labels[keep], class_names=_DIGIT_NAMES, read=ArrayReader(images=pixels))
 
 
-def read_torchvision(name: str, root: Path, split: Split, *, download: bool) -> RawSplit:
+def read_torchvision(
+    name: str,
+    root: Path,
+    split: Split,
+    *,
+    attributes: Sequence[str] | None = None,
+    download: bool,
+) -> RawSplit:
     """Read `mnist`, `colored_mnist` (still grey), `fashion_mnist`, `cifar10` or `celeba`.
+
+    `attributes` are those of `celeba` that make its classes (`attribute_classes`); default:
+    Black_Hair and Male.
 
     Raises:
         FileNotFoundError: if a file is missing; the line names it and says how to get it.
-        ValueError: if the files are there but are not what torchvision expects.
+        ValueError: if the files are there but are not what torchvision expects, or an attribute
+            is not known.
         OSError: if a download fails.
     """
     from torchvision import datasets
@@ -100,7 +112,9 @@ def read_torchvision(name: str, root: Path, split: Split, *, download: bool) -> 
     ) as error:
         raise _explain(error, name=name, root=root, download=download) from error
     if name == "celeba":
-        return _celeba_split(dataset)
+        return _celeba_split(
+            dataset, DEFAULT_ATTRIBUTES if attributes is None else attributes, root=root
+        )
     if name == "cifar10":
         images = np.ascontiguousarray(dataset.data.transpose(0, 3, 1, 2))
         names = tuple(dataset.classes)
@@ -128,16 +142,14 @@ def _explain(error: Exception, *, name: str, root: Path, download: bool) -> Exce
     )
 
 
-def _celeba_split(dataset: Any) -> RawSplit:
-    """CelebA with the four groups of Black_Hair x Male as classes (docs/method.md, section 5).
+def _celeba_split(dataset: Any, attributes: Sequence[str], *, root: Path) -> RawSplit:
+    """CelebA with the combinations of some attributes as classes (docs/method.md, section 5).
 
     Of each image of 178 x 218 pixels `resize` keeps the middle 178 x 178.
     """
-    attributes = dataset.attr.numpy()
-    black_hair = attributes[:, dataset.attr_names.index("Black_Hair")]
-    male = attributes[:, dataset.attr_names.index("Male")]
-    labels = (2 * (1 - black_hair) + (1 - male)).astype(np.int64)
-    names = ("black hair, male", "black hair, female", "other hair, male", "other hair, female")
+    known = [name for name in dataset.attr_names if name]  # the header ends in a blank
+    labels, names = attribute_classes(dataset.attr.numpy(), known, attributes)
+    folder = root / "celeba" / "img_align_celeba"
 
     def read(positions: NDArray[np.int64], resolution: int | None) -> NDArray[np.uint8]:
         side = _CELEBA_RESOLUTION if resolution is None else resolution
@@ -148,10 +160,12 @@ def _celeba_split(dataset: Any) -> RawSplit:
                 picture, _ = dataset[int(position)]
                 pixels = np.asarray(picture.convert("RGB")).transpose(2, 0, 1)
             except FileNotFoundError as error:
-                raise FileNotFoundError(f"data.root: celeba misses image {file}") from error
+                raise FileNotFoundError(
+                    f"data.root: celeba misses image {file} in {folder}"
+                ) from error
             except (OSError, SyntaxError) as error:
                 raise ValueError(
-                    f"data.root: celeba image {file} is unreadable: {error}"
+                    f"data.root: celeba image {file} in {folder} is unreadable: {error}"
                 ) from error
             images[row] = resize(pixels[None], resolution=side)[0]
         return images

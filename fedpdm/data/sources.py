@@ -9,77 +9,30 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpdm.data.coloring import COLORINGS, Coloring, colorize
+from fedpdm.data.coloring import COLORINGS, Coloring, choose_colors, colorize
 from fedpdm.data.imageset import ImageSet
+from fedpdm.data.labelling import (
+    CLASS_LABELS,
+    ClassLabel,
+    find_classes,
+    keep_classes,
+    label_by_color,
+)
 from fedpdm.data.own import read_image_folder, read_npz
 from fedpdm.data.public import REQUIRED_FILES, read_digits, read_torchvision
 from fedpdm.data.rawsplit import RawSplit, Split
+from fedpdm.data.registry import DATASETS
 
-__all__ = ["DATASETS", "SPLITS", "DatasetInfo", "load_image_set", "stratified_positions"]
+__all__ = ["SPLITS", "load_image_set", "stratified_positions"]
 
 SPLITS: Final[tuple[str, ...]] = ("train", "test")
-
-_BLACK: Final = -1.0
-_MID_GREY: Final = 0.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class DatasetInfo:
-    """What is known of a data set before it is read; None where only the files tell.
-
-    Attributes:
-        num_classes: number of classes.
-        channels: channels of the loaded images (with the default colouring), 1 or 3.
-        resolution: height and width in pixels, without `resolution`.
-        background: public background level in [-1, 1], the default `shift`.
-        description: one line for people.
-    """
-
-    num_classes: int | None
-    channels: int | None
-    resolution: int | None
-    background: float
-    description: str
-
-
-def _info(
-    num_classes: int | None,
-    channels: int | None,
-    resolution: int | None,
-    background: float,
-    description: str,
-) -> DatasetInfo:
-    return DatasetInfo(
-        num_classes=num_classes,
-        channels=channels,
-        resolution=resolution,
-        background=background,
-        description=description,
-    )
-
-
-#: Data set name -> what is known of it.
-DATASETS: Final[Mapping[str, DatasetInfo]] = MappingProxyType(
-    {
-        "digits": _info(10, 3, 8, _BLACK, "scikit-learn's 1,797 scanned digits, coloured by label"),
-        "mnist": _info(10, 1, 28, _BLACK, "MNIST digits, grey"),
-        "colored_mnist": _info(10, 3, 28, _BLACK, "MNIST digits, each of an independent colour"),
-        "fashion_mnist": _info(10, 1, 28, _BLACK, "Fashion-MNIST clothes, grey"),
-        "cifar10": _info(10, 3, 32, _MID_GREY, "CIFAR-10 photographs"),
-        "celeba": _info(4, 3, 64, _MID_GREY, "CelebA faces, grouped by Black_Hair and Male"),
-        "image_folder": _info(None, None, None, _MID_GREY, "own images, one folder per class"),
-        "npz": _info(None, None, None, _MID_GREY, "own images, arrays in one .npz file"),
-    }
-)
 
 _DEFAULT_COLORING: Final[Mapping[str, Coloring]] = {
     "digits": "by_label",
@@ -98,7 +51,12 @@ def load_image_set(
     root: str | os.PathLike[str] | None = None,
     resolution: int | None = None,
     coloring: Coloring | None = None,
+    color_correlation: float | None = None,
+    class_label: ClassLabel = "digit",
+    attributes: Sequence[str] | None = None,
+    classes: Sequence[int | str] | None = None,
     max_images: int | None = None,
+    select: Callable[[NDArray[np.int64], int], NDArray[np.int64]] | None = None,
     download: bool = False,
 ) -> ImageSet:
     """Read one split of a data set.
@@ -111,11 +69,19 @@ def load_image_set(
             Default: the environment variable FEDPDM_DATA. Not used by `digits`.
         resolution: height and width in pixels, >= 1: centre crop to a square, then antialiased
             bilinear resize. Default: as stored (CelebA: 64).
-        coloring: "by_label" or "independent" colour a one-channel set (`colorize`), "none"
-            leaves it grey. Default: "by_label" for digits, "independent" for colored_mnist,
-            "none" for the others.
+        coloring: "by_label", "correlated" or "independent" colour a one-channel set
+            (`choose_colors`), "none" leaves it grey. Default: "by_label" for digits,
+            "independent" for colored_mnist, "none" for the others. An image has the same colour
+            whatever else is loaded.
+        color_correlation: for "correlated" alone, in [0, 1].
+        class_label: "digit", the set's own class; of coloured images also "color" or "both".
+        attributes: for celeba alone: 1 to 4 attributes whose combinations are the classes.
+            Default: Black_Hair and Male.
+        classes: keep these classes only, by name or by number, and number them in this order.
         max_images: at most this many images, >= 1, chosen by `stratified_positions`; only
             these are decoded.
+        select: instead of `max_images`, takes the labels (n,) of all images and the number of
+            classes, and returns the positions of those that are wanted.
         download: let torchvision fetch missing files into `root`.
 
     Returns:
@@ -131,22 +97,52 @@ def load_image_set(
     for key, number in (("resolution", resolution), ("max_images", max_images)):
         if number is not None and (not isinstance(number, int) or number < 1):
             raise ValueError(f"data.{key}: must be a whole number of at least 1, got {number!r}")
+    _check_choice("data.class_label", class_label, CLASS_LABELS, what="class label")
+    if attributes is not None and name != "celeba":
+        raise ValueError(f"data.attributes: only celeba has attributes, got data.name: {name}")
     chosen = _resolve_coloring(name, coloring)
-    raw = _read_raw(name, split, root=root, resolution=resolution, download=download)
+    if class_label != "digit" and chosen == "none":
+        raise ValueError(
+            f"data.class_label: {class_label} needs coloured images, got data.coloring: none "
+            f"({name})"
+        )
+    if color_correlation is not None and chosen != "correlated":
+        raise ValueError(
+            "data.color_correlation: needs data.coloring: correlated, "
+            f"got {color_correlation:g} and {chosen}"
+        )
+    raw = _read_raw(
+        name, split, root=root, resolution=resolution, attributes=attributes, download=download
+    )
     if len(raw.labels) == 0:
         raise ValueError(f"data.root: {name} has no {split} image")
-    if max_images is None:
-        positions = np.arange(len(raw.labels))
-    else:
-        positions = stratified_positions(raw.labels, max_images=max_images)
-    labels = raw.labels[positions]
-    images = raw.read(positions, resolution)
+    labels, class_names = raw.labels, raw.class_names
+    colors: NDArray[np.int64] | None = None
     if chosen != "none":
-        images = colorize(images, labels, coloring=chosen, split=split, positions=positions)
+        colors = choose_colors(labels, coloring=chosen, split=split, correlation=color_correlation)
+        labels, class_names = label_by_color(labels, colors, class_names, class_label=class_label)
+    positions = np.arange(len(labels))
+    if classes is not None:
+        kept = find_classes(classes, class_names)
+        positions, labels, class_names = keep_classes(labels, class_names, kept)
+        if len(labels) == 0:
+            raise ValueError(
+                f"data.classes: {name} has no {split} image of {', '.join(class_names)}"
+            )
+    if select is not None:
+        wanted = select(labels, len(class_names))
+    elif max_images is not None:
+        wanted = stratified_positions(labels, max_images=max_images)
+    else:
+        wanted = np.arange(len(labels))
+    positions = positions[wanted]
+    images = raw.read(positions, resolution)
+    if colors is not None:
+        images = colorize(images, colors[positions])
     return ImageSet(
         images=np.ascontiguousarray(images),
-        labels=labels,
-        class_names=raw.class_names,
+        labels=labels[wanted],
+        class_names=class_names,
         background=DATASETS[name].background,
     )
 
@@ -188,6 +184,7 @@ def _read_raw(
     *,
     root: str | os.PathLike[str] | None,
     resolution: int | None,
+    attributes: Sequence[str] | None,
     download: bool,
 ) -> RawSplit:
     if name == "digits":
@@ -197,7 +194,7 @@ def _read_raw(
         return read_image_folder(folder, split, same_size=resolution is None)
     if name == "npz":
         return read_npz(folder, split)
-    return read_torchvision(name, folder, split, download=download)
+    return read_torchvision(name, folder, split, attributes=attributes, download=download)
 
 
 def _resolve_root(name: str, root: str | os.PathLike[str] | None) -> Path:

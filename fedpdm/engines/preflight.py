@@ -23,19 +23,24 @@ from fedpdm.build import (
     build_release_plan,
     build_release_request,
     build_schedule,
+    client_images,
     load_split,
     sampler_options,
 )
 from fedpdm.config import ConfigError, RunConfig
 from fedpdm.data import ImageSet
+from fedpdm.denoisers import PRESETS
 from fedpdm.partition import ClientPartition
 from fedpdm.releases import ReleaseStore
 from fedpdm.runs import RunDirectory
 from fedpdm.sampling import make_scheduler, sample
 from fedpdm.schedule import NoiseSchedule
+from fedpdm.statement import baseline_statement
 from fedpdm.training import select_device
 
 __all__ = ["check_run"]
+
+_NAMES_SHOWN = 12
 
 
 def check_run(
@@ -70,6 +75,7 @@ def check_run(
     partitions = build_partitions(config, images)
     _check_reference(config, test, partitions)
     spec = build_image_spec(config, images)
+    _check_groups(config, images, partitions)
     plan = build_release_plan(config, schedule, spec)
     _check_sampler(config, schedule, plan)
     sizes = {
@@ -83,30 +89,46 @@ def check_run(
     _check_space(config, out, sizes, num_bytes=4 * images.images.size)
     if releases is not None:
         _check_writable(releases)
-    again = _check_releases(
-        config,
-        images,
-        partitions,
-        {part.client_id: _release_root(out, releases, part.client_id) for part in partitions},
-        plan=plan,
-        schedule=schedule,
-        allow_new_release=allow_new_release,
-    )
+    again = []
+    if config.has_release:
+        again = _check_releases(
+            config,
+            images,
+            partitions,
+            {part.client_id: _release_root(out, releases, part.client_id) for part in partitions},
+            plan=plan,
+            schedule=schedule,
+            allow_new_release=allow_new_release,
+        )
     counts = [len(part.indices) for part in partitions]
+    left_out = len(images) - sum(counts)
     rounds = config.run.rounds
     return [
         f"{config.name}: {len(images)} images of {config.data.name} "
         f"({spec.channels}x{spec.resolution}x{spec.resolution}, {spec.num_classes} classes), "
-        f"{len(counts)} clients with {min(counts)} to {max(counts)} images",
-        f"release: t0 = {plan.t0} of {schedule.num_steps}, clip norm {plan.clip_norm:g} around "
-        f"{plan.shift:g}, epsilon {plan.epsilon_exact:.4g} at delta {config.privacy.delta:g}",
+        f"{len(counts)} clients with {min(counts)} to {max(counts)} images"
+        + (f", {left_out} left out to balance the classes" if left_out else ""),
+        _what_leaves(config, plan),
         f"models: coarse {config.coarse.preset} {sizes['coarse'] / 1e6:.2f} M, fine "
         f"{config.fine.preset} {sizes['fine'] / 1e6:.2f} M parameters, on {device}; "
         f"{rounds} rounds of {config.coarse.steps_per_round} coarse and "
         f"{config.fine.steps_per_round} fine steps",
         f"run directory: {out}",
+        *_notes(config, spec.resolution),
         *again,
     ]
+
+
+def _what_leaves(config: RunConfig, plan: ReleasePlan) -> str:
+    """The line that says what clients send and at which epsilon."""
+    if not config.has_release:
+        statement = baseline_statement(config)
+        epsilon = statement["epsilon"]
+        return f"baseline: {statement['guarantee']}" + (f", epsilon {epsilon:g}" if epsilon else "")
+    return (
+        f"release: t0 = {plan.t0} of {config.schedule.num_steps}, clip norm {plan.clip_norm:g} "
+        f"around {plan.shift:g}, epsilon {plan.epsilon_exact:.4g} at delta {config.privacy.delta:g}"
+    )
 
 
 def _release_root(out: Path, releases: Path | None, client: int) -> Path:
@@ -194,6 +216,44 @@ def _check_sampler(config: RunConfig, schedule: NoiseSchedule, plan: ReleasePlan
         raise ConfigError(f"sampling.scheduler: {name!r} cannot run here: {line}") from None
     if not float(output.images.abs().max()) < 0.1:
         raise ConfigError(f"sampling.scheduler: {name!r} does not lead from noise to images")
+
+
+def _check_groups(
+    config: RunConfig, images: ImageSet, partitions: Sequence[ClientPartition]
+) -> None:
+    """Refuse a client that has no training image of its majority or minority classes.
+
+    Copies of an image and those held out do not count. Kinds of split other than
+    majority_minority may leave a client without a class.
+    """
+    if config.partition.kind != "majority_minority":
+        return
+    for part in partitions:
+        own = client_images(config, images, partitions, part.client_id)
+        there = set(own.images.labels[own.train].tolist())
+        for name, group in (("majority", part.majority), ("minority", part.minority)):
+            if group and not there & set(group):
+                names = ", ".join(images.class_names[k] for k in group[:_NAMES_SHOWN])
+                more = ", ..." if len(group) > _NAMES_SHOWN else ""
+                raise ConfigError(
+                    f"partition: client {part.client_id} has no training image of its {name} "
+                    f"classes ({names}{more}): {len(own.images)} distinct images, "
+                    f"{len(own.heldout)} held out; give it more images or lower "
+                    "partition.majority_ratio or data.holdout_fraction"
+                )
+
+
+def _notes(config: RunConfig, resolution: int) -> list[str]:
+    """Lines on what runs but was meant for something else."""
+    notes = []
+    for role, section in (("coarse", config.coarse), ("fine", config.fine)):
+        low, high = PRESETS[section.preset].resolutions
+        if not low <= resolution <= high:
+            notes.append(
+                f"note: {role}.preset {section.preset} is meant for images of {low} to {high} "
+                f"pixels, these have {resolution}"
+            )
+    return notes
 
 
 def _check_reference(

@@ -12,23 +12,43 @@ from fedpdm.metrics.distances import (
     gaussian_statistics,
     kernel_distance,
 )
-from fedpdm.metrics.neighbors import (
+from fedpdm.metrics.extrapolation import (
+    ExtrapolatedFrechet,
+    FrechetReference,
+    KernelDistance,
+    frechet_at_infinity,
+    kernel_distance_of_subsets,
+)
+from fedpdm.metrics.manifolds import (
+    DensityCoverage,
+    ManifoldScores,
     PrecisionRecall,
-    near_copy_fraction,
-    near_copy_ratio,
-    nearest_label,
+    density_coverage,
+    expected_coverage,
+    manifold_scores,
     precision_recall,
 )
+from fedpdm.metrics.neighbors import near_copy_fraction, near_copy_ratio, nearest_label
 from fedpdm.metrics.pixels import PixelFeatures
 
 __all__ = [
+    "DensityCoverage",
+    "ExtrapolatedFrechet",
     "FeatureStatistics",
+    "FrechetReference",
+    "KernelDistance",
+    "ManifoldScores",
     "PixelFeatures",
     "PrecisionRecall",
     "assignment_distance",
+    "density_coverage",
+    "expected_coverage",
+    "frechet_at_infinity",
     "frechet_distance",
     "gaussian_statistics",
     "kernel_distance",
+    "kernel_distance_of_subsets",
+    "manifold_scores",
     "near_copy_fraction",
     "near_copy_ratio",
     "nearest_label",

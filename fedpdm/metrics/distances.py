@@ -15,6 +15,7 @@ from fedpdm.metrics.arrays import Array, check_features, check_same_width, parts
 __all__ = [
     "FeatureStatistics",
     "assignment_distance",
+    "covariance_root",
     "frechet_distance",
     "gaussian_statistics",
     "kernel_distance",
@@ -70,15 +71,19 @@ def frechet_distance(
         )
     if not (np.isfinite(first).all() and np.isfinite(second).all()):
         raise ValueError("mean_a and mean_b must be finite, got inf or nan")
-    root_a, trace_a = _root_and_trace(cov_a, name="cov_a", size=len(first))
-    root_b, trace_b = _root_and_trace(cov_b, name="cov_b", size=len(first))
+    root_a, trace_a = covariance_root(cov_a, name="cov_a", size=len(first))
+    root_b, trace_b = covariance_root(cov_b, name="cov_b", size=len(first))
     trace_root = float(scipy.linalg.svdvals(root_a @ root_b).sum())
     shift = float(((first - second) ** 2).sum())
     return max(0.0, shift + trace_a + trace_b - 2.0 * trace_root)
 
 
-def _root_and_trace(cov: ArrayLike, *, name: str, size: int) -> tuple[Array, float]:
-    """Symmetric root and trace of a covariance; eigenvalues that are rounding noise become 0."""
+def covariance_root(cov: ArrayLike, *, name: str, size: int) -> tuple[Array, float]:
+    """Symmetric root (d, d) and trace of a covariance; eigenvalues at rounding noise become 0.
+
+    Raises:
+        ValueError: if it has another shape, or is not finite, symmetric, positive semi-definite.
+    """
     matrix = np.asarray(cov, dtype=np.float64)
     if matrix.shape != (size, size):
         raise ValueError(f"{name} must have shape ({size}, {size}), got {matrix.shape}")

@@ -1,69 +1,15 @@
-"""Metrics that ask for nearest neighbours: of features, or of pixels."""
+"""Nearest neighbours of pixels: whose label, and is it a copy."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
-from scipy.spatial.distance import cdist
+from numpy.typing import NDArray
 
-from fedpdm.metrics.arrays import Array, check_features, check_same_width, flat_pixels, parts
+from fedpdm.metrics.arrays import Array, flat_pixels, parts
 
-__all__ = [
-    "PrecisionRecall",
-    "near_copy_fraction",
-    "near_copy_ratio",
-    "nearest_label",
-    "precision_recall",
-]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrecisionRecall:
-    """Shares in [0, 1]: of generated examples that look real, of real ones that are covered."""
-
-    precision: float
-    recall: float
-
-
-def precision_recall(
-    reference_features: ArrayLike, generated_features: ArrayLike, *, k: int
-) -> PrecisionRecall:
-    """Improved precision and recall (Kynkaanniemi et al. 2019, Eq. 1 and 2).
-
-    A set's manifold is the union of balls around its points that reach to the k-th nearest
-    other point. Precision: share of generated points inside the reference manifold; recall:
-    share of reference points inside the generated manifold.
-
-    Args:
-        reference_features, generated_features: (N, d) and (M, d).
-        k: in [1, min(N, M) - 1]; the paper takes 3.
-
-    Raises:
-        ValueError: for unsuitable features or k.
-    """
-    reference = check_features(reference_features, name="reference_features", at_least=2)
-    generated = check_features(generated_features, name="generated_features", at_least=2)
-    check_same_width(reference, generated, names=("reference_features", "generated_features"))
-    highest = min(len(reference), len(generated)) - 1
-    if not 1 <= k <= highest:
-        raise ValueError(f"k must be in [1, {highest}], got {k}")
-    return PrecisionRecall(
-        precision=_share_inside(generated, reference, k=k),
-        recall=_share_inside(reference, generated, k=k),
-    )
-
-
-def _share_inside(points: Array, centres: Array, *, k: int) -> float:
-    """Share of `points` within the k-nearest-neighbour balls of `centres`."""
-    radii = np.concatenate(
-        # The point itself, at distance 0, is the first of the k + 1 nearest.
-        [np.partition(cdist(centres[part], centres), k, axis=1)[:, k] for part in parts(centres)]
-    )
-    inside = [(cdist(points[part], centres) <= radii).any(axis=1) for part in parts(points)]
-    return float(np.concatenate(inside).mean())
+__all__ = ["near_copy_fraction", "near_copy_ratio", "nearest_label"]
 
 
 def nearest_label(

@@ -11,7 +11,9 @@ Four kinds, of increasing skew:
   times as many images as a client for which the class is minority (the split of PFDM's
   experiments, docs/method.md section 5; its ratios are not published).
 
-Every image goes to exactly one client, and every client gets at least one.
+Every image goes to exactly one client, and every client gets at least one; with
+`majority_minority` at least one of each class. `balanced` leaves out images first, so that there
+are equally many of each class over all clients; then the shares of kind `kind` are drawn.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from typing import Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["KINDS", "ClientPartition", "PartitionKind", "partition", "partition_table"]
+__all__ = ["KINDS", "ClientPartition", "PartitionKind", "checked_labels", "partition"]
 
 PartitionKind = Literal["iid", "dirichlet", "majority_minority", "own"]
 
@@ -75,6 +77,8 @@ def partition(
     alpha: float | None = None,
     majority_classes: int | None = None,
     majority_ratio: float | None = None,
+    balanced: bool = False,
+    class_names: Sequence[str] = (),
 ) -> tuple[ClientPartition, ...]:
     """Share out N images.
 
@@ -89,15 +93,22 @@ def partition(
             m has the classes (m * majority_classes + j) mod K, so that the numbers of clients
             for which a class is majority differ by at most one between classes.
         majority_ratio: for `majority_minority` alone: >= 1, finite.
+        balanced: keep of each class only as many images, drawn at random, as the rarest has.
+        class_names: K names for error messages.
 
     Returns:
         M partitions in order of client_id. For `iid` and `own` every class is majority; for
         `dirichlet` those are of which the client holds at least its mean count, n / K.
 
     Raises:
-        ValueError: for a parameter that is missing, out of bounds or not of this kind.
+        ValueError: for a parameter that is missing, out of bounds or not of this kind, or a class
+            of which a client that needs one would get no image.
     """
-    labels = _check_labels(labels, num_classes=num_classes)
+    everyone = checked_labels(labels, num_classes=num_classes)
+    kept = np.arange(len(everyone))
+    if balanced:
+        kept = _balanced_positions(everyone, num_classes, class_names, rng=rng)
+    labels = everyone[kept]
     _check_num_clients(num_clients, num_images=len(labels), kind=kind)
     given = {
         "alpha": alpha,
@@ -122,10 +133,11 @@ def partition(
             tuple(sorted((m * majority_classes + j) % num_classes for j in range(majority_classes)))
             for m in range(num_clients)
         ]
+        _check_every_group(labels, num_clients, num_classes, majorities, class_names)
         shares = np.ones((num_classes, num_clients))
         for m, majority in enumerate(majorities):
             shares[list(majority), m] = majority_ratio
-        owners = _assign(labels, shares, rng=rng)
+        owners = _assign(labels, shares, rng=rng, each_one=True)
     _give_each_one(owners, num_clients=num_clients, rng=rng)
 
     if kind == "dirichlet":
@@ -136,7 +148,7 @@ def partition(
     return tuple(
         ClientPartition(
             client_id=m,
-            indices=np.flatnonzero(owners == m),
+            indices=kept[owners == m],
             majority=majority,
             minority=tuple(k for k in everything if k not in majority),
         )
@@ -144,10 +156,38 @@ def partition(
     )
 
 
+def _balanced_positions(
+    labels: NDArray[np.int64],
+    num_classes: int,
+    class_names: Sequence[str],
+    *,
+    rng: np.random.Generator,
+) -> NDArray[np.int64]:
+    """Ascending positions of equally many images of each class: as many as the rarest has."""
+    counts = np.bincount(labels, minlength=num_classes)
+    if len(labels) and counts.min() == 0:
+        label = int(np.argmin(counts))
+        raise ValueError(
+            f"balanced needs at least 1 image of each class, {_name(label, class_names)} has none"
+        )
+    kept = [
+        rng.permutation(np.flatnonzero(labels == label))[: counts.min()]
+        for label in range(num_classes)
+    ]
+    return np.sort(np.concatenate(kept))
+
+
 def _assign(
-    labels: NDArray[np.int64], shares: NDArray[np.float64], *, rng: np.random.Generator
+    labels: NDArray[np.int64],
+    shares: NDArray[np.float64],
+    *,
+    rng: np.random.Generator,
+    each_one: bool = False,
 ) -> NDArray[np.int64]:
     """(N,) owner of each image, class by class in proportion to `shares` (K, M).
+
+    With `each_one` a client whose share is less than one image gets one, and the others share
+    the rest in proportion; there must be at least M images of each class.
 
     Whole numbers by largest remainder; of equal remainders, clients with fewer images so far
     come first, then chance, so that no client collects the leftovers of all classes.
@@ -158,6 +198,8 @@ def _assign(
     for label in range(num_classes):
         members = rng.permutation(np.flatnonzero(labels == label))
         quota = shares[label] / shares[label].sum() * len(members)
+        if each_one and quota.min() < 1:
+            quota = _at_least_one(quota)
         counts = np.floor(quota).astype(np.int64)
         left = len(members) - int(counts.sum())
         chance = rng.permutation(num_clients)
@@ -166,6 +208,18 @@ def _assign(
         totals += counts
         owners[members] = np.repeat(np.arange(num_clients), counts)
     return owners
+
+
+def _at_least_one(quota: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(M,) with the same sum >= M: `max(1, c quota)` for the c that keeps the sum."""
+    raised = quota.copy()
+    small = np.zeros(len(quota), dtype=bool)
+    while (raised < 1).any():
+        small |= raised < 1
+        raised[small] = 1.0
+        left = quota.sum() - small.sum()
+        raised[~small] = quota[~small] / quota[~small].sum() * left
+    return raised
 
 
 def _give_each_one(
@@ -188,42 +242,7 @@ def _class_counts(
     return cells.reshape(num_clients, num_classes)
 
 
-def partition_table(
-    partitions: Sequence[ClientPartition],
-    labels: NDArray[np.int64],
-    class_names: Sequence[str],
-) -> str:
-    """Text table of clients x classes: numbers of images, majority classes marked with *.
-
-    Args:
-        partitions: of `labels`.
-        labels: (N,) integers in [0, K).
-        class_names: K names for the columns.
-
-    Returns:
-        Lines of one width without a newline at the end; the last row and column are totals.
-        The counts are raw-data statistics and are not covered by the privacy guarantee.
-
-    Raises:
-        ValueError: if a label has no name.
-    """
-    labels = _check_labels(labels, num_classes=len(class_names))
-    total = np.zeros(len(class_names), dtype=np.int64)
-    rows = [["client", *class_names, "total"]]
-    for part in partitions:
-        counts = np.bincount(labels[part.indices], minlength=len(class_names))
-        total += counts
-        marks = ["*" if k in part.majority else " " for k in range(len(class_names))]
-        cells = [f"{count}{mark}" for count, mark in zip(counts, marks, strict=True)]
-        rows.append([str(part.client_id), *cells, str(counts.sum())])
-    rows.append(["total", *(f"{count} " for count in total), str(total.sum())])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(map(str.rjust, row, widths)) for row in rows]
-    rule = "  ".join("-" * width for width in widths)
-    return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
-
-
-def _check_labels(labels: NDArray[np.int64], *, num_classes: int) -> NDArray[np.int64]:
+def checked_labels(labels: NDArray[np.int64], *, num_classes: int) -> NDArray[np.int64]:
     labels = np.asarray(labels)
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, got {num_classes}")
@@ -249,6 +268,29 @@ def _check_num_clients(num_clients: int, *, num_images: int, kind: str) -> None:
         )
     if kind == "own" and num_clients != 1:
         raise ValueError(f"num_clients must be 1 for kind own, got {num_clients}")
+
+
+def _check_every_group(
+    labels: NDArray[np.int64],
+    num_clients: int,
+    num_classes: int,
+    majorities: Sequence[tuple[int, ...]],
+    class_names: Sequence[str],
+) -> None:
+    """Refuse a class with too few images for every client to have one."""
+    counts = np.bincount(labels, minlength=num_classes)
+    for label in np.flatnonzero(counts < num_clients):
+        client = int(counts[label])  # one image for each client before
+        group = "majority" if label in majorities[client] else "minority"
+        raise ValueError(
+            f"majority_minority gives each client an image of each class: client {client} would "
+            f"have none of its {group} {_name(int(label), class_names)}, of which there "
+            f"{'is' if client == 1 else 'are'} {client} for {num_clients} clients"
+        )
+
+
+def _name(label: int, class_names: Sequence[str]) -> str:
+    return f"class {label} ({class_names[label]})" if class_names else f"class {label}"
 
 
 def _check_parameters(given: dict[str, float | None], *, kind: str, num_classes: int) -> None:

@@ -1,0 +1,202 @@
+"""`fedpdm tables`: results as Markdown, the paper's numbers beside ours, pictures of samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fedpdm.config import ConfigError, Suite, load_paper_values, load_suite
+from fedpdm.results import Column, Row, cell_text, gap_closed, load_results, rows
+
+__all__ = ["add_tables_parser", "suite_tables"]
+
+HEAD = """\
+# Results
+
+Made by `make tables` from `experiments/results/`; every file there says with which config, versions
+and machine. [experiments.md](experiments.md) says what was measured and how. Values are mean ±
+standard deviation over seeds, a single value where one seed was run, `-` where none was. Lower
+distances are better. **A distance is no FID unless the column says so, and does not compare with
+the paper's.**
+"""
+
+
+def add_tables_parser(commands: Any) -> None:
+    """Add the command to the subparsers of `fedpdm`."""
+    parser = commands.add_parser("tables", help="write docs/results.md from experiments/results")
+    parser.add_argument("--experiments", type=Path, default=Path("experiments"), metavar="DIR")
+    parser.add_argument("--out", type=Path, default=Path("docs/results.md"))
+    parser.set_defaults(action=write_tables)
+
+
+def write_tables(options: Any) -> None:
+    """Write the page, and a picture per experiment beside it."""
+    from fedpdm.commands.sample_pictures import draw_method_samples
+    from fedpdm.files import write_atomic
+
+    folder = options.experiments / "results"
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: there are no results; run fedpdm experiment first")
+    parts = [HEAD]
+    for path in sorted(options.experiments.glob("*.yaml")):
+        try:
+            suite = load_suite(path)
+        except ConfigError as error:
+            if "must be a mapping with at least one profile" in str(error) or "unknown key" in str(
+                error
+            ):
+                continue  # the configuration of a single run
+            raise
+        for profile in suite.profiles:
+            own = folder / f"{suite.name}-{profile}"
+            if not own.is_dir():
+                continue
+            parts.append(suite_tables(suite, profile, folder, markdown=True))
+            picture = options.out.parent / "results" / f"{suite.name}-{profile}.png"
+            if draw_method_samples(suite, own, picture):
+                parts.append(
+                    f"![samples](results/{picture.name})\n\nSamples of client 0, seed 0: majority "
+                    "and minority classes; last, real images.\n"
+                )
+    write_atomic(options.out, "\n".join(parts).encode())
+    print(f"written to {options.out}")
+
+
+def _columns(results: Sequence[dict[str, Any]]) -> list[Column]:
+    """The table's columns in the features that the results were scored with."""
+    names = {result["extractor"] for result in results}
+    if len(names) > 1:
+        raise ValueError(f"results of one table are scored with different features: {names}")
+    name = names.pop() if names else "none"
+    is_fid = name == "inception-2048"
+    distance = "fid" if is_fid else f"frechet[{name}]"
+    columns = []
+    for group in ("majority", "minority"):
+        at = ("clients", "groups", group, "scores")
+        columns += [
+            Column(
+                title=f"{group} {'FID' if is_fid else 'distance'}",
+                path=(*at, f"{group}_{distance}"),
+            ),
+            Column(title="recall", path=(*at, f"{group}_recall[{name}]")),
+            Column(title="coverage", path=(*at, f"{group}_coverage[{name}]")),
+            Column(title="copies %", path=(*at, f"{group}_near_copies"), scale=100, digits=1),
+            Column(title="fidelity", path=(*at, f"{group}_class_fidelity[{name}]")),
+        ]
+    use = ("clients", "downstream")
+    columns += [
+        Column(title="accuracy", path=(*use, "synthetic_downstream_accuracy")),
+        Column(title="worst class", path=(*use, "synthetic_downstream_worst_group")),
+        Column(title="epsilon", path=("privacy", "epsilon")),
+        Column(title="MB / client", path=("megabytes_per_client",), digits=1),
+        Column(title="minutes", path=("seconds", "training"), scale=1 / 60, digits=1),
+    ]
+    return columns
+
+
+def suite_tables(suite: Suite, profile: str, results: Path, *, markdown: bool = False) -> str:
+    """All tables of a suite at one profile: methods, the floor, gaps closed, ablations."""
+    folder = results / f"{suite.name}-{profile}"
+    found = load_results(folder) if folder.is_dir() else []
+    columns = _columns(found)
+    table = rows(found, suite.table, columns)
+    paper = load_paper_values(suite.folder / "expected" / "paper.yaml", suite.paper)
+    head = ["method", "seeds", *[column.title for column in columns], "paper: FID maj / min / avg"]
+    body = []
+    for row in table:
+        method = suite.method(row.method)
+        published = paper.get(method.paper or "")
+        values = [cell_text(v, c.digits) for v, c in zip(row.cells, columns, strict=True)]
+        body.append(
+            [
+                method.title,
+                str(len(row.seeds)),
+                *values,
+                " / ".join(f"{v:.2f}" for v in published) if published else "-",
+            ]
+        )
+    if found:
+        floor = _floor(found, columns)
+        body.append(["real images of other clients", str(len(floor.seeds)),
+                     *[cell_text(v, c.digits) for v, c in zip(floor.cells, columns, strict=True)],
+                     "-"])  # fmt: skip
+    title = f"{suite.title}, profile {profile}"
+    lines = [f"## {title}" if markdown else title, ""]
+    if description := suite.profile(profile).description:
+        lines += [f"{description}.", ""]
+    lines += _layout(head, body, markdown=markdown)
+    lines += ["", *_gaps(suite, table, columns), ""]
+    for name in suite.ablations:
+        lines += _ablation(suite, name, folder, markdown=markdown)
+    seen = [(suite.method(m).title, suite.method(m).trust) for m in suite.table]
+    if markdown:
+        lines += ["Trust: " + "; ".join(f"*{title}*: {words}" for title, words in seen) + ".", ""]
+    return "\n".join(lines)
+
+
+def _floor(found: Sequence[dict[str, Any]], columns: Sequence[Column]) -> Row:
+    """The same columns of real images, one value per seed."""
+    seeds = {result["seed"]: result for result in found}
+    floors = [
+        {
+            "method": "floor",
+            "seed": seed,
+            "clients": [
+                {"groups": {g: {"scores": r["floor"]} for g, r in client["groups"].items()}}
+                for client in result["clients"]
+            ],
+        }
+        for seed, result in seeds.items()
+    ]
+    return rows(floors, ["floor"], columns)[0]
+
+
+def _gaps(suite: Suite, table: Sequence[Row], columns: Sequence[Column]) -> list[str]:
+    """Share of the gap between training alone and centralised training that each method closes."""
+    cells = {row.method: row.cells for row in table}
+    if "alone" not in cells or "centralised" not in cells:
+        return []
+    lines = []
+    for index, column in enumerate(columns):
+        if not column.title.endswith(("distance", "FID")):
+            continue
+        parts = []
+        for row in table:
+            if row.method in ("alone", "centralised"):
+                continue
+            gap = gap_closed(cells["alone"][index], row.cells[index], cells["centralised"][index])
+            if gap is not None:
+                parts.append(f"{suite.method(row.method).title} {gap:.2f}")
+        if parts:
+            lines.append(f"Gap closed, {column.title}: {'; '.join(parts)}.")
+            lines.append("")
+    return lines
+
+
+def _ablation(suite: Suite, name: str, folder: Path, *, markdown: bool) -> list[str]:
+    ablation = suite.ablation(name)
+    root = folder / name
+    if not root.is_dir():
+        return []
+    head = [name, "method", "seeds"]
+    body: list[list[str]] = []
+    for variant in ablation.variants:
+        found = load_results(root / variant) if (root / variant).is_dir() else []
+        columns = [c for c in _columns(found) if c.title not in ("minutes",)]
+        if not body:
+            head += [column.title for column in columns]
+        for row in rows(found, ablation.methods, columns):
+            values = [cell_text(v, c.digits) for v, c in zip(row.cells, columns, strict=True)]
+            body.append([variant, suite.method(row.method).title, str(len(row.seeds)), *values])
+    title = f"Ablation: {ablation.title}"
+    return [f"### {title}" if markdown else title, "", *_layout(head, body, markdown=markdown), ""]
+
+
+def _layout(head: Sequence[str], body: Sequence[Sequence[str]], *, markdown: bool) -> list[str]:
+    if markdown:
+        lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+        return lines + ["| " + " | ".join(row) + " |" for row in body]
+    widths = [max(len(row[k]) for row in (head, *body)) for k in range(len(head))]
+    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+            for row in (head, *body)]  # fmt: skip

@@ -1,0 +1,123 @@
+"""Results of experiments: one JSON file per method and seed, and the tables made from them.
+
+`experiments/results/SUITE-PROFILE/METHOD-seedK.json`; of an ablation, one folder deeper,
+`SUITE-PROFILE/ABLATION/VARIANT/`. Beside each lies an .npz with some samples.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["Column", "Row", "cell_text", "describe_machine", "gap_closed", "load_results", "rows"]
+
+MISSING = "-"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """A number of the table: where it stands in a result, and how it is printed."""
+
+    title: str
+    path: tuple[str, ...]
+    digits: int = 2
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """All results of one method; `cells` hold the values of the seeds that were run."""
+
+    method: str
+    seeds: tuple[int, ...]
+    cells: tuple[tuple[float, ...], ...]
+
+
+def describe_machine() -> dict[str, Any]:
+    """Versions and hardware that a result was made with."""
+    names = ("fedpdm", "flwr", "torch", "torchvision", "diffusers", "numpy")
+    return {
+        "versions": {name: metadata.version(name) for name in names},
+        "python": platform.python_version(),
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if "model name" in line), "")
+
+
+def load_results(folder: Path) -> list[dict[str, Any]]:
+    """All results of a folder, by method and seed; `ValueError` naming a file that is damaged."""
+    found = []
+    for path in sorted(folder.glob("*-seed*.json")):
+        try:
+            found.append(json.loads(path.read_text()))
+        except ValueError as error:
+            raise ValueError(f"{path}: is not JSON: {error}") from None
+    return found
+
+
+def rows(
+    results: Iterable[Mapping[str, Any]], methods: Sequence[str], columns: Sequence[Column]
+) -> list[Row]:
+    """One row per method, also for those that were not run; a value is the mean over clients."""
+    kept = sorted(results, key=lambda result: result["seed"])
+    table = []
+    for method in methods:
+        own = [result for result in kept if result["method"] == method]
+        cells = tuple(
+            tuple(v * column.scale for v in (_value(r, column.path) for r in own) if v is not None)
+            for column in columns
+        )
+        table.append(Row(method=method, seeds=tuple(r["seed"] for r in own), cells=cells))
+    return table
+
+
+def _value(result: Mapping[str, Any], path: Sequence[str]) -> float | None:
+    """The number at `path`; of a list (clients) the mean; None where there is none."""
+    nodes: list[Any] = [result]
+    for name in path:
+        below: list[Any] = []
+        for node in nodes:
+            child = node.get(name) if isinstance(node, Mapping) else None
+            below += child if isinstance(child, list) else [child]
+        nodes = [node for node in below if node is not None]
+    numbers = [float(node) for node in nodes if isinstance(node, int | float)]
+    return sum(numbers) / len(numbers) if numbers else None
+
+
+def cell_text(values: Sequence[float], digits: int) -> str:
+    """`mean ± std` (divisor n - 1), the value alone for one seed, `-` where nothing was run."""
+    if not values:
+        return MISSING
+    mean = sum(values) / len(values)
+    if len(values) == 1:
+        return f"{mean:.{digits}f}"
+    spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
+    return f"{mean:.{digits}f} ± {spread:.{digits}f}"
+
+
+def gap_closed(
+    alone: Sequence[float], method: Sequence[float], central: Sequence[float]
+) -> float | None:
+    """(alone - method) / (alone - centralised) of the means: 1 is as good as centralised."""
+    if not (alone and method and central):
+        return None
+    a, m, c = (sum(values) / len(values) for values in (alone, method, central))
+    return (a - m) / (a - c) if a != c else None

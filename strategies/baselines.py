@@ -1,0 +1,77 @@
+"""Baselines in the same engine: training alone, and one model of all raw images at one place.
+
+Both are for simulations, in which one party holds all images. Federated averaging of raw images
+needs no strategy of its own: `CoarseFedAvg` averages what clients send.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.common import NDArrays, Parameters, ndarrays_to_parameters
+
+from fedpdm import wire
+from fedpdm.batches import raw_coarse_batch_loss
+from fedpdm.build import ImageSpec, build_partitions, client_images, load_split
+from fedpdm.config import RunConfig
+from fedpdm.training import BatchLoss
+from strategies.answers import ClientAnswer
+from strategies.coarse import CoarseStrategy
+from strategies.server_training import CoarseServerTraining
+
+__all__ = ["CentralisedTraining", "TrainingAlone"]
+
+
+class TrainingAlone(CoarseStrategy):
+    """No shared model: clients train their fine models and send nothing."""
+
+    has_model = False
+
+    def phase(self, round: int) -> str:
+        return "fine"
+
+    def fit_message(self, round: int) -> Parameters:
+        return ndarrays_to_parameters(wire.encode_nothing())
+
+    def evaluation_message(self) -> Parameters:
+        return ndarrays_to_parameters(wire.encode_nothing())
+
+    def accept(self, round: int, answer: ClientAnswer, message: NDArrays) -> None:
+        if message:
+            raise wire.WireError(
+                f"client {answer.client_id} sent a message where none was asked for"
+            )
+
+    def conclude(self, round: int) -> dict[str, float]:
+        return {}
+
+
+class CentralisedTraining(CoarseServerTraining):
+    """The server trains one model on the raw training images of all clients: no privacy at all."""
+
+    def __init__(self, *, config: RunConfig, spec: ImageSpec, **options: Any) -> None:
+        super().__init__(config=config, spec=spec, **options)
+        images = load_split(config, "train")
+        parts = build_partitions(config, images)
+        held = [client_images(config, images, parts, part.client_id) for part in parts]
+        self._pixels = np.concatenate([own.images.images[own.train] for own in held])
+        self._labels = np.concatenate([own.train_labels for own in held])
+
+    def phase(self, round: int) -> str:
+        return "fine"
+
+    def training_data(self) -> tuple[BatchLoss, torch.Tensor]:
+        """(loss on all clients' training images, their labels)."""
+        loss = raw_coarse_batch_loss(
+            self._config,
+            self._trainer.model,
+            self._schedule,
+            shift=self._spec.shift,
+            images=self._pixels,
+            labels=self._labels,
+            training=True,
+            device=self._device,
+        )
+        return loss, torch.from_numpy(self._labels)
