@@ -88,8 +88,7 @@ def assess_run(
         raise ValueError(f"method must be run or alone, got {method!r}")
     train, test = load_split(config, "train"), load_split(config, "test")
     extractor, classifier = build_extractor(config, test, cache=cache, say=say)
-    count = num_images or config.evaluation.num_images
-    seed = config.run.seed
+    count, seed = _count(config, num_images), config.run.seed
     results, pictures = [], {}
     for client in clients:
         synthesizer = open_synthesizer(run, client, images=train)
@@ -100,17 +99,21 @@ def assess_run(
         record: dict[str, Any] = {"client_id": client, "num_train": len(own.train), "groups": {}}
         drawn, wanted = [], []
         for group, classes in _groups(own.majority, own.minority).items():
-            say(f"client {client}, {group}: {count} images")
-            labels = group_labels(classes, count)
-            images = synthesizer.sample(labels, seed=seed)
             reference = GroupReference.of(test, classes, extractor, cache=cache)
             options: dict[str, Any] = {
                 "reference": reference, "training": training, "extractor": extractor,
                 "classifier": classifier,
             }  # fmt: skip
-            scores = score_group(images, labels, **options, rng=_rng(seed, client))
             others, other_labels = _others(config, train, client, classes, count)
-            floor = score_group(others, other_labels, **options, rng=_rng(seed, client))
+            try:
+                floor = score_group(others, other_labels, **options, rng=_rng(seed, client))
+            except ValueError as error:
+                where = f"client {client}, {group}, real images of other clients"
+                raise ValueError(f"{where}: {error}") from None
+            say(f"client {client}, {group}: {count} images")
+            labels = group_labels(classes, count)
+            images = synthesizer.sample(labels, seed=seed)
+            scores = score_group(images, labels, **options, rng=_rng(seed, client))
             record["groups"][group] = {
                 "classes": list(classes),
                 "num_own": int(np.isin(own.train_labels, classes).sum()),
@@ -154,12 +157,16 @@ def handover_curve(
     This is the ceiling that no coarse model can beat at that hand-over; at t = 0 it is the floor.
     """
     config = run.config()
+    last = config.schedule.num_steps
+    for t in levels:
+        if not 0 <= t <= last:
+            raise ValueError(f"t must be in [0, {last}], got {t}")
     train, test = load_split(config, "train"), load_split(config, "test")
     extractor, classifier = build_extractor(config, test, cache=cache, say=say)
     synthesizer = open_synthesizer(run, client, images=train)
     if synthesizer.fine is None:
         raise ValueError(f"{run.root}: this run has no fine models")
-    own, count = synthesizer.own, num_images or config.evaluation.num_images
+    own, count = synthesizer.own, _count(config, num_images)
     curve = []
     for group, classes in _groups(own.majority, own.minority).items():
         reference = GroupReference.of(test, classes, extractor, cache=cache)
@@ -194,6 +201,13 @@ def _refined(
         )  # fmt: skip
         parts.append(denormalize(x.cpu(), shift=synthesizer.shift).numpy())
     return np.concatenate(parts)
+
+
+def _count(config: RunConfig, num_images: int | None) -> int:
+    count = config.evaluation.num_images if num_images is None else num_images
+    if count < 1:
+        raise ValueError(f"number of images must be at least 1, got {count}")
+    return count
 
 
 def _groups(majority: tuple[int, ...], minority: tuple[int, ...]) -> dict[str, tuple[int, ...]]:

@@ -51,6 +51,9 @@ class PFDMPipeline(DiffusionPipeline):
         shift: public background level in [-1, 1] that the models' scale is centred on.
         guidance_scale: default classifier-free guidance weight, 1 for none.
         fine_t_max: the fine model was trained at t in [1, fine_t_max]; default T.
+        coarse_share: K + 1 numbers in [0, 1], by label and at last for no label: above t0 the
+            answer is this share of the coarse model's and the rest of the fine model's. Default:
+            the coarse model's alone. "truncated" only, with a fine model for every t.
         id2label: class names by label (as text: JSON has no other keys), if they are known.
 
     `betas` is the models' chain, float64 (T,).
@@ -96,6 +99,16 @@ class PFDMPipeline(DiffusionPipeline):
         ):
             if value not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        if coarse_share is not None:
+            if len(coarse_share) != num_classes + 1 or not all(0 <= w <= 1 for w in coarse_share):
+                raise ValueError(
+                    f"coarse_share must be {num_classes + 1} numbers in [0, 1], got {coarse_share}"
+                )
+            if chain != "truncated" or (fine_t_max or len(self.betas)) < len(self.betas):
+                raise ValueError(
+                    "coarse_share needs the chain truncated and a fine model for every t, "
+                    f"got {chain!r} and fine_t_max {fine_t_max}"
+                )
         self.register_modules(
             coarse_unet=coarse_unet.eval(), fine_unet=fine_unet.eval(), scheduler=scheduler
         )

@@ -13,6 +13,7 @@ import torch
 from fedpdm.build import ReleasePlan, build_noise, build_schedule
 from fedpdm.config import RunConfig
 from fedpdm.data import ImageSet
+from fedpdm.dpsgd import SeededDraws
 from fedpdm.files import write_tensors
 from fedpdm.loading import record_partitions
 from fedpdm.partition import ClientPartition, partition_table
@@ -120,6 +121,8 @@ def finish_run(
         )
     else:
         noise_source, statement = "none", baseline_statement(config)
+        if config.coarse.images == "dp_sgd":
+            noise_source = SeededDraws.description
     if config.coarse.training != "none":
         write_tensors(run.root / "coarse.safetensors", ema, {"noise_source": noise_source})
     run.write_json("privacy.json", statement)
@@ -139,7 +142,7 @@ def summarise(run: RunDirectory) -> str:
         f"Run directory  {run.root}",
     ]
     for name, what in (
-        ("samples.png", "samples of each class: coarse output, coarse then fine, training alone"),
+        ("samples.png", "samples of each class, a row per client and method"),
         ("partition.png", "who holds what"),
         ("partition.json", "the same, with digests to compare with other machines"),
         ("privacy.txt", "what is promised, in plain words"),
@@ -153,7 +156,8 @@ def summarise(run: RunDirectory) -> str:
     lines += table if table else ["No image metrics: they need raw data, and simulation."]
     lines.append("")
     if "heldout_coarse_loss" in final:
-        lines.append(f"Shared model's loss on held-out images: {final['heldout_coarse_loss']:.4f}")
+        what = "images" if "baseline" in privacy else "releases"
+        lines.append(f"Shared model's loss on held-out {what}: {final['heldout_coarse_loss']:.4f}")
     return "\n".join(lines)
 
 
@@ -178,16 +182,21 @@ def _privacy_lines(privacy: Mapping[str, Any]) -> list[str]:
 
 
 def metrics_table(clients: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Image metrics per client and class group; empty if there are none."""
+    """Image metrics per client and class group; empty if there are none.
+
+    The first column is a baseline's shared model where that was measured.
+    """
     rows = []
+    shared = any(name.endswith("_shared_frechet") for metrics in clients for name in metrics)
+    first, title = ("shared", "shared") if shared else ("pfdm", "PFDM")
     for metrics in clients:
         for group in ("majority", "minority", "all"):
-            if f"{group}_pfdm_frechet" not in metrics:
+            if not any(f"{group}_{method}_frechet" in metrics for method in (first, "alone")):
                 continue
             cells = [
                 metrics.get(f"{group}_{method}_{metric}", float("nan"))
                 for metric in ("frechet", "class_fidelity")
-                for method in ("pfdm", "alone", "own")
+                for method in (first, "alone", "own")
             ]
             rows.append((f"client {metrics['client_id']}", group, cells))
     if not rows:
@@ -198,7 +207,7 @@ def metrics_table(clients: Sequence[Mapping[str, Any]]) -> list[str]:
             rows.append(("mean", group, [_mean(column) for column in zip(*values, strict=True)]))
     lines = [
         "Metrics                  Frechet distance (pixel PCA)    class fidelity",
-        "                         PFDM    alone   own images      PFDM   alone  own images",
+        f"                         {title:<8}alone   own images      {title:<7}alone  own images",
     ]
     for who, group, cells in rows:
         numbers = "  ".join(_cell(value, 6) for value in cells[:3])

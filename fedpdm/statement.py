@@ -121,10 +121,12 @@ def run_statement(
 def baseline_statement(config: RunConfig) -> dict[str, Any]:
     """What a baseline promises: `coarse.images` raw or dp_sgd, or `coarse.training: none`.
 
-    `epsilon` is None where there is no bound, and 0 where nothing that depends on an image is sent.
+    `epsilon` is None where there is no bound, and 0 where nothing that depends on an image is sent
+    but metrics, as in every simulation.
     """
     images = config.coarse.images
     epsilon: float | None
+    uncovered = "Losses and image metrics, computed on raw images, are reported and not covered."
     if images == "raw":
         kind, epsilon = "no privacy", None
         words = "The shared model is trained on raw images without noise. Nothing is promised."
@@ -135,11 +137,13 @@ def baseline_statement(config: RunConfig) -> dict[str, Any]:
             f"Each client's weights are ({epsilon:g}, {config.privacy.delta:g})-differentially "
             "private with regard to its own images: noise is added to gradients there. That "
             "is no local differential privacy of the images: who runs the client's training sees "
-            "them, and weights for one image added or removed are compared, not one replaced."
+            "them, and weights for one image added or removed are compared, not one replaced. "
+            f"{uncovered} This is a simulation: the noise is seeded, and who knows the seed can "
+            "remove it."
         )
     else:
         kind, epsilon = "nothing is sent", 0.0
-        words = "Each client trains alone; no message depends on an image."
+        words = f"Each client trains alone; no model and no image leaves it. {uncovered}"
     return {
         "baseline": "none" if epsilon == 0.0 else images,
         "guarantee": kind,

@@ -83,6 +83,10 @@ def open_synthesizer(
     `images` is the run's `train` split where it is at hand already.
     """
     config = run.config()
+    names = ("coarse.safetensors", "privacy.json")  # written when the last round is over
+    for name in names[config.coarse.training == "none" :]:
+        if not (run.root / name).exists():
+            raise ValueError(f"{run.root}: this run has not finished ({name} is missing)")
     images = load_split(config, "train") if images is None else images
     own = client_images(config, images, build_partitions(config, images), client_id)
     spec, schedule = build_image_spec(config, images), build_schedule(config)
@@ -90,10 +94,7 @@ def open_synthesizer(
     device = select_device(config.run.device)
     weights: dict[str, dict[str, torch.Tensor]] = {}
     if config.coarse.training != "none":
-        path = run.root / "coarse.safetensors"
-        if not path.exists():
-            raise ValueError(f"{run.root}: this run has not finished ({path.name} is missing)")
-        weights["coarse"] = read_tensors(path)[0]
+        weights["coarse"] = read_tensors(run.root / "coarse.safetensors")[0]
     if config.has_fine_model:
         store = ClientStore(run.client_path(client_id))
         state = store.load_state(store.last_round(), "fine")

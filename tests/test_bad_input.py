@@ -80,12 +80,18 @@ CHECKS = {
     "classes": (("partition.majority_classes=11",), r"majority_classes .*\[1, 10\], got 11"),
     "too many clients": (
         ("partition.num_clients=200",),
-        r"client 1\d\d would have none of its m\w+ority class \d \(\d\), .* are 1\d\d for 200 clients",
+        r"client 1\d\d would have none of its m\w+ class \d \(\d\), .* are 1\d\d for 200 clients",
     ),
     "nothing left to train on": (
-        ("partition.num_clients=9", "partition.majority_ratio=1e6", "data.max_images=90")
-        + ("data.classes=[0,1]", "partition.majority_classes=1", "data.holdout_fraction=0.9"),
-        r"partition: client \d has no training image of its m\w+ority classes \([01]\): .* held out",
+        (
+            "partition.num_clients=9",
+            "partition.majority_ratio=1e6",
+            "partition.majority_classes=1",
+            "data.max_images=90",
+            "data.classes=[0,1]",
+            "data.holdout_fraction=0.9",
+        ),
+        r"client \d has no training image of its m\w+ classes \([01]\): .* held out",
     ),
     "class that is not there": (
         ("data.classes=[3,12]",),

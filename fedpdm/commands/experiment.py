@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from concurrent import futures
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,11 +104,11 @@ def plan_cells(suite: Suite, options: argparse.Namespace) -> list[Cell]:
     if root := options.data_dir or os.environ.get("FEDPDM_DATA"):
         overrides.setdefault("data", {})["root"] = str(Path(root).expanduser().absolute())
     variants: list[tuple[str | None, dict[str, Any]]] = [(None, {})]
-    methods: Sequence[str] = options.method or suite.table
+    methods: Sequence[str] = tuple(dict.fromkeys(options.method)) or suite.table
     if options.ablation:
         ablation = suite.ablation(options.ablation)
         variants = [(name, dict(change)) for name, change in ablation.variants.items()]
-        methods = options.method or ablation.methods
+        methods = tuple(dict.fromkeys(options.method)) or ablation.methods
     cells = []
     for seed in seeds:
         for variant, change in variants:
@@ -138,7 +140,7 @@ def _seeds(text: str | None, count: int) -> list[int]:
     if text is None:
         return list(range(count))
     try:
-        seeds = [int(part) for part in text.split(",")]
+        seeds = list(dict.fromkeys(int(part) for part in text.split(",")))
     except ValueError:
         raise ConfigError(f"--seeds: must be whole numbers with commas, got {text!r}") from None
     if min(seeds) < 0:
@@ -161,8 +163,13 @@ def _run_all(cells: Sequence[Cell], *, jobs: int) -> list[tuple[str, str]]:
                 if not waiting:
                     return
                 cell = waiting.pop(0)
-            line = _run_one(cell, children, threads=max(1, (os.cpu_count() or 1) // jobs))
+            try:
+                line = _run_one(cell, children, threads=max(1, (os.cpu_count() or 1) // jobs))
+            except OSError as error:  # no process could be started
+                line = str(error)
             with lock:
+                if stopped.is_set():
+                    return
                 finished += 1
                 if line is not None:
                     failed.append((cell.title, line))
@@ -174,18 +181,21 @@ def _run_all(cells: Sequence[Cell], *, jobs: int) -> list[tuple[str, str]]:
                     flush=True,
                 )
 
-    workers = [threading.Thread(target=work, daemon=True) for _ in range(jobs)]
+    with futures.ThreadPoolExecutor(jobs) as pool:
+        workers = [pool.submit(work) for _ in range(jobs)]
+        try:
+            futures.wait(workers)
+        except KeyboardInterrupt:
+            stopped.set()
+            told: set[subprocess.Popen[str]] = set()
+            while not all(worker.done() for worker in workers):  # none may train on unseen
+                for child in set(children) - told:
+                    child.send_signal(signal.SIGINT)
+                    told.add(child)
+                time.sleep(0.05)
+            raise
     for worker in workers:
-        worker.start()
-    try:
-        for worker in workers:
-            while worker.is_alive():
-                worker.join(timeout=0.5)
-    except KeyboardInterrupt:
-        stopped.set()
-        for child in list(children):
-            child.send_signal(signal.SIGINT)
-        raise
+        worker.result()  # raises what it raised
     return failed
 
 
@@ -202,17 +212,18 @@ def _run_one(cell: Cell, children: set[subprocess.Popen[str]], *, threads: int) 
     children.add(child)
     assert child.stdin is not None
     assert child.stdout is not None
-    assert child.stderr is not None
     errors: list[str] = []
     reader = threading.Thread(target=lambda: errors.extend(child.stderr or []), daemon=True)
-    reader.start()
-    child.stdin.write(to_text(cell))
-    child.stdin.close()
-    for line in child.stdout:
-        if line.startswith(("round ", "client ", "feature network")):
-            print(f"  {cell.title}: {line.rstrip()}", flush=True)
-    code = child.wait()
-    reader.join()
+    with child:
+        reader.start()
+        with contextlib.suppress(BrokenPipeError):  # it says itself why it ended
+            child.stdin.write(to_text(cell))
+            child.stdin.close()
+        for line in child.stdout:
+            if line.startswith(("round ", "client ", "feature network")):
+                print(f"  {cell.title}: {line.rstrip()}", flush=True)
+        code = child.wait()
+        reader.join()
     children.discard(child)
     if code == 0:
         return None

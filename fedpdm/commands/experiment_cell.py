@@ -6,7 +6,9 @@ import dataclasses
 import hashlib
 import io
 import json
+import os
 import shutil
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -82,6 +84,9 @@ def run_cell(cell: Cell) -> dict[str, Any]:
     """Train what is not trained yet, score it and write the result; returns it."""
     run = RunDirectory(cell.run_directory)
     done = (run.root / "privacy.json").exists()
+    if done and not (run.root / "clients").is_dir():
+        shutil.rmtree(run.root)  # scored before, and its models are gone
+        done = False
     if not done:
         _train(cell, run)
     history = run.read_json("metrics.json")
@@ -103,7 +108,7 @@ def run_cell(cell: Cell) -> dict[str, Any]:
             "training": sum(r["seconds"] for r in history["rounds"]),
             "scoring": scores.pop("seconds"),
         },
-        **scores,
+        **{name: value for name, value in scores.items() if name != "method"},
         "finished": time.strftime("%Y-%m-%d"),
         **describe_machine(),
         "config": public_config(cell.config),
@@ -153,11 +158,19 @@ def from_text(text: str) -> Cell:
 def main() -> int:
     """Run the cell that standard input describes; one line on standard error if it fails."""
     try:
-        run_cell(from_text(sys.stdin.read()))
+        cell = from_text(sys.stdin.read())
+        if cell.engine == "inprocess":
+            signal.signal(signal.SIGINT, _leave)
+        run_cell(cell)
     except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
         print(f"{' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
     return 0
+
+
+def _leave(*_: object) -> None:
+    """End at once: Flower's server waits for its worker threads, and every file is crash-safe."""
+    os._exit(130)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpdm.config import ConfigError, Suite, load_paper_values, load_suite
+from fedpdm.config.reading import read_mapping
 from fedpdm.results import Column, Row, cell_text, gap_closed, load_results, rows
 
 __all__ = ["add_tables_parser", "suite_tables"]
@@ -40,14 +41,9 @@ def write_tables(options: Any) -> None:
         raise ConfigError(f"{folder}: there are no results; run fedpdm experiment first")
     parts = [HEAD]
     for path in sorted(options.experiments.glob("*.yaml")):
-        try:
-            suite = load_suite(path)
-        except ConfigError as error:
-            if "must be a mapping with at least one profile" in str(error) or "unknown key" in str(
-                error
-            ):
-                continue  # the configuration of a single run
-            raise
+        if "profiles" not in read_mapping(path):
+            continue  # the configuration of a single run
+        suite = load_suite(path)
         for profile in suite.profiles:
             own = folder / f"{suite.name}-{profile}"
             if not own.is_dir():
@@ -67,7 +63,9 @@ def _columns(results: Sequence[dict[str, Any]]) -> list[Column]:
     """The table's columns in the features that the results were scored with."""
     names = {result["extractor"] for result in results}
     if len(names) > 1:
-        raise ValueError(f"results of one table are scored with different features: {names}")
+        raise ValueError(
+            f"results of one table are scored with different features: {', '.join(sorted(names))}"
+        )
     name = names.pop() if names else "none"
     is_fid = name == "inception-2048"
     distance = "fid" if is_fid else f"frechet[{name}]"
@@ -179,14 +177,16 @@ def _ablation(suite: Suite, name: str, folder: Path, *, markdown: bool) -> list[
     root = folder / name
     if not root.is_dir():
         return []
-    head = [name, "method", "seeds"]
+    found = {
+        variant: load_results(root / variant) if (root / variant).is_dir() else []
+        for variant in ablation.variants
+    }
+    every = [result for results in found.values() for result in results]
+    columns = [c for c in _columns(every) if c.title not in ("minutes",)]
+    head = [name, "method", "seeds", *[column.title for column in columns]]
     body: list[list[str]] = []
-    for variant in ablation.variants:
-        found = load_results(root / variant) if (root / variant).is_dir() else []
-        columns = [c for c in _columns(found) if c.title not in ("minutes",)]
-        if not body:
-            head += [column.title for column in columns]
-        for row in rows(found, ablation.methods, columns):
+    for variant, results in found.items():
+        for row in rows(results, ablation.methods, columns):
             values = [cell_text(v, c.digits) for v, c in zip(row.cells, columns, strict=True)]
             body.append([variant, suite.method(row.method).title, str(len(row.seeds)), *values])
     title = f"Ablation: {ablation.title}"

@@ -329,6 +329,11 @@ class RunConfig:
             raise ConfigError("fine.t_range: must be all with coarse.training: none")
         if self.sampling.coarse_worth is not None and self.fine.t_range != "all":
             raise ConfigError("fine.t_range: must be all with sampling.coarse_worth")
+        mixes = self.sampling.coarse_worth is not None and self.has_release
+        if mixes and coarse.objective != "truncated":
+            raise ConfigError(
+                f"sampling.coarse_worth: needs coarse.objective: truncated, got {coarse.objective}"
+            )
 
     @property
     def has_release(self) -> bool:

@@ -113,10 +113,11 @@ class Suite:
             mapping = merge(mapping, part)
         kind = f"{method}-{label}" if label else method
         mapping["name"] = f"{self.name}-{profile}-{kind}-seed{seed}"
-        rounds = mapping.get("run", {}).get("rounds", size.rounds)
+        config_from_mapping(mapping)  # refuses what the lines below could not read
+        rounds = (mapping.get("run") or {}).get("rounds", size.rounds)
         mapping = merge(mapping, {"run": {"seed": seed, "rounds": rounds}})
         for role, share in (("coarse", row.shared), ("fine", 1.0 - row.shared)):
-            section = mapping.setdefault(role, {})
+            section = mapping[role] = dict(mapping.get(role) or {})
             per_step = section.get("batch_size", BATCH) / BATCH
             steps = round(share * size.steps / per_step / rounds)
             if share > 0 and steps == 0:
@@ -157,11 +158,11 @@ def load_suite(path: Path) -> Suite:
     methods = {}
     for file in sorted(folder.glob("*.yaml")):
         methods[file.stem] = _method(file)
-    changes = mapping.get("methods") or {}
-    for name, change in changes.items():
+    for name, change in _section(mapping, "methods", path).items():
         if name not in methods:
             raise ConfigError(f"{path}: methods.{name}: there is no {folder / name}.yaml")
-        methods[name] = dataclasses.replace(methods[name], set=merge(methods[name].set, change))
+        own = _section({name: change}, name, path)
+        methods[name] = dataclasses.replace(methods[name], set=merge(methods[name].set, own))
     table = tuple(str(name) for name in mapping["table"])
     for name in table:
         if name not in methods:
@@ -173,12 +174,28 @@ def load_suite(path: Path) -> Suite:
         table=table,
         methods=methods,
         profiles=profiles,
-        common=mapping.get("common") or {},
+        common=_section(mapping, "common", path),
         ablations={
-            str(name): build_section(Ablation, value, f"ablations.{name}")
-            for name, value in (mapping.get("ablations") or {}).items()
+            name: _ablation(value, f"ablations.{name}", path)
+            for name, value in _section(mapping, "ablations", path).items()
         },
         folder=path.parent,
+    )
+
+
+def _section(mapping: Mapping[str, Any], name: str, path: Path) -> dict[str, Any]:
+    """The mapping at `name`, with text keys; empty where there is none."""
+    value = mapping.get(name)
+    if not isinstance(value, Mapping | None):
+        raise ConfigError(f"{path}: {name}: must be a mapping, got {value!r}")
+    return {str(key): each for key, each in (value or {}).items()}
+
+
+def _ablation(value: Any, name: str, path: Path) -> Ablation:
+    ablation: Ablation = build_section(Ablation, value, name)
+    variants = _section({"variants": ablation.variants}, "variants", path)
+    return dataclasses.replace(
+        ablation, variants={key: _section(variants, key, path) for key in variants}
     )
 
 
