@@ -262,6 +262,11 @@ def _share(config: RunConfig, client_id: int, *, num_classes: int) -> list[float
     """`coarse_share` of a simulated client, by class and for no label."""
     if config.sampling.coarse_worth is None:
         return None
+    if not config.run.simulation:
+        raise ValueError(
+            "sampling.coarse_worth: an export needs the client's labels, which are at hand in "
+            f"simulation alone (client {client_id})"
+        )
     images = load_split(config, "train")
     own = client_images(config, images, build_partitions(config, images), client_id)
     share = coarse_share(config, own.train_labels, num_classes=num_classes)

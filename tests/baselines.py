@@ -67,7 +67,7 @@ def final_weights(out: Path) -> dict[str, torch.Tensor]:
 def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     """L2 distance of two models."""
     assert a.keys() == b.keys()
-    return sum(float((a[name] - b[name]).double().square().sum()) for name in a) ** 0.5
+    return sum(float((a[name] - b[name]).detach().double().square().sum()) for name in a) ** 0.5
 
 
 def spied_run(config: RunConfig, out: Path) -> list[tuple[str, list[bytes], list[bytes]]]:
@@ -77,8 +77,8 @@ def spied_run(config: RunConfig, out: Path) -> list[tuple[str, list[bytes], list
     def spy(kind: str) -> Any:
         real = getattr(inprocess._LocalProxy, kind)
 
-        def asked(self: object, ins: Any, *rest: Any) -> Any:
-            answer = real(self, ins, *rest)
+        def asked(self: object, ins: Any, *rest: Any, **named: Any) -> Any:
+            answer = real(self, ins, *rest, **named)
             back = answer.parameters.tensors if kind == "fit" else []
             sent.append((kind, list(ins.parameters.tensors), list(back)))
             return answer

@@ -122,8 +122,15 @@ def test_own_arrays(refuser: Refuser, tmp_path: Path, kind: str) -> None:
 
 
 def test_public_data_that_is_not_there(tmp_path: Path, refuser: Refuser) -> None:
-    line = refuser.run_line("data.name=cifar10", f"data.root={tmp_path / 'nowhere'}")
-    assert "data.root: cifar10 misses cifar-10-batches-py/data_batch_1" in line
+    nowhere = tmp_path / "nowhere"
+    for name, file in (
+        ("cifar10", "cifar-10-batches-py/data_batch_1"),
+        ("colored_mnist", "MNIST/raw/train-images-idx3-ubyte"),
+        ("celeba", "celeba/list_attr_celeba.txt"),
+    ):
+        line = refuser.run_line(f"data.name={name}", f"data.root={nowhere}")
+        assert f"data.root: {name} misses {file}, " in line
+        assert f" in {nowhere}; set data.root" in line
     assert "set data.root or the environment variable FEDPDM_DATA" in refuser.run_line(
         "data.name=cifar10"
     )

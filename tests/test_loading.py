@@ -12,6 +12,7 @@ import pytest
 from fedpdm.build import build_partitions, load_public, load_split
 from fedpdm.config import ConfigError, RunConfig
 from fedpdm.data import ImageSet
+from fedpdm.engines.preflight import check_run
 from fedpdm.loading import record_partitions
 from fedpdm.reporting import draw_split
 from fedpdm.runs import RunDirectory
@@ -110,3 +111,18 @@ def test_the_split_is_written_into_the_run(tmp_path: Path) -> None:
     assert counts.sum(axis=0).tolist() == [rarest] * 10
     assert record["left_out"] == (np.bincount(images.labels) - rarest).tolist()
     assert "Left out, so that classes are equal" in (tmp_path / "partition.txt").read_text()
+
+
+def test_the_check_before_a_run_tells_of_both(tmp_path: Path) -> None:
+    config = small_config(data={"max_images": None, "resolution": 20}, partition={"balanced": True})
+    lines = check_run(config, tmp_path / "out", resume=False)
+    images = load_split(config, "train")
+    surplus = len(images) - 10 * np.bincount(images.labels).min()
+    assert lines[0].endswith(f", {surplus} left out to balance the classes")
+    notes = [line for line in lines if line.startswith("note: ")]
+    assert notes == [
+        f"note: {role}.preset micro is meant for images of 8 to 16 pixels, these have 20"
+        for role in ("coarse", "fine")
+    ]
+    suitable = check_run(small_config(), tmp_path / "out", resume=False)
+    assert not any("note" in line or "left out" in line for line in suitable)

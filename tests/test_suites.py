@@ -113,14 +113,7 @@ def test_methods_differ_in_nothing_but_what_they_say(name: str) -> None:
             assert len({read(config) for config in configs}) == 1
 
 
-@pytest.mark.parametrize(
-    "profile",
-    [
-        "smoke",
-        "cpu",
-        pytest.param("paper", marks=pytest.mark.xfail(strict=True, reason="pfdm: 40, others: 50")),
-    ],
-)
+@pytest.mark.parametrize("profile", ["smoke", "cpu", "paper"])
 @pytest.mark.parametrize("name", NAMES)
 def test_sampling_in_two_chains_gets_no_fewer_steps(name: str, profile: str) -> None:
     """PFDM's T + t0 levels share its steps; all others have equally many for T levels."""
