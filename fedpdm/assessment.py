@@ -198,6 +198,7 @@ def _refined(
             synthesizer.fine, q_sample(schedule, x_0, level, noise=noise), t=t, schedule=schedule,
             labels=torch.from_numpy(labels[chosen]).to(device), generator=generator,
             scheduler=config.sampling.scheduler, num_steps=config.sampling.num_steps,
+            guidance=config.sampling.guidance,
         )  # fmt: skip
         parts.append(denormalize(x.cpu(), shift=synthesizer.shift).numpy())
     return np.concatenate(parts)

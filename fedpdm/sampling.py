@@ -226,6 +226,7 @@ def refine(
     generator: torch.Generator,
     scheduler: str = "ddim",
     num_steps: int = 50,
+    guidance: float = 1.0,
     flag_unclipped: bool = True,
 ) -> torch.Tensor:
     """The fine stage by itself: x_t float32 (N, C, H, W) at level t in [0, T] down to 0.
@@ -240,7 +241,7 @@ def refine(
 
     def ask(x: torch.Tensor, level: int) -> torch.Tensor:
         levels = torch.full((len(x),), level, device=x.device)
-        return fine(x, levels, labels=labels, clipped=flag)
+        return _guided(fine, x, levels, labels=labels, guidance=guidance, clipped=flag)
 
     head = make_scheduler(scheduler, schedule.betas[:t])
     return _run_chain(ask, x_t, head, num_steps=num_steps, generator=generator)
