@@ -16,8 +16,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-
 __all__ = ["Column", "Row", "cell_text", "describe_machine", "gap_closed", "load_results", "rows"]
 
 MISSING = "-"
@@ -44,6 +42,8 @@ class Row:
 
 def describe_machine() -> dict[str, Any]:
     """Versions and hardware that a result was made with."""
+    import torch
+
     names = ("fedpdm", "flwr", "torch", "torchvision", "diffusers", "numpy")
     return {
         "versions": {name: metadata.version(name) for name in names},
