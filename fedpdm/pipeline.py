@@ -286,6 +286,7 @@ class PFDMPipeline(DiffusionPipeline):
             try:
                 with torch.random.fork_rng(devices=[]):  # the step may draw noise
                     scheduler.step(scheduler.scale_model_input(probe, first), first, probe)
+            # What a diffusers scheduler raises for a kind of prediction that it does not take.
             except (NotImplementedError, ValueError) as error:
                 reason = " ".join(str(error).split())
             else:

@@ -209,6 +209,16 @@ class Trainer(Generic[Model]):
         for p in self._parameters:
             slots[p]["step"] = torch.tensor(float(self.step), device=self.device)
 
+    def _descend(self) -> None:
+        """AdamW with the gradients that there are, and the moving average."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.settings.learning_rate(self.step)
+        self._optimizer.step()
+        self.step += 1
+        decay = min(self.settings.ema_decay, (1.0 + self.step) / (10.0 + self.step))
+        with torch.no_grad():
+            torch._foreach_lerp_(self._ema, self._parameters, 1.0 - decay)
+
     def train(
         self,
         batch_loss: BatchLoss,
@@ -249,8 +259,6 @@ class Trainer(Generic[Model]):
         checked = 0
         pull = [anchor[name].to(self.device) for name in self._named] if anchor else None
         for index in range(num_steps):
-            for group in self._optimizer.param_groups:
-                group["lr"] = settings.learning_rate(self.step)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
                 loss = batch_loss(indices[index], generator).mean()
             self._optimizer.zero_grad(set_to_none=True)
@@ -261,11 +269,7 @@ class Trainer(Generic[Model]):
                     torch._foreach_add_(gradients, self._parameters, alpha=proximal_mu)
                     torch._foreach_add_(gradients, pull, alpha=-proximal_mu)
             norm = torch.nn.utils.clip_grad_norm_(self._parameters, settings.grad_clip)
-            self._optimizer.step()
-            self.step += 1
-            decay = min(settings.ema_decay, (1.0 + self.step) / (10.0 + self.step))
-            with torch.no_grad():
-                torch._foreach_lerp_(self._ema, self._parameters, 1.0 - decay)
+            self._descend()
             trace[index, 0], trace[index, 1] = loss.detach(), norm
             if index % 20 == 0 or index + 1 == num_steps:
                 recent = trace[checked : index + 1].tolist()  # one wait for the device per check

@@ -184,34 +184,34 @@ def test_a_full_disk_leaves_the_old_ledger(
 def test_every_changed_byte_is_noticed(path: Path, data: bytes) -> None:
     for position, old in enumerate(data):
         for new in {old ^ 1, old ^ 0x20, old ^ 0x80, ord("\n")} - {old}:
-            refused(path, data[:position] + bytes([new]) + data[position + 1 :])
+            assert refused(path, data[:position] + bytes([new]) + data[position + 1 :])
 
 
 def test_every_byte_more_or_less_is_noticed(path: Path, data: bytes) -> None:
     for position in range(len(data) + 1):
         for added in b"\n 0,":
-            refused(path, data[:position] + bytes([added]) + data[position:])
+            assert refused(path, data[:position] + bytes([added]) + data[position:])
         if position < len(data):
-            refused(path, data[:position] + data[position + 1 :])
+            assert refused(path, data[:position] + data[position + 1 :])
 
 
 def test_a_cut_anywhere_is_noticed(path: Path, data: bytes) -> None:
     for length in range(len(data)):
-        refused(path, data[:length])
-        refused(path, data[length + 1 :])
+        assert refused(path, data[:length])
+        assert refused(path, data[length + 1 :])
 
 
 def test_every_line_counts(path: Path, data: bytes) -> None:
     lines = data.split(b"\n")[:-1]
     for at in range(len(lines)):
-        refused(path, b"\n".join(lines[:at] + lines[at + 1 :]) + b"\n")
-        refused(path, b"\n".join(lines[: at + 1] + lines[at:]) + b"\n")
+        assert refused(path, b"\n".join(lines[:at] + lines[at + 1 :]) + b"\n")
+        assert refused(path, b"\n".join(lines[: at + 1] + lines[at:]) + b"\n")
         for other in range(at):
             swapped = list(lines)
             swapped[at], swapped[other] = swapped[other], swapped[at]
-            refused(path, b"\n".join(swapped) + b"\n")
+            assert refused(path, b"\n".join(swapped) + b"\n")
         for inserted in (b"", b"# a remark", b"{}", b'{"record": 2}', lines[2]):
-            refused(path, b"\n".join([*lines[:at], inserted, *lines[at:]]) + b"\n")
+            assert refused(path, b"\n".join([*lines[:at], inserted, *lines[at:]]) + b"\n")
 
 
 def test_an_older_ledger_under_a_newer_end_is_noticed(path: Path, data: bytes) -> None:
@@ -260,9 +260,9 @@ def test_random_bytes_are_refused(path: Path, data: bytes) -> None:
             noise = random_bytes.randbytes(length)
             text = bytes(random_bytes.choice(b'{}[]",:0123456789.eE+-tfn\\u \n#') for _ in noise)
             for content in (noise, text):
-                refused(path, content)
-                refused(path, title + b"\n" + content)
-                refused(path, title + b"\n" + content + b"\n# end: 1 records, chain 0\n")
+                assert refused(path, content)
+                assert refused(path, title + b"\n" + content)
+                assert refused(path, title + b"\n" + content + b"\n# end: 1 records, chain 0\n")
 
 
 def test_random_splices_are_refused(path: Path, data: bytes) -> None:
@@ -272,7 +272,7 @@ def test_random_splices_are_refused(path: Path, data: bytes) -> None:
         at = chance.randrange(len(data) + 1)
         spliced = data[:at] + data[start:end] + data[at + chance.randrange(40) :]
         if spliced != data:
-            refused(path, spliced)
+            assert refused(path, spliced)
 
 
 @pytest.mark.parametrize(
@@ -298,8 +298,8 @@ def test_random_splices_are_refused(path: Path, data: bytes) -> None:
 def test_strange_lines_are_refused(path: Path, data: bytes, line: bytes) -> None:
     lines = data.split(b"\n")
     for at in (1, 2, 3):
-        refused(path, b"\n".join([*lines[:at], line, *lines[at + 1 :]]))
-        refused(path, b"\n".join([*lines[:at], line, *lines[at:]]))
+        assert refused(path, b"\n".join([*lines[:at], line, *lines[at + 1 :]]))
+        assert refused(path, b"\n".join([*lines[:at], line, *lines[at:]]))
 
 
 def test_deep_nesting_under_a_right_checksum_is_refused(path: Path, data: bytes) -> None:
@@ -313,9 +313,9 @@ def test_deep_nesting_under_a_right_checksum_is_refused(path: Path, data: bytes)
 
 def test_other_encodings_are_refused(path: Path, data: bytes) -> None:
     for encoding in ("utf-16", "utf-32", "utf-8-sig"):
-        refused(path, data.decode().encode(encoding))
-    refused(path, data.replace(b"\n", b"\r\n"))
-    refused(path, data.replace(b"\n", b"\r"))
+        assert refused(path, data.decode().encode(encoding))
+    assert refused(path, data.replace(b"\n", b"\r\n"))
+    assert refused(path, data.replace(b"\n", b"\r"))
 
 
 def test_a_directory_in_its_place_is_refused(path: Path, tmp_path: Path) -> None:

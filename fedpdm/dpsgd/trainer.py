@@ -120,7 +120,10 @@ class PrivateTrainer(Trainer[Model]):
                         assert parameter.grad is not None
                         parameter.grad += proximal_mu * (parameter.detach() - to)
                 trace[index, 0], trace[index, 1] = loss, len(batch)
-                trace[index, 2] = self._descend()
+                trace[index, 2] = torch.nn.utils.get_total_norm(
+                    [p.grad for p in self._parameters if p.grad is not None]
+                )
+                self._descend()
                 if index % 20 == 0 or index + 1 == num_steps:
                     recent = trace[checked : index + 1].tolist()
                     _check_finite(recent, first_step=self.step - len(recent) + 1, what=what)
@@ -183,20 +186,6 @@ class PrivateTrainer(Trainer[Model]):
             add_clipped(totals, found, max_grad_norm=self.privacy.max_grad_norm)
             loss += losses.detach().sum() / (multiplicity * len(batch))
         return totals, loss
-
-    def _descend(self) -> torch.Tensor:
-        """AdamW and the moving average, as in `Trainer.train`; returns the gradient's norm."""
-        for group in self._optimizer.param_groups:
-            group["lr"] = self.settings.learning_rate(self.step)
-        norm = torch.nn.utils.get_total_norm(
-            [parameter.grad for parameter in self._parameters if parameter.grad is not None]
-        )
-        self._optimizer.step()
-        self.step += 1
-        decay = min(self.settings.ema_decay, (1.0 + self.step) / (10.0 + self.step))
-        with torch.no_grad():
-            torch._foreach_lerp_(self._ema, self._parameters, 1.0 - decay)
-        return norm
 
 
 def _check_finite(rows: list[list[float]], *, first_step: int, what: str) -> None:
