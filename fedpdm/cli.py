@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -21,6 +22,9 @@ from fedpdm.config import ConfigError, RunConfig, config_reference, load_config
 
 __all__ = ["main"]
 
+# What trainers say (fedpdm.training); it comes through Flower as text.
+_DIVERGED = re.compile(r"(loss|gradient) is (nan|-?inf) at step \d+")
+
 EXAMPLES = """\
 examples:
   fedpdm run experiments/digits.yaml --set privacy.epsilon=3 --out runs/eps3
@@ -34,7 +38,8 @@ examples:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code.
 
-    0 success, 1 the run failed, 2 bad input (one line on standard error), 130 interrupted.
+    0 success, 1 the run failed, 2 bad input (one line on standard error), 130 interrupted. A
+    training that diverged counts as bad input: its settings do not work on these images.
     """
     options = _parser().parse_args(arguments)
     try:
@@ -56,8 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ours = type(error).__module__.split(".")[0] in ("fedpdm", "strategies")
         if not ours and not isinstance(error, FloatingPointError):
             raise
-        print(f"fedpdm: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+        line = " ".join(str(error).split())
+        print(f"fedpdm: {line}", file=sys.stderr)
+        return 2 if _DIVERGED.search(line) else 1
 
 
 def _parser() -> argparse.ArgumentParser:
