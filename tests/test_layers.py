@@ -43,6 +43,7 @@ RANKS: dict[str, int] = {
     "fedpdm.features": 5,  # networks and other maps from images to vectors
     "fedpdm.downstream": 6,
     "fedpdm.judging": 6,
+    "fedpdm.pretraining": 6,  # the attacker's own model, from public images
     "fedpdm.toy": 6,
     "fedpdm.dpsgd": 6,  # the DP-SGD baseline
     "fedpdm.wire": 6,

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
-__all__ = ["auc", "auc_interval", "roc_points", "tpr_at_fpr"]
+__all__ = ["auc", "auc_difference", "auc_interval", "roc_points", "tpr_at_fpr"]
 
 Array = NDArray[np.float64]
 
@@ -60,6 +60,37 @@ def auc_interval(
     middle = float(special.logit(area))
     half = -float(special.ndtri(tail)) * math.sqrt(variance) / (area * (1.0 - area))
     return float(special.expit(middle - half)), float(special.expit(middle + half))
+
+
+def auc_difference(
+    first: tuple[ArrayLike, ArrayLike],
+    second: tuple[ArrayLike, ArrayLike],
+    *,
+    confidence: float = 0.95,
+) -> tuple[float, float, float]:
+    """(difference, low, high) of AUC(first) - AUC(second): two scores of the same examples.
+
+    Each is (positive (n,), negative (m,)), the same examples in the same order. The interval
+    is the normal one with the variance of paired scores (DeLong et al. 1988, Eq. 5).
+
+    Raises:
+        ValueError: for numbers of examples that differ or are below 2, and as `auc_interval`.
+    """
+    if not 0.0 < confidence < 1.0:
+        raise ValueError(f"confidence must be in (0, 1), got {confidence}")
+    pairs = [_check_scores(*each) for each in (first, second)]
+    sizes = [(len(x), len(y)) for x, y in pairs]
+    if sizes[0] != sizes[1] or min(sizes[0]) < 2:
+        raise ValueError(
+            f"first and second must score the same examples, at least 2 and 2, got {sizes[0]} "
+            f"and {sizes[1]}"
+        )
+    above = _placements(*pairs[0]) - _placements(*pairs[1])
+    below = _placements(*pairs[0][::-1]) - _placements(*pairs[1][::-1])
+    difference = float(above.mean())
+    variance = above.var(ddof=1) / len(above) + below.var(ddof=1) / len(below)
+    half = -float(special.ndtri((1.0 - confidence) / 2.0)) * math.sqrt(variance)
+    return difference, max(-1.0, difference - half), min(1.0, difference + half)
 
 
 def tpr_at_fpr(positive: ArrayLike, negative: ArrayLike, *, fpr: float = 0.01) -> float:

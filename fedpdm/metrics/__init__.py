@@ -28,7 +28,13 @@ from fedpdm.metrics.manifolds import (
     manifold_scores,
     precision_recall,
 )
-from fedpdm.metrics.neighbors import near_copy_fraction, near_copy_ratio, nearest_label
+from fedpdm.metrics.nearest import Nearest, nearest_rows
+from fedpdm.metrics.neighbors import (
+    near_copy_fraction,
+    near_copy_ratio,
+    nearest_label,
+    search_copies,
+)
 from fedpdm.metrics.pixels import PixelFeatures
 
 __all__ = [
@@ -38,6 +44,7 @@ __all__ = [
     "FrechetReference",
     "KernelDistance",
     "ManifoldScores",
+    "Nearest",
     "PixelFeatures",
     "PrecisionRecall",
     "assignment_distance",
@@ -52,5 +59,7 @@ __all__ = [
     "near_copy_fraction",
     "near_copy_ratio",
     "nearest_label",
+    "nearest_rows",
     "precision_recall",
+    "search_copies",
 ]

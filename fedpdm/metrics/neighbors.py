@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedpdm.metrics.arrays import Array, flat_pixels, parts
+from fedpdm.metrics.nearest import Nearest, nearest_rows
 
-__all__ = ["near_copy_fraction", "near_copy_ratio", "nearest_label"]
+__all__ = ["near_copy_fraction", "near_copy_ratio", "nearest_label", "search_copies"]
 
 
 def nearest_label(
@@ -83,18 +85,37 @@ def near_copy_ratio(
     Raises:
         ValueError: for arrays that do not fit together or a parameter out of bounds.
     """
-    queries, references = _pixel_pair(generated, training, ("generated", "training"))
+    return search_copies(generated, training, threshold_ratio=threshold_ratio, n=n)[0]
+
+
+def search_copies(
+    generated: NDArray[Any],
+    training: NDArray[Any],
+    *,
+    threshold_ratio: float = 0.5,
+    n: int = 50,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Array, Nearest]:
+    """`near_copy_ratio` on pixels or features (N, d), and the n nearest training rows themselves.
+
+    `progress` is called with (images done, N); the rest is as there.
+    """
+    if getattr(generated, "shape", (0,))[1:] != getattr(training, "shape", (0,))[1:]:
+        raise ValueError(
+            f"generated and training must have one image size, got {generated.shape[1:]} "
+            f"and {training.shape[1:]}"
+        )
     if not (threshold_ratio > 0 and np.isfinite(threshold_ratio)):
         raise ValueError(f"threshold_ratio must be above 0 and finite, got {threshold_ratio}")
-    if not 2 <= n <= len(references):
-        raise ValueError(f"n must be in [2, {len(references)}], got {n}")
-    ratios = np.zeros(len(queries))
-    for part in parts(queries):
-        squared = _squared_distances(queries[part], references)
-        nearest = np.sqrt(np.partition(squared, n - 1, axis=1)[:, :n])
-        scale = threshold_ratio * nearest.mean(axis=1)
-        np.divide(nearest.min(axis=1), scale, out=ratios[part], where=scale > 0)
-    return ratios
+    if not 2 <= n <= len(training):
+        raise ValueError(f"n must be in [2, {len(training)}], got {n}")
+    found = nearest_rows(
+        generated, training, n=n, names=("generated", "training"), progress=progress
+    )
+    ratios = np.zeros(len(found.distances))
+    scale = threshold_ratio * found.distances.mean(axis=1)
+    np.divide(found.distances[:, 0], scale, out=ratios, where=scale > 0)
+    return ratios, found
 
 
 def near_copy_fraction(

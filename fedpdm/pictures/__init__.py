@@ -4,6 +4,7 @@ Drawn on matplotlib `Figure` objects, without pyplot and its global state, so it
 a display and in any thread. matplotlib is imported only when something is drawn.
 """
 
+from fedpdm.pictures.attack_grids import draw_memorised_pairs, draw_reconstructions
 from fedpdm.pictures.heatmap import draw_partition
 from fedpdm.pictures.image_grid import draw_image_grid
 from fedpdm.pictures.roc_curve import draw_roc
@@ -14,8 +15,10 @@ __all__ = [
     "Panel",
     "Series",
     "draw_image_grid",
+    "draw_memorised_pairs",
     "draw_panels",
     "draw_partition",
+    "draw_reconstructions",
     "draw_roc",
     "draw_scatter",
 ]

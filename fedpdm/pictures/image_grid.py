@@ -22,6 +22,7 @@ _MARGIN: Final = 12
 _GAP: Final = 3
 _GROUP_GAP: Final = 14
 _LABEL_GAP: Final = 8
+_CAPTION: Final = 15
 
 _MISSING_LEVEL: Final = 238  # light grey where a row has no image
 
@@ -33,6 +34,7 @@ def draw_image_grid(
     row_labels: Sequence[str],
     row_groups: Sequence[str] | None = None,
     column_labels: Sequence[str] | None = None,
+    image_labels: Sequence[Sequence[str]] | None = None,
     scale: int | None = None,
     title: str | None = None,
     note: str | None = None,
@@ -47,6 +49,7 @@ def draw_image_grid(
         row_groups: one per row: a second level of labels further left. Neighbouring rows of
             one group share it, and groups stand apart.
         column_labels: one per column, above; turned where they are too wide.
+        image_labels: per row, one per image or none: small, above the row's images.
         scale: pixels per image pixel, >= 1. Default: the least for at least 48 per image.
         title: one line at the top; note: a smaller line below it.
 
@@ -55,6 +58,7 @@ def draw_image_grid(
     """
     target = png_path(path)
     height, width, num_columns = _check_grid(rows, row_labels, row_groups, column_labels)
+    captions = _check_captions(image_labels, rows)
     if scale is not None and scale < 1:
         raise ValueError(f"scale must be at least 1, got {scale}")
     factor = scale or -(-_MIN_IMAGE // min(height, width))
@@ -67,6 +71,7 @@ def draw_image_grid(
             row_labels=row_labels,
             row_groups=row_groups,
             column_labels=column_labels or [],
+            captions=captions,
             title=title,
             note=note,
         ),
@@ -104,6 +109,23 @@ def _check_grid(
     return rows[0].shape[2], rows[0].shape[3], num_columns
 
 
+def _check_captions(
+    image_labels: Sequence[Sequence[str]] | None, rows: Sequence[NDArray[np.uint8]]
+) -> Sequence[Sequence[str]]:
+    """One list of labels per row, empty for rows without."""
+    if image_labels is None:
+        return [[] for _ in rows]
+    numbers = [len(labels) for labels in image_labels]
+    if len(numbers) != len(rows) or any(
+        number not in (0, len(row)) for number, row in zip(numbers, rows, strict=True)
+    ):
+        raise ValueError(
+            f"image_labels must be one per image or none for each row, "
+            f"{[len(row) for row in rows]}, got {numbers}"
+        )
+    return image_labels
+
+
 def _grid_figure(
     rows: Sequence[NDArray[np.uint8]],
     *,
@@ -113,6 +135,7 @@ def _grid_figure(
     row_labels: Sequence[str],
     row_groups: Sequence[str] | None,
     column_labels: Sequence[str],
+    captions: Sequence[Sequence[str]],
     title: str | None,
     note: str | None,
 ) -> Figure:
@@ -131,7 +154,10 @@ def _grid_figure(
     top = _MARGIN + (26 if title else 0) + (20 if note else 0)
     top += (heading_width + 6 if is_turned else 18) if column_labels else 0
     tops = [
-        top + row * (cell[0] + _GAP) + sum(row >= start for start in starts[1:]) * _GROUP_GAP
+        top
+        + row * (cell[0] + _GAP)
+        + sum(row >= start for start in starts[1:]) * _GROUP_GAP
+        + sum(bool(labels) for labels in captions[: row + 1]) * _CAPTION
         for row in range(len(rows))
     ]
     canvas_height = tops[-1] + cell[0] + _MARGIN
@@ -161,6 +187,10 @@ def _grid_figure(
     for column, label in enumerate(column_labels):
         middle = left + column * (cell[1] + _GAP) + cell[1] / 2
         write(middle, top - 5, label, ha="center", va="bottom", rotation=90 if is_turned else 0)
+    for y, labels in zip(tops, captions, strict=True):
+        for column, label in enumerate(labels):
+            middle = left + column * (cell[1] + _GAP) + cell[1] / 2
+            write(middle, y - _CAPTION / 2, label, ha="center", fontsize=8.0, color=MUTED)
     labels_end = left - _LABEL_GAP
     for y, label in zip(tops, row_labels, strict=True):
         write(labels_end, y + cell[0] / 2, label, ha="right")
