@@ -13,7 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedpdm.build import build_partitions, build_schedule, load_public, load_split
+from fedpdm.build import (
+    build_partitions,
+    build_schedule,
+    client_images,
+    load_public,
+    load_split,
+)
 from fedpdm.config import ConfigError, RunConfig
 from fedpdm.data import ImageSet, denormalize, normalize
 from fedpdm.downstream import classifier_scores
@@ -25,7 +31,7 @@ from fedpdm.features import (
     TrainedFeatures,
     train_feature_network,
 )
-from fedpdm.judging import GroupReference, score_group
+from fedpdm.judging import GroupReference, check_counts, reference_rows, score_group
 from fedpdm.rng import Purpose, numpy_rng, torch_generator
 from fedpdm.runs import RunDirectory
 from fedpdm.sampling import refine
@@ -33,7 +39,7 @@ from fedpdm.schedule import q_sample
 from fedpdm.synthesis import Synthesizer, open_synthesizer
 from fedpdm.training import select_device
 
-__all__ = ["assess_run", "handover_curve"]
+__all__ = ["assess_run", "check_scoring", "handover_curve"]
 
 Say = Callable[[str], None]
 
@@ -52,6 +58,36 @@ def build_extractor(
     network = train_feature_network(public, seed=0, cache=cache)
     say(f"feature network: accuracy {network.accuracy:.3f} on {network.num_held_out} public images")
     return network, network
+
+
+def check_scoring(
+    config: RunConfig,
+    *,
+    clients: Sequence[int] = (0,),
+    cache: Path | None = None,
+    say: Say = print,
+) -> None:
+    """Refuse, before anything is trained, a run that `assess_run` could not score.
+
+    Makes the feature network, which `assess_run` then finds in the cache. `ValueError` (one line):
+    no features, or too few test images, samples or images of other clients in a class group.
+    """
+    train, test = load_split(config, "train"), load_split(config, "test")
+    parts, count = build_partitions(config, train), _count(config, None)
+    extractor, _ = build_extractor(config, test, cache=cache, say=say)
+    width = extractor(test.images[:1]).shape[1]
+    for client in clients:
+        own = client_images(config, train, parts, client)
+        for group, classes in _groups(own.majority, own.minority).items():
+            _, labels = _others(config, train, client, classes, count)
+            where = f"client {client}, {group}"
+            try:
+                reference_rows(test.labels, classes)
+                check_counts(num_generated=count, num_training=len(own.train), width=width)
+                where += ", real images of other clients"
+                check_counts(num_generated=len(labels), num_training=len(own.train), width=width)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
 
 
 def assess_run(

@@ -32,7 +32,7 @@ from fedpdm.metrics import (
     near_copy_fraction,
 )
 
-__all__ = ["GroupReference", "GroupScores", "score_group"]
+__all__ = ["GroupReference", "GroupScores", "check_counts", "reference_rows", "score_group"]
 
 K_PRECISION: Final = 3
 K_DENSITY: Final = 5
@@ -65,12 +65,7 @@ class GroupReference:
         Raises:
             ValueError: if the set has fewer than 6 images of these classes.
         """
-        chosen = np.flatnonzero(np.isin(images.labels, tuple(classes)))
-        if len(chosen) <= K_DENSITY:
-            raise ValueError(
-                f"evaluation.num_reference: classes {tuple(classes)} need at least "
-                f"{K_DENSITY + 1} reference images, got {len(chosen)}"
-            )
+        chosen = reference_rows(images.labels, classes)
         features = reference_features(images.images, extractor, cache=cache)
         return cls(classes=tuple(classes), features=features.rows(chosen))
 
@@ -78,6 +73,35 @@ class GroupReference:
     def frechet(self) -> FrechetReference:
         """The group's Gaussian; its covariance is decomposed at the first use."""
         return FrechetReference(self.features.statistics)
+
+
+def reference_rows(labels: NDArray[np.int64], classes: Sequence[int]) -> NDArray[np.intp]:
+    """Positions of the images of these classes; `ValueError` if they are fewer than 6."""
+    chosen = np.flatnonzero(np.isin(labels, tuple(classes)))
+    if len(chosen) <= K_DENSITY:
+        raise ValueError(
+            f"evaluation.num_reference: classes {tuple(classes)} need at least "
+            f"{K_DENSITY + 1} reference images, got {len(chosen)}"
+        )
+    return chosen
+
+
+def check_counts(*, num_generated: int, num_training: int, width: int) -> None:
+    """`ValueError`, one line, if so few images cannot be scored with features of this width.
+
+    `num_generated` are the images to score, `num_training` the client's own.
+    """
+    needed, why = width + 1, f"a Frechet distance of d={width} features"
+    if needed < K_PRECISION + 1:
+        needed, why = K_PRECISION + 1, f"recall with k={K_PRECISION}"
+    if num_generated < needed:
+        raise ValueError(
+            f"evaluation.num_images: {why} needs at least {needed} images, got {num_generated}"
+        )
+    if num_training < 2:
+        raise ValueError(
+            f"near-copies need at least 2 training images of the client, got {num_training}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,17 +229,10 @@ def _check(
             f"features of {extractor.name} ({extractor.digest[:8]}) cannot be compared with "
             f"reference features of {theirs.extractor_name} ({theirs.extractor_digest[:8]})"
         )
-    width = theirs.features.shape[1]
-    needed, why = width + 1, f"a Frechet distance of d={width} features"
-    if needed < K_PRECISION + 1:
-        needed, why = K_PRECISION + 1, f"recall with k={K_PRECISION}"
-    if len(generated) < needed:
-        raise ValueError(
-            f"evaluation.num_images: {why} needs at least {needed} images, got {len(generated)}"
-        )
+    check_counts(
+        num_generated=len(generated),
+        num_training=len(training),
+        width=theirs.features.shape[1],
+    )
     if labels.shape != (len(generated),):
         raise ValueError(f"labels must have shape ({len(generated)},), got {labels.shape}")
-    if len(training) < 2:
-        raise ValueError(
-            f"near-copies need at least 2 training images of the client, got {len(training)}"
-        )

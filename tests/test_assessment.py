@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import fedpdm.assessment
-from fedpdm.assessment import assess_run, handover_curve
+from fedpdm.assessment import assess_run, check_scoring, handover_curve
 from fedpdm.build import build_partitions, load_split
 from fedpdm.config import RunConfig, config_to_yaml
 from fedpdm.data import ImageSet
@@ -320,3 +320,31 @@ def test_group_without_reference_images(
 def test_method_that_the_run_has_not(run: RunDirectory) -> None:
     with pytest.raises(ValueError, match="method must be run or alone, got 'coarse'"):
         assess_run(run, method="coarse", say=silent)
+
+
+UNSCORABLE = {
+    "no public images": ({"max_images": None}, {"features": "trained"}, r"held by a client; set"),
+    "few public images": ({"max_images": 1440}, {"features": "trained"}, r"needs at least 20 im"),
+    "few samples": ({}, {"num_images": 20}, r"0, majority: evaluation.num_images: .* 33 im.* 20$"),
+    "few others": ({"max_images": 240}, {"num_images": 50}, r"real images of other clients: .* 33"),
+    "few test images": ({}, {"num_reference": 8}, r"classes \(.*\) need at least 6 reference im"),
+}
+
+
+@pytest.mark.parametrize("kind", UNSCORABLE)
+def test_what_cannot_be_scored_is_refused_before_training(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setenv("FEDPDM_CACHE", str(folder / "cache"))
+    data, evaluation, words = UNSCORABLE[kind]
+    config = dataclasses.replace(
+        CONFIG,
+        data=dataclasses.replace(CONFIG.data, **data),
+        evaluation=dataclasses.replace(CONFIG.evaluation, **evaluation),
+    )
+    with pytest.raises(ValueError, match=words):
+        check_scoring(config, clients=(0, 1), say=silent)
+
+
+def test_what_can_be_scored_is_not_refused() -> None:
+    check_scoring(CONFIG, clients=(0, 1), say=silent)

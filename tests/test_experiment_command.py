@@ -44,7 +44,7 @@ SUITE: dict[str, Any] = {
             "num_reference": 355,
         },
     },
-    "profiles": {"smoke": {"rounds": 3, "steps": 24}},
+    "profiles": {"smoke": {"rounds": 3, "steps": 36}},
     "ablations": {"epsilon": {"methods": ["ours"], "variants": {"1": {"privacy": {"epsilon": 1}}}}},
 }
 DIVERGING = {
@@ -288,7 +288,8 @@ REFUSED = {
     "value": (("--set", "fine.lr=fast"), r"fine\.lr: must be float, got 'fast'"),
     "form": (("--set", "fine.lr"), r"--set 'fine\.lr': must have the form"),
     "split": (("--set", "partition.num_clients=2000"), r"num_clients .*got 2000"),
-    "steps": (("--set", "run.rounds=200"), r"profiles\.smoke\.steps: 24 over 200 rounds leave no"),
+    "scores": (("--set", "evaluation.num_images=20"), r"num_images: .* at least 33 images, got 20"),
+    "steps": (("--set", "run.rounds=200"), r"profiles\.smoke\.steps: 36 over 200 rounds leave no"),
 }
 
 

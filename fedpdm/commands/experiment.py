@@ -81,10 +81,14 @@ def run_experiment(options: argparse.Namespace) -> int:
     if cells:
         done = len(cells) - len(todo)
         print(f"{suite.name}, {options.profile}: {len(cells)} cells, {done} done before")
+        from fedpdm.assessment import check_scoring
         from fedpdm.engines.preflight import check_run
 
-        for config in {cell.config.data: cell.config for cell in todo}.values():
-            check_run(config, options.runs / "not-there", resume=False)
+        sets = {(c.config.data, c.config.partition, c.config.evaluation): c for c in todo}
+        for cell in sets.values():
+            check_run(cell.config, options.runs / "not-there", resume=False)
+            clients = range(min(cell.clients, cell.config.partition.num_clients))
+            check_scoring(cell.config, clients=clients)
     failed = _run_all(todo, jobs=options.jobs)
     from fedpdm.commands.tables import suite_tables
 

@@ -87,12 +87,11 @@ def run_cell(cell: Cell) -> dict[str, Any]:
     if done and not (run.root / "clients").is_dir():
         shutil.rmtree(run.root)  # scored before, and its models are gone
         done = False
+    clients = range(min(cell.clients, cell.config.partition.num_clients))
     if not done:
         _train(cell, run)
     history = run.read_json("metrics.json")
-    scores, pictures = assess_run(
-        run, clients=range(min(cell.clients, cell.config.partition.num_clients))
-    )
+    scores, pictures = assess_run(run, clients=clients)
     privacy = run.read_json("privacy.json")
     up, down = (sum(r[k] for r in history["rounds"]) for k in ("bytes_up", "bytes_down"))
     result = {
