@@ -11,7 +11,7 @@ NOW := $(shell date +%Y%m%d-%H%M%S)
 export FLWR_TELEMETRY_ENABLED = 0
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast audit lint format bench stop clean \
+.PHONY: help install demo test test-fast audit lint licences format bench stop clean \
 	experiment-gmm experiment-cifar experiment-colored-mnist experiment-celeba tables
 
 help: ## this list
@@ -61,6 +61,9 @@ lint: install ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+licences: install ## check that every file has licence information (REUSE)
+	$(BIN)/reuse lint --lines
 
 format: install ## apply ruff's fixes and format
 	$(BIN)/ruff check --fix .
