@@ -1,0 +1,206 @@
+"""`fedpdm node`: a participant of a deployed federation."""
+
+from __future__ import annotations
+
+import argparse
+import getpass
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedpdm.node import NodeReport, NodeSettings
+
+__all__ = ["add_node_parser"]
+
+DESCRIPTION = """\
+A participant's side of a deployed federation (docs/deployment.md). A participant needs three
+values: the coordinator's address, its certificate (with the key and invitation.json beside it) and
+its data folder. `check` looks at everything and prints one line each; `check --accept` records that
+the operator accepts the privacy statement; `start` joins. Exit codes: 0 fine, 2 something is not.
+"""
+VARIABLES = {
+    "coordinator": "FEDPDM_COORDINATOR",
+    "certificate": "FEDPDM_CERTIFICATE",
+    "data": "FEDPDM_NODE_DATA",
+}
+
+
+def add_node_parser(commands: Any) -> None:
+    """Add the command to the subparsers of `fedpdm`."""
+    parser = commands.add_parser(
+        "node",
+        help="take part in a deployed federation: check, start, invite, digest",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    actions = parser.add_subparsers(required=True, metavar="ACTION")
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="where the coordinator is (FEDPDM_COORDINATOR)"
+    )
+    shared.add_argument(
+        "--certificate", metavar="FILE",
+        help="node-N.crt, with node-N.key beside it (FEDPDM_CERTIFICATE)",
+    )  # fmt: skip
+    shared.add_argument("--data", metavar="DIR", help="this node's images (FEDPDM_NODE_DATA)")
+    shared.add_argument(
+        "--invitation", type=Path, metavar="FILE",
+        help="the coordinator's; default: invitation.json beside the certificate",
+    )  # fmt: skip
+    shared.add_argument(
+        "--policy", type=Path, metavar="FILE",
+        help="this node's own bounds; default: policy.yaml beside the data folder, if it is there",
+    )  # fmt: skip
+    shared.add_argument(
+        "--store", type=Path, metavar="DIR",
+        help="ledger, releases and fine model; default: a state directory of this user or service",
+    )  # fmt: skip
+
+    check = actions.add_parser("check", parents=[shared], help="look at everything before joining")
+    check.add_argument(
+        "--accept", action="store_true", help="accept the privacy statement, in the ledger"
+    )
+    check.add_argument("--json", action="store_true", help="print JSON")
+    check.add_argument(
+        "--timeout", type=float, default=10.0, help="seconds to wait for the coordinator"
+    )
+    check.set_defaults(action=_check)
+
+    start = actions.add_parser("start", parents=[shared], help="join, until told to stop")
+    start.add_argument("--port", type=int, help="of the node's own interface on loopback")
+    start.set_defaults(action=_start)
+
+    invite = actions.add_parser(
+        "invite", help="at the coordinator: write invitation.json for the participants"
+    )
+    invite.add_argument("experiment", type=Path, help="YAML file")
+    invite.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+        help="override a config key (repeatable); run.simulation is false here",
+    )  # fmt: skip
+    invite.add_argument("--out", type=Path, required=True, help="file to write")
+    invite.set_defaults(action=_invite)
+
+    digest = actions.add_parser("digest", help="the digest of the installed code, for policies")
+    digest.set_defaults(action=_digest)
+
+
+def _settings(options: argparse.Namespace) -> NodeSettings:
+    from fedpdm.node import NodeSettings
+
+    values = {}
+    for name, variable in VARIABLES.items():
+        value = getattr(options, name) or os.environ.get(variable)
+        if not value:
+            raise ValueError(f"--{name}: is missing (or set {variable})")
+        values[name] = value
+    return NodeSettings.of(
+        values["coordinator"],
+        Path(values["certificate"]),
+        Path(values["data"]),
+        invitation=options.invitation,
+        policy=options.policy,
+        store=options.store,
+    )
+
+
+def _check(options: argparse.Namespace) -> int:
+    from fedpdm.node import check_node
+
+    report = check_node(_settings(options), timeout=options.timeout)
+    accepted = None
+    if options.accept and report.ok:
+        accepted = _accept(report)
+    if options.json:
+        print(json.dumps(_as_json(report), indent=1))
+    else:
+        for check in report.checks:
+            print(f"{'ok  ' if check.ok else 'FAIL'}  {check.name:<11}  {check.detail}")
+        if report.text:
+            print(f"\n{report.text}")
+        print(_last_line(report, asked=options.accept, accepted=accepted))
+    return 0 if report.ok else 2
+
+
+def _accept(report: NodeReport) -> str:
+    """Record the operator's acceptance in the ledger, and the statement beside it."""
+    from fedpdm.acceptance import accept
+    from fedpdm.codedigest import code_digest
+    from fedpdm.files import write_atomic
+    from fedpdm.node.statement import images_sha256
+
+    assert report.store is not None
+    assert report.statement is not None
+    assert report.invitation is not None
+    assert report.certificate is not None
+    assert report.images is not None
+    record = accept(
+        report.store,
+        report.invitation.config,
+        report.statement,
+        client_id=report.certificate.client_id,
+        by=getpass.getuser(),
+        code=code_digest(),
+        images_sha256=images_sha256(report.images),
+    )
+    folder = report.store.root / "accepted"
+    write_atomic(folder / f"{record.number:06d}.txt", report.text.encode())
+    numbers = json.dumps(report.statement, indent=1) + "\n"
+    write_atomic(folder / f"{record.number:06d}.json", numbers.encode())
+    report.accepted = True
+    return f"record {record.number} of {report.store.ledger().path}"
+
+
+def _last_line(report: NodeReport, *, asked: bool, accepted: str | None) -> str:
+    failed = [check.name for check in report.checks if not check.ok]
+    if failed:
+        refused = "; nothing was accepted" if asked else ""
+        return f"{len(failed)} of {len(report.checks)} checks failed: {', '.join(failed)}{refused}"
+    if accepted:
+        return f"all checks are fine; accepted: {accepted}"
+    if report.accepted:
+        return "all checks are fine, the statement is accepted: fedpdm node start"
+    return "all checks are fine; if you accept the statement above, add --accept"
+
+
+def _as_json(report: NodeReport) -> dict[str, Any]:
+    return {
+        "ok": report.ok,
+        "accepted": report.accepted,
+        "checks": [asdict(check) for check in report.checks],
+        "statement": report.statement,
+        "counts": report.counts() if report.images is not None else None,
+    }
+
+
+def _start(options: argparse.Namespace) -> int:
+    from fedpdm.engines.node import prepare_node
+    from fedpdm.engines.supervision import run_node
+
+    settings = _settings(options)
+    node = prepare_node(settings)
+    print(
+        f"node {node.client_id}: joins {settings.coordinator} with {settings.data}; store "
+        f"{node.lock.parent}",
+        flush=True,
+    )
+    return run_node(node, port=options.port)
+
+
+def _invite(options: argparse.Namespace) -> None:
+    from fedpdm.config import load_config
+    from fedpdm.files import write_atomic
+    from fedpdm.invitation import make_invitation
+
+    config = load_config(options.experiment, [*options.overrides, "run.simulation=false"])
+    write_atomic(options.out.absolute(), make_invitation(config).encode())
+    print(f"{options.out}: give it to every participant, beside its certificate")
+
+
+def _digest(options: argparse.Namespace) -> None:
+    from fedpdm.codedigest import code_digest
+
+    print(code_digest())

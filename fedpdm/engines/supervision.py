@@ -1,0 +1,111 @@
+"""Keep a SuperNode running until told to stop, one per store.
+
+A SuperNode that ends (the coordinator was away for long, a crash, a killed process) is started
+again; whatever a round needs is in the store, so nothing is lost and no image is noised twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedpdm.config import ConfigError
+
+__all__ = ["NodeCommand", "run_node"]
+
+SHORTEST, LONGEST = 15.0, 60.0  # seconds before a new start; a lost node is known for about 60 s
+LONG_ENOUGH = 300.0  # after so many seconds of running the wait is the shortest again
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeCommand:
+    """How Flower's SuperNode is to be started: command without port, environment, directory."""
+
+    client_id: int
+    command: tuple[str, ...]
+    environment: Mapping[str, str]
+    cwd: Path
+    lock: Path
+
+
+def run_node(node: NodeCommand, *, port: int | None = None) -> int:
+    """Run the SuperNode until this process is told to stop (SIGTERM, SIGINT); returns 0.
+
+    `port` is that of its own interface on loopback, by default a free one. `ConfigError` if another
+    node runs on the same store.
+    """
+    stop = threading.Event()
+    with _alone(node.lock), _signals(stop):
+        wait = SHORTEST
+        while not stop.is_set():
+            started = time.monotonic()
+            code = _run_once(node, port or _free_port(), stop)
+            if stop.is_set():
+                break
+            if time.monotonic() - started > LONG_ENOUGH:
+                wait = SHORTEST
+            print(
+                f"node {node.client_id}: the SuperNode ended with exit code {code}; it is started "
+                f"again in {wait:.0f} s",
+                flush=True,
+            )
+            stop.wait(wait)
+            wait = min(LONGEST, 2 * wait)
+    print(f"node {node.client_id}: stopped", flush=True)
+    return 0
+
+
+def _run_once(node: NodeCommand, port: int, stop: threading.Event) -> int:
+    command = [*node.command, "--host", "127.0.0.1", "--port", str(port)]
+    with subprocess.Popen(
+        command, cwd=node.cwd, env=dict(node.environment), stdin=subprocess.DEVNULL
+    ) as process:
+        while process.poll() is None:
+            if not stop.wait(0.5):
+                continue
+            process.terminate()
+            try:
+                process.wait(timeout=15)
+            except subprocess.TimeoutExpired:
+                process.kill()
+        return process.returncode
+
+
+@contextlib.contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """Hold the store's node lock, or refuse: two nodes of one identity would disturb each other."""
+    with open(lock, "w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"{lock.parent}: another node runs on this store") from None
+        yield
+
+
+@contextlib.contextmanager
+def _signals(stop: threading.Event) -> Iterator[None]:
+    """SIGTERM and SIGINT ask to stop."""
+    kept = {
+        number: signal.signal(number, lambda *_: stop.set())
+        for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
