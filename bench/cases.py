@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.federation import federation_in_process, federation_in_ray, many_clients
+from bench.large import large_model, secure_aggregation
 from bench.quality import compute_to_quality
 from bench.release import release_memory, release_secure, release_seeded
 from bench.sampling import sampling
@@ -156,6 +157,14 @@ CASES = {
     "wire": Case(
         what="bytes of plain float32 FedAvg over ours, same coarse loss", target=50.0,
         better="higher", measure=wire,
+    ),
+    "large_model": Case(
+        what="bytes of a large coarse update in float32 over bfloat16", target=1.99,
+        limit=2.0, better="higher", measure=large_model,
+    ),
+    "secure_aggregation": Case(
+        what="bytes that clients send in a secure round over a plain one", target=2.05,
+        better="lower", measure=secure_aggregation,
     ),
     "release_seeded": Case(
         what="MB/s of float32 released, one core, seeded", target=300.0, better="higher",
