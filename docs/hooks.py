@@ -1,0 +1,64 @@
+"""What mkdocs fills in when it builds the site: the configuration table and the commands' help.
+
+A page says where with `<!-- configuration -->`, `<!-- toy configuration -->` or
+`<!-- command line -->` on a line of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+from fedpdm.cli import main
+from fedpdm.config import ToyConfig, config_reference
+
+__all__ = ["command_line", "on_page_markdown"]
+
+
+class _Found(BaseException):
+    """Carries the parser out of `main`."""
+
+
+def _parser() -> argparse.ArgumentParser:
+    def found(self: argparse.ArgumentParser, *_: Any) -> None:
+        raise _Found(self)
+
+    with mock.patch.object(argparse.ArgumentParser, "parse_args", found):
+        try:
+            main(["--help"])
+        except _Found as caught:
+            parser: argparse.ArgumentParser = caught.args[0]
+            return parser
+    raise RuntimeError("fedpdm has no argparse parser")
+
+
+def _parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """The parser and those of its commands, in order, once each."""
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command in dict.fromkeys(action.choices.values()):
+                yield from _parsers(command)
+
+
+def command_line() -> str:
+    """Markdown: a heading and the help of every command."""
+    with mock.patch.dict(os.environ, {"COLUMNS": "80", "NO_COLOR": "1"}):
+        parts = [f"## {one.prog}\n\n```text\n{one.format_help()}```" for one in _parsers(_parser())]
+    return "\n\n".join(parts)
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """mkdocs calls this with every page's text."""
+    made = {
+        "<!-- configuration -->": config_reference,
+        "<!-- toy configuration -->": lambda: config_reference(ToyConfig),
+        "<!-- command line -->": command_line,
+    }
+    for mark, make in made.items():
+        if f"\n{mark}\n" in markdown:
+            markdown = markdown.replace(mark, make())
+    return markdown

@@ -1,0 +1,224 @@
+"""The two models: trained on releases and on raw images, and sampled with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from fedpdm.batches import coarse_batch_loss, fine_batch_loss
+from fedpdm.build import (
+    ImageSpec,
+    build_denoiser,
+    build_image_spec,
+    build_optimizer_settings,
+    build_release_plan,
+    build_schedule,
+    coarse_share,
+    sampler_options,
+)
+from fedpdm.config import ConfigError, RunConfig
+from fedpdm.data import DATASETS, ImageSet, denormalize
+from fedpdm.denoisers import Denoiser
+from fedpdm.mechanism import same_release
+from fedpdm.rng import Purpose, torch_generator
+from fedpdm.sampling import sample_in_batches
+from fedpdm.training import (
+    BatchLoss,
+    Progress,
+    Trainer,
+    class_weights,
+    load_named,
+    select_device,
+)
+from fedpdm.types import ReleasedDataset
+
+__all__ = ["sample", "spec_of", "train_coarse", "train_fine"]
+
+
+def train_coarse(
+    config: RunConfig,
+    releases: Sequence[ReleasedDataset],
+    *,
+    num_steps: int | None = None,
+    progress: Progress | None = None,
+) -> Denoiser:
+    """The shared model, trained on all clients' releases: the paper's Algorithm 1 at one place.
+
+    Args:
+        config: objective, network and optimiser (`config.coarse`).
+        releases: one per client, all made with this config's settings.
+        num_steps: default: as many as all clients would take in all rounds.
+        progress: called with (steps done, steps in all, loss).
+
+    Returns:
+        The denoiser with EMA weights, in `eval()`.
+
+    Raises:
+        ValueError: for no release, or releases made with other settings than the config's.
+        FloatingPointError: if the training diverged.
+    """
+    from strategies.server_training import join_releases
+
+    if not releases:
+        raise ValueError("releases must hold at least one release, got none")
+    schedule, first = build_schedule(config), releases[0]
+    channels, resolution, _ = first.x_tilde.shape[1:]
+    spec = _spec(config, channels=channels, resolution=resolution)
+    plan = build_release_plan(config, schedule, spec)
+    wanted = {"t0": plan.t0, "clip_norm": plan.clip_norm, "shift": plan.shift}
+    wanted["num_steps"] = schedule.num_steps
+    for number, one in enumerate(releases):
+        for name, value in wanted.items():
+            if (got := getattr(one.parameters, name)) != value:
+                raise ValueError(
+                    f"releases[{number}] must have {name} = {value:g}, as the config says, "
+                    f"got {got:g}"
+                )
+        if not same_release(one.parameters, first.parameters):
+            raise ValueError(f"releases[{number}] was made with another schedule than releases[0]")
+    joined = join_releases(releases)
+    trainer = _trainer(config, "coarse", spec, num_steps)
+    loss = coarse_batch_loss(
+        config, trainer.model, schedule, joined, training=True, device=trainer.device
+    )
+    weights = class_weights(joined.labels, balance=config.coarse.class_balance)
+    stream = torch_generator(config.run.seed, Purpose.SERVER_TRAINING, device=trainer.device)
+    return _trained(trainer, loss, weights, stream, progress, what="coarse model")
+
+
+def train_fine(
+    config: RunConfig,
+    images: ImageSet,
+    *,
+    client: int = 0,
+    num_steps: int | None = None,
+    progress: Progress | None = None,
+) -> Denoiser:
+    """One client's own model, trained on its raw images. It stays with the client.
+
+    Arguments as for `train_coarse`; `client` chooses the random streams. Default `num_steps`: those
+    of all rounds.
+    """
+    schedule, spec = build_schedule(config), build_image_spec(config, images)
+    plan = build_release_plan(config, schedule, spec)
+    trainer = _trainer(config, "fine", spec, num_steps, client=client)
+    loss = fine_batch_loss(
+        config,
+        trainer.model,
+        schedule,
+        plan,
+        images=images.images.copy(),  # an image set's arrays cannot be written to
+        labels=images.labels.copy(),
+        device=trainer.device,
+    )
+    weights = class_weights(torch.tensor(images.labels), balance=config.fine.class_balance)
+    stream = torch_generator(
+        config.run.seed, Purpose.FINE_TRAINING, client=client, device=trainer.device
+    )
+    return _trained(trainer, loss, weights, stream, progress, what=f"fine model of client {client}")
+
+
+def sample(
+    config: RunConfig,
+    coarse: Denoiser | None,
+    fine: Denoiser | None,
+    labels: Sequence[int] | np.ndarray,
+    *,
+    own: ImageSet | None = None,
+    seed: int = 0,
+) -> np.ndarray:
+    """Images uint8 (N, C, H, W) for labels in [0, K - 1]: coarse down to t0, fine from there on.
+
+    Args:
+        config: `config.sampling` says how.
+        coarse, fine: one of them may be None: the other one then does all.
+        labels: N whole numbers; -1 for no label.
+        own: the client's training images; needed where `sampling.coarse_worth` mixes both models.
+        seed: equal seeds give equal images.
+    """
+    model = coarse or fine
+    if model is None:
+        raise ValueError("give a coarse model, a fine model, or both")
+    num_classes, classes = model.spec.num_classes, np.asarray(labels, dtype=np.int64)
+    if (
+        classes.ndim != 1
+        or not len(classes)
+        or not (-1 <= classes.min() <= classes.max() < num_classes)
+    ):
+        raise ValueError(f"labels must be whole numbers in [-1, {num_classes - 1}], got {labels}")
+    schedule, spec = build_schedule(config), spec_of(config, model)
+    share, device = None, next(model.parameters()).device
+    if coarse is not None and fine is not None and config.sampling.coarse_worth is not None:
+        if own is None:
+            raise ConfigError("sampling.coarse_worth: mixing needs the client's images (own)")
+        share = coarse_share(config, own.labels, num_classes=num_classes)
+    output = sample_in_batches(
+        coarse,
+        fine,
+        image_shape=spec.shape,
+        labels=torch.from_numpy(classes).to(device),
+        generator=torch_generator(seed, Purpose.SAMPLING, device=device),
+        batch_size=config.sampling.batch_size,
+        coarse_share=share,
+        **sampler_options(config, schedule, build_release_plan(config, schedule, spec)),
+    )
+    return denormalize(output.images.cpu(), shift=spec.shift).numpy()
+
+
+def spec_of(config: RunConfig, model: Denoiser) -> ImageSpec:
+    """Shape and shift of the images that a model was trained on."""
+    shift = config.privacy.shift
+    return ImageSpec(
+        channels=model.spec.channels,
+        resolution=model.spec.resolution,
+        num_classes=model.spec.num_classes,
+        shift=DATASETS[config.data.name].background if shift is None else shift,
+    )
+
+
+def _spec(config: RunConfig, *, channels: int, resolution: int) -> ImageSpec:
+    """Shape of images that are at hand; the classes are those of the configured data set."""
+    spec = build_image_spec(config)
+    if (spec.channels, spec.resolution) != (channels, resolution):
+        raise ValueError(
+            f"images must be {spec.channels}x{spec.resolution}x{spec.resolution}, as config.data "
+            f"says, got {channels}x{resolution}x{resolution}"
+        )
+    return spec
+
+
+def _trainer(
+    config: RunConfig, role: str, spec: ImageSpec, num_steps: int | None, *, client: int = 0
+) -> Trainer[Denoiser]:
+    model = build_denoiser(config, role, spec=spec, schedule=build_schedule(config), client=client)
+    settings = build_optimizer_settings(config, role, at_server=role == "coarse")
+    if num_steps is not None:
+        if num_steps < 1:
+            raise ValueError(f"num_steps must be at least 1, got {num_steps}")
+        settings = replace(settings, total_steps=num_steps)
+    return Trainer(model, settings, device=select_device(config.run.device))
+
+
+def _trained(
+    trainer: Trainer[Denoiser],
+    loss: BatchLoss,
+    weights: torch.Tensor,
+    generator: torch.Generator,
+    progress: Progress | None,
+    *,
+    what: str,
+) -> Denoiser:
+    """Take all steps; the model has its EMA weights then."""
+    trainer.train(
+        loss,
+        sample_weights=weights,
+        num_steps=trainer.settings.total_steps,
+        generator=generator,
+        progress=progress,
+        what=what,
+    )
+    load_named(trainer.weights(), trainer.ema(), what="EMA weights")
+    return trainer.model.eval()

@@ -1,0 +1,157 @@
+"""Attacks on releases and models, whole federations, exports."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from fedpdm.api.models import spec_of
+from fedpdm.api.releasing import PathLike, release
+from fedpdm.build import (
+    ClientImages,
+    build_release_plan,
+    build_schedule,
+    coarse_share,
+    sampler_options,
+)
+from fedpdm.config import RunConfig
+from fedpdm.data import ImageSet
+from fedpdm.denoisers import Denoiser
+from fedpdm.export import export_pipeline
+from fedpdm.runs import RunDirectory
+from fedpdm.synthesis import Synthesizer
+
+if TYPE_CHECKING:
+    from fedpdm.attacks.linkage import LinkageSummary
+    from fedpdm.attacks.membership import MembershipResult
+    from strategies.coarse import CoarseStrategy
+
+__all__ = ["attack_model", "attack_uploads", "export_client", "run"]
+
+
+def attack_uploads(
+    config: RunConfig,
+    images: ImageSet,
+    store: PathLike,
+    *,
+    client: int = 0,
+    num_pairs: int | None = None,
+    seed: int = 0,
+) -> LinkageSummary:
+    """The server's best test on what a client uploads: which of two images was it made from?
+
+    Images are drawn in pairs from `images`, and their releases taken from `store` (noised now if it
+    does not know them); the summary has the attack's AUC beside the one that the noise implies.
+    """
+    from fedpdm.attacks.linkage import linkage_attack
+
+    rng = np.random.default_rng(seed)
+    result = linkage_attack(
+        images,
+        lambda chosen: release(config, chosen, store, client=client),
+        rng=rng,
+        num_pairs=num_pairs,
+    )
+    return result.summary
+
+
+def attack_model(
+    config: RunConfig,
+    members: ImageSet,
+    non_members: ImageSet,
+    *,
+    coarse: Denoiser | None = None,
+    fine: Denoiser | None = None,
+    target: str = "coarse",
+    attack: str = "pia",
+    seed: int = 0,
+) -> MembershipResult:
+    """Membership inference: can `members` be told from `non_members` by a model?
+
+    Args:
+        members: images that the model was trained on; non_members: of the same kind, but not.
+        coarse, fine: the models that there are.
+        target: "coarse", "fine", or "combined" (as the client samples, both needed).
+        attack: a name of `fedpdm.attacks.membership.ATTACKS`: loss, pia, secmi, clid, gsa, ...
+        seed: of all draws.
+
+    Returns:
+        Scores of every image, and `scores`: AUC, attack success and TPR at 1% FPR, with intervals.
+
+    Raises:
+        ValueError: for an unknown attack, or a target that the models do not make up.
+    """
+    from fedpdm.attacking.models import run_targets
+    from fedpdm.attacks.membership import run_membership
+
+    model = coarse or fine
+    if model is None:
+        raise ValueError("give a coarse model, a fine model, or both")
+    schedule, spec = build_schedule(config), spec_of(config, model)
+    plan, everything = build_release_plan(config, schedule, spec), np.arange(len(members))
+    held = ClientImages(
+        client_id=0,
+        images=members,
+        train=everything,
+        heldout=np.arange(0),
+        indices=everything,
+        majority=tuple(np.unique(members.labels).tolist()),
+        minority=(),
+    )
+    opened = Synthesizer(
+        own=held,
+        config=config,
+        coarse=coarse,
+        fine=fine,
+        image_shape=spec.shape,
+        shift=spec.shift,
+        device=next(model.parameters()).device,
+        options={
+            **sampler_options(config, schedule, plan),
+            "coarse_share": coarse_share(config, members.labels, num_classes=spec.num_classes),
+        },
+    )
+    targets = run_targets(opened)
+    if target not in targets:
+        raise ValueError(f"target must be one of {', '.join(targets)}, got {target!r}")
+    chosen = targets[target]
+    return run_membership(
+        chosen.target,
+        chosen.inputs(members.images),
+        torch.tensor(members.labels),
+        chosen.inputs(non_members.images),
+        torch.tensor(non_members.labels),
+        attack=attack,
+        seed=np.random.SeedSequence(seed),
+    )
+
+
+def run(
+    config: RunConfig,
+    out: PathLike,
+    *,
+    resume: bool = False,
+    strategy: type[CoarseStrategy] | None = None,
+) -> RunDirectory:
+    """A whole federation in this process: one Flower client after the other, no Ray.
+
+    Args:
+        config: the settings.
+        out: the run's directory; results lie there.
+        resume: go on with the run in `out`.
+        strategy: a Flower strategy of one's own, a `strategies.coarse.CoarseStrategy`; default: the
+            one that the config names.
+    """
+    from fedpdm.engines.inprocess import run_in_process
+
+    run_in_process(config, Path(out), resume=resume, strategy=strategy)
+    return RunDirectory(Path(out))
+
+
+def export_client(run: RunDirectory | PathLike, out: PathLike, *, client: int = 0) -> Path:
+    """Write one client's models of a finished run as a diffusers pipeline, with its model card."""
+    directory = run if isinstance(run, RunDirectory) else RunDirectory(Path(run))
+    return export_pipeline(directory, client_id=client, out=Path(out))
