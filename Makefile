@@ -11,7 +11,7 @@ NOW := $(shell date +%Y%m%d-%H%M%S)
 export FLWR_TELEMETRY_ENABLED = 0
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast audit lint licences format bench stop clean \
+.PHONY: help install docs demo test test-fast test-faults deploy-test audit lint licences format bench stop clean \
 	experiment-gmm experiment-cifar experiment-colored-mnist experiment-celeba tables
 
 help: ## this list
@@ -57,6 +57,20 @@ audit: install ## attack the release as clients make it: linkage and one-run aud
 	$(BIN)/fedpdm attack linkage --data digits
 	$(BIN)/fedpdm attack audit --canaries 5000
 
+deploy-test: install ## 3 nodes over gRPC with TLS, one killed, one coordinator restart, under 10 minutes
+	$(BIN)/python -m tests.deploy_run
+
+test-faults: install ## deployed federations with faults, real processes: about a quarter of an hour
+	$(BIN)/python -m pytest -m faults
+
+docs: $(VENV)/.docs ## the documentation site, strictly, into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "site/index.html"
+
+$(VENV)/.docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable '.[dev,docs]'
+	@touch $@
+
 lint: install ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -76,5 +90,5 @@ stop: ## end every local Flower and Ray process that runs have started
 	@test -x $(BIN)/fedpdm && $(BIN)/fedpdm stop || echo "nothing installed, nothing to stop"
 
 clean: stop ## remove caches and the virtual environment (runs/ is kept)
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -8,6 +8,7 @@ from flwr.common import Context
 from clients.failures import ClientError, failure_line
 from clients.local import is_deployed, open_local_client
 from clients.pfdm_client import PFDMClient
+from clients.secure import secure_mod
 
 __all__ = ["app", "client_fn"]
 
@@ -29,4 +30,4 @@ def client_fn(context: Context) -> Client:
         raise ClientError(failure_line(error, who=who, deployed=True)) from None
 
 
-app = ClientApp(client_fn=client_fn)
+app = ClientApp(client_fn=client_fn, mods=[secure_mod])

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from clients.bounds import check_run, flag, node_policy
 from clients.failures import Refusal
 from fedpdm.build import (
     ImageSpec,
@@ -21,7 +22,9 @@ from fedpdm.build import (
 )
 from fedpdm.config import ConfigError, RunConfig, config_from_json, config_to_json
 from fedpdm.data import ImageSet
+from fedpdm.members import MemberRecord, record_images
 from fedpdm.partition import ClientPartition
+from fedpdm.policy import NodePolicy
 from fedpdm.releases import ReleaseStore
 from fedpdm.runs import RunDirectory
 from fedpdm.runtime import new_release_allowed, release_path, run_config_of, run_root
@@ -39,7 +42,8 @@ class LocalClient:
     `images` are its raw images, each once; `train` and `heldout` index them (int64). `reference`
     is the data set's public test split, None where no image metrics are measured. `raw_metrics`
     says whether metrics computed on raw images may leave, `allow_new_release` whether images may
-    be noised once more.
+    be noised once more. `indices` are the positions of the images in the split that a simulation
+    shares out, None elsewhere. `policy` holds a deployed node's own bounds, if it has any.
     """
 
     client_id: int
@@ -55,6 +59,20 @@ class LocalClient:
     raw_metrics: bool
     allow_new_release: bool
     reference: ImageSet | None
+    indices: np.ndarray | None = None
+    policy: NodePolicy | None = None
+
+    @functools.cached_property
+    def members(self) -> MemberRecord | None:
+        """What training draws from and what it leaves out; None outside a simulation."""
+        if self.indices is None:
+            return None
+        every = record_images(self.images, self.indices)
+        return MemberRecord(
+            client_id=self.client_id,
+            train=every.subset(self.train),
+            heldout=every.subset(self.heldout),
+        )
 
     @property
     def groups(self) -> dict[str, tuple[int, ...]]:
@@ -83,8 +101,9 @@ def open_local_client(
     """The client that this node is. In simulation a process keeps the last ones that it opened.
 
     In simulation `partition-id` says which part of the configured data set it holds; elsewhere
-    `node_config` gives `partition-id`, `data-dir` and `store-dir`, and may allow what the server
-    cannot: `raw-metrics` and `allow-new-release`. Of equal images the first is kept.
+    `node_config` gives `partition-id`, `data-dir` and `store-dir`, may allow what the server
+    cannot, `raw-metrics` and `allow-new-release`, and may bound it (`policy-file`,
+    `require-acceptance`, see `clients.bounds`). Of equal images the first is kept.
     """
     settings = tuple(sorted(flower_run_config.items()))
     if not is_deployed(node_config) and run_config_of(flower_run_config).run.simulation:
@@ -113,23 +132,28 @@ def _open(
         train, test, parts = _simulated_data(config_to_json(config))
         own = client_images(config, train, parts, client_id)
         images, majority, minority = own.images, own.majority, own.minority
+        indices: np.ndarray | None = own.indices
         reference: ImageSet | None = test
         run = RunDirectory(run_root(flower_run_config, config, run_id))
         store = run.client_path(client_id)
         releases = release_path(flower_run_config, run, client_id)
         raw_metrics, allow_new_release = True, new_release_allowed(flower_run_config)
+        policy: NodePolicy | None = None
     else:
         for key in OWN_KEYS:
             if key not in node_config:
                 raise ConfigError(f"node config: {key} is missing (client {client_id})")
+        store = releases = Path(str(node_config["store-dir"]))
+        policy = node_policy(node_config)
+        check_run(policy, config, ReleaseStore(releases), node_config=node_config)
         root = Path(str(node_config["data-dir"]))
-        images = load_split(config, "train", root=root)
+        images, indices = load_split(config, "train", root=root), None
         majority, minority = tuple(np.unique(images.labels).tolist()), ()
-        raw_metrics = _flag(node_config, "raw-metrics")
-        allow_new_release = _flag(node_config, "allow-new-release")
+        allowed = policy or NodePolicy(allow_raw_metrics=True, allow_new_release=True)
+        raw_metrics = flag(node_config, "raw-metrics") and allowed.allow_raw_metrics
+        allow_new_release = flag(node_config, "allow-new-release") and allowed.allow_new_release
         wanted = raw_metrics and config.evaluation.image_metrics
         reference = load_split(config, "test", root=root) if wanted else None
-        store = releases = Path(str(node_config["store-dir"]))
     first = images.distinct()
     images = images if len(first) == len(images) else images.subset(first)
     train_indices, heldout = split_heldout(
@@ -149,12 +173,6 @@ def _open(
         raw_metrics=raw_metrics,
         allow_new_release=allow_new_release,
         reference=reference,
+        indices=indices,
+        policy=policy,
     )
-
-
-def _flag(node_config: dict[str, Any], key: str) -> bool:
-    """A yes or no of the node's own config, false where it says nothing."""
-    value = node_config.get(key, False)
-    if not isinstance(value, bool):
-        raise ConfigError(f"node config: {key} must be true or false, got {value!r}")
-    return value

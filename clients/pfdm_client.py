@@ -141,6 +141,7 @@ class PFDMClient(NumPyClient):
             return wire.encode_nothing(), metrics
         if phase == "release":
             train = select(self.work.release(), torch.from_numpy(self.local.train))
+            self.work.record_members("coarse", "released")
             return self._upload(train), metrics
         if phase == "coarse":
             message, trained = self.work.train_coarse(parameters, round, config, write)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from flwr.common import NDArrays, Scalar
 
+from clients.bounds import check_release
 from clients.local import LocalClient
 from clients.progress import count_progress, work_progress
 from clients.workers import WriteBehind, borrowed
@@ -75,6 +76,7 @@ class LocalTraining:
             client=local.client_id,
             allow_new_release=local.allow_new_release,
         )
+        check_release(local.policy, local.releases, local.images, request)
         head = local.releases.ledger().head
         released = local.releases.obtain(
             local.images, request, progress=count_progress(f"{self.who} release", "image")
@@ -127,6 +129,11 @@ class LocalTraining:
             device=self.device,
         )
 
+    def record_members(self, role: str, basis: str) -> None:
+        """Note in the store that a model is trained on the images at `train`, in this form."""
+        if self.local.members is not None:
+            self.local.store.save_members(self.local.members.with_model(role, basis))
+
     def train_coarse(
         self,
         parameters: NDArrays,
@@ -136,6 +143,7 @@ class LocalTraining:
     ) -> tuple[NDArrays, dict[str, Any]]:
         """Local coarse steps from the received weights; Adam's moments stay with the client."""
         store, indices = self.local.store, self.local.train
+        self.record_members("coarse", self.config.coarse.images)
         received = wire.decode_model(parameters)
         with self.borrowed("coarse") as trainer:
             trainer.restart(
@@ -197,6 +205,7 @@ class LocalTraining:
     def train_fine(self, round: int) -> dict[str, Any]:
         """Fine steps on raw images, in chunks that are checkpointed and seeded one by one."""
         store = self.local.store
+        self.record_members("fine", "raw")
         chunks_done, state = store.load_partial(round) or (0, None)
         if state is None:
             state = store.load_state(store.last_round(), "fine")

@@ -133,12 +133,16 @@ def split_heldout(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ClientImages:
-    """What a simulated client holds: `images` each once; `train`, `heldout` are positions there."""
+    """What a simulated client holds: `images` each once; `train`, `heldout` are positions there.
+
+    `indices` int64 (N,) are the positions of `images` in the split that is shared out.
+    """
 
     client_id: int
     images: ImageSet
     train: np.ndarray
     heldout: np.ndarray
+    indices: np.ndarray
     majority: tuple[int, ...]
     minority: tuple[int, ...]
 
@@ -158,9 +162,10 @@ def client_images(
             "the federation must have as many nodes (num-supernodes)"
         )
     part = parts[client_id]
-    own = images.subset(part.indices)
+    own, indices = images.subset(part.indices), part.indices
     first = own.distinct()
-    own = own if len(first) == len(own) else own.subset(first)
+    if len(first) < len(own):
+        own, indices = own.subset(first), indices[first]
     train, heldout = split_heldout(
         len(own), fraction=config.data.holdout_fraction, seed=config.run.seed, client=client_id
     )
@@ -169,6 +174,7 @@ def client_images(
         images=own,
         train=train,
         heldout=heldout,
+        indices=indices,
         majority=part.majority,
         minority=part.minority,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import signal
@@ -12,13 +13,29 @@ from pathlib import Path
 from typing import Any
 
 from fedpdm.commands.attack import add_attack_parser
+from fedpdm.commands.attack_models import route_attack
+from fedpdm.commands.certificates import add_certificates_parser
 from fedpdm.commands.evaluate import add_evaluate_parser
 from fedpdm.commands.experiment import add_experiment_parser
+from fedpdm.commands.federation import add_federation_parser
 from fedpdm.commands.ledger import add_ledger_parser
+from fedpdm.commands.node import add_node_parser
 from fedpdm.commands.privacy import add_privacy_parser
+from fedpdm.commands.report import add_report_parser
+from fedpdm.commands.resolving import resolve_run
 from fedpdm.commands.tables import add_tables_parser
+from fedpdm.commands.terminal import (
+    Parser,
+    add_completion_parser,
+    add_telling,
+    advise,
+    equip,
+    progress_aside,
+    quiet,
+    tell,
+)
 from fedpdm.commands.toy import add_toy_parser
-from fedpdm.config import ConfigError, RunConfig, config_reference, load_config
+from fedpdm.config import ConfigError, config_reference
 
 __all__ = ["main"]
 
@@ -41,21 +58,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0 success, 1 the run failed, 2 bad input (one line on standard error), 130 interrupted. A
     training that diverged counts as bad input: its settings do not work on these images.
     """
-    options = _parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    options = _parser().parse_args(route_attack(words))
     try:
-        code = options.action(options)
+        with quiet(options):
+            code = options.action(options)
         return int(code or 0)
     except KeyboardInterrupt:
         print("interrupted; nothing is lost, --resume continues a run", file=sys.stderr)
         return 130
     except (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         print(f"fedpdm: {' '.join(str(error).split())}", file=sys.stderr)
+        advise(error, options)
         return 2
     except MemoryError as error:
         print(f"fedpdm: not enough memory: {error or 'the data do not fit'}", file=sys.stderr)
+        advise(error, options)
         return 2
     except OSError as error:
         print(f"fedpdm: {error.filename or 'system'}: {error.strerror or error}", file=sys.stderr)
+        advise(error, options)
         return 2
     except (RuntimeError, FloatingPointError) as error:
         ours = type(error).__module__.split(".")[0] in ("fedpdm", "strategies")
@@ -63,11 +85,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         line = " ".join(str(error).split())
         print(f"fedpdm: {line}", file=sys.stderr)
+        advise(error, options)
         return 2 if _DIVERGED.search(line) else 1
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="fedpdm",
         description="Personalised federated diffusion models with local differential privacy.",
         epilog=EXAMPLES,
@@ -100,8 +123,11 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--port", type=int, help="of the local SuperLink; default: a free one")
     run.add_argument("--cpus", type=int, help="processors to use; default: all")
     run.add_argument("--verbose", action="store_true", help="show Flower's own output too")
+    run.add_argument("--quiet", action="store_true", help="print errors and what --json asks for")
+    run.add_argument("--json", action="store_true", help="print the outcome as JSON, like show")
     run.set_defaults(action=_run)
 
+    add_federation_parser(commands)
     add_privacy_parser(commands)
     add_ledger_parser(commands)
     add_attack_parser(commands)
@@ -109,15 +135,20 @@ def _parser() -> argparse.ArgumentParser:
     add_experiment_parser(commands)
     add_evaluate_parser(commands)
     add_tables_parser(commands)
+    add_report_parser(commands)
+    add_node_parser(commands)
+    add_certificates_parser(commands)
 
     show = commands.add_parser("show", help="summary of a finished run")
     show.add_argument("run", type=Path)
+    show.add_argument("--json", action="store_true", help="print JSON")
     show.set_defaults(action=_show)
 
     export = commands.add_parser("export", help="write a diffusers pipeline of one client")
     export.add_argument("run", type=Path)
     export.add_argument("--client", type=int, default=0)
     export.add_argument("--out", type=Path, required=True)
+    add_telling(export)
     export.set_defaults(action=_export)
 
     sample = commands.add_parser("sample", help="sample from an exported pipeline")
@@ -130,6 +161,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--guidance", type=float, help="default: the exported")
     sample.add_argument("--scheduler", help="a diffusers scheduler class; default: the exported")
     sample.add_argument("--method", choices=("pfdm", "alone", "coarse"), default="pfdm")
+    add_telling(sample)
     sample.set_defaults(action=_sample)
 
     stop = commands.add_parser("stop", help="end every process that runs have left or started")
@@ -137,34 +169,24 @@ def _parser() -> argparse.ArgumentParser:
 
     keys = commands.add_parser("config", help="every configuration key, default and meaning")
     keys.set_defaults(action=lambda _: print(config_reference()))
+    add_completion_parser(commands, parser)
+    equip(parser)
     return parser
 
 
-def _resolved(options: argparse.Namespace) -> tuple[RunConfig, Path]:
-    """The run's config, with the data directory made absolute, and its directory."""
-    import dataclasses
-
-    if options.experiment is None:
-        if not (options.resume and options.out):
-            raise ConfigError("experiment: give a YAML file, or --resume with --out")
-        if options.overrides:
-            raise ConfigError("--set: a resumed run keeps its config; give the experiment file")
-        from fedpdm.runs import RunDirectory
-
-        return RunDirectory(options.out).config(), options.out.absolute()
-    config = load_config(options.experiment, options.overrides)
-    root = config.data.root or os.environ.get("FEDPDM_DATA")
-    if root and config.data.name != "digits":
-        data = dataclasses.replace(config.data, root=str(Path(root).expanduser().absolute()))
-        config = dataclasses.replace(config, data=data)
-    out = options.out or Path(os.environ.get("FEDPDM_RUNS", "runs")) / config.name
-    return config, out.absolute()
-
-
 def _run(options: argparse.Namespace) -> int:
+    with progress_aside(options):
+        code, out = _train(options)
+    if options.json and not options.dry_run:
+        _show(argparse.Namespace(run=out, json=True))
+    return code
+
+
+def _train(options: argparse.Namespace) -> tuple[int, Path]:
+    """Exit code and run directory."""
     if options.cpus is not None and options.cpus < 1:
         raise ConfigError(f"--cpus: must be at least 1, got {options.cpus}")
-    config, out = _resolved(options)
+    config, out = resolve_run(options)
     from fedpdm.engines.preflight import check_run
 
     chosen: dict[str, Any] = {
@@ -175,7 +197,7 @@ def _run(options: argparse.Namespace) -> int:
     for line in check_run(config, out, **chosen):
         print(line, flush=True)
     if options.dry_run:
-        return 0
+        return 0, out
     if options.engine == "inprocess":
         from fedpdm.engines.inprocess import run_in_process
 
@@ -196,8 +218,8 @@ def _run(options: argparse.Namespace) -> int:
             verbose=options.verbose,
         )
         if not options.verbose:  # the server's own words, which Flower's stream frames
-            _show(argparse.Namespace(run=out))
-    return 0
+            _show(argparse.Namespace(run=out, json=False))
+    return 0, out
 
 
 def _leave(*_: object) -> None:
@@ -210,7 +232,12 @@ def _show(options: argparse.Namespace) -> None:
     from fedpdm.reporting import summarise
     from fedpdm.runs import RunDirectory
 
-    print(summarise(RunDirectory(options.run)))
+    run = RunDirectory(options.run)
+    if options.json:
+        facts = {name: run.read_json(f"{name}.json") for name in ("privacy", "metrics")}
+        print(json.dumps({"run": str(run.root), **facts}, indent=1))
+    else:
+        print(summarise(run))
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -218,7 +245,8 @@ def _export(options: argparse.Namespace) -> None:
     from fedpdm.runs import RunDirectory
 
     path = export_pipeline(RunDirectory(options.run), client_id=options.client, out=options.out)
-    print(f"pipeline of client {options.client} written to {path}")
+    line = f"pipeline of client {options.client} written to {path}"
+    tell(options, line, {"out": str(path), "client": options.client})
 
 
 def _sample(options: argparse.Namespace) -> None:
@@ -235,7 +263,8 @@ def _sample(options: argparse.Namespace) -> None:
         scheduler=options.scheduler,
         method=options.method,
     )
-    print(f"{options.num} samples written to {options.out}")
+    line = f"{options.num} samples written to {options.out}"
+    tell(options, line, {"out": str(options.out), "num": options.num, "method": options.method})
 
 
 def _stop(options: argparse.Namespace) -> None:

@@ -1,12 +1,12 @@
 """Finished models as a diffusers pipeline on disk, and pictures drawn with one.
 
 An exported directory needs diffusers and torch alone: U-Nets and scheduler as diffusers saves
-them, `pipeline.py` (a copy of `fedpdm.pipeline`), `privacy.json` and a model card.
+them, `pipeline.py` (a copy of `fedpdm.pipeline`), `privacy.json` (the run's statement) and a model
+card with the client's ledger. As it is it can be uploaded to the Hugging Face Hub as a model.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import json
 import math
@@ -15,6 +15,7 @@ import secrets
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,61 +36,21 @@ from fedpdm.build import (
 from fedpdm.config import RunConfig
 from fedpdm.denoisers import PRESETS
 from fedpdm.files import StoreError, read_tensors
+from fedpdm.modelcard import model_card
 from fedpdm.pictures import draw_image_grid
 from fedpdm.pictures.files import png_path
 from fedpdm.pipeline import PFDMPipeline
+from fedpdm.releases import ReleaseStore
 from fedpdm.rng import Purpose, torch_generator
 from fedpdm.runs import RunDirectory
 from fedpdm.sampling import make_scheduler
+from fedpdm.statement import client_statement
 from fedpdm.store import ClientStore
 from fedpdm.training import load_named, select_device
 
 __all__ = ["export_pipeline", "load_pipeline", "sample_grid"]
 
 BATCH_SIZE = 256
-
-CARD = """\
-# {name}: personalised diffusion model of client {client_id}
-
-Two U-Nets for {resolution}x{resolution} images of {num_classes} classes, from personalised
-federated diffusion (arXiv 2504.00952). `coarse_unet` is shared by all clients and takes pure noise
-down to noising step t0; `fine_unet` is client {client_id}'s and goes on to a clean image.
-
-## Use
-
-In this directory, with diffusers and torch. `pipeline.py` will be executed: read it first.
-
-```python
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained(
-    ".", custom_pipeline="./pipeline.py", trust_remote_code=True
-)
-images = pipe([0, 0, {last_label}], num_inference_steps=25).images
-images[0].save("image.png")
-```
-
-Labels: {labels}; -1 for no label.
-`method="coarse"` samples with the shared model only{alone}.
-Other schedulers: `pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config)`.
-
-## Privacy
-
-What clients sent in training, and so `coarse_unet`, is locally differentially private per image
-(one image replaced by any other, one release per image):
-
-| epsilon | delta | t0 | clip norm C |
-|---|---|---|---|
-| {epsilon:.4g} | {delta:g} | {t0} of {num_steps} | {clip_norm:g} around {shift:g} |
-
-The noise of the release was {noise_source}.
-
-**`fine_unet` is not covered.** It was trained on client {client_id}'s raw images, with no noise.
-Publishing it, or images sampled with it, exposes that client's own images: that is for the client
-alone to decide. `coarse_unet` may be shared without it. Not covered either:
-
-{uncovered}
-"""
 
 
 def export_pipeline(
@@ -118,7 +79,8 @@ def export_pipeline(
         raise ValueError(f"{run.root}: this run is a baseline, without a coarse and a fine model")
     privacy, coarse = _finished(run)
     folder = Path(store or run.client_path(client_id))
-    fine, shape = _client(run, folder, privacy, client_id=client_id)
+    fine, ledger = _client(run, folder, privacy, client_id=client_id)
+    shape = ledger["image_shape"]
     schedule, t0, shift = build_schedule(config), int(privacy["t0"]), float(privacy["shift"])
     num_classes = len(coarse.get("class_embedding.weight", ())) - 1  # the last is "no label"
     spec = ImageSpec(channels=shape[0], resolution=shape[1], num_classes=num_classes, shift=shift)
@@ -148,8 +110,8 @@ def export_pipeline(
         fine_t_max=schedule.num_steps if config.fine.t_range == "all" else t0,
         id2label=_class_names(config, num_classes=num_classes),
     )
-    words = {"name": config.name, "client_id": client_id}
-    _write(pipeline, privacy, _model_card(pipeline, {**privacy, **words}), out)
+    card = model_card(pipeline, name=config.name, run=privacy, client=ledger)
+    _write(pipeline, privacy, card, out)
     return out
 
 
@@ -236,11 +198,15 @@ def _finished(run: RunDirectory) -> tuple[dict[str, Any], dict[str, torch.Tensor
 
 def _client(
     run: RunDirectory, folder: Path, privacy: Mapping[str, Any], *, client_id: int
-) -> tuple[dict[str, torch.Tensor], tuple[int, int, int]]:
-    """EMA weights of the client's last round, and the shape of its images; `ValueError` if there
-    are none, or not of this run."""
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """EMA weights of the client's last round, and its statement, from its ledger where that lies
+    in the store (else as it was written beside the ledger's releases); `ValueError` if there are
+    none, or not of this run."""
     store = ClientStore(folder)
     state, released = store.load_state(store.last_round(), "fine"), store.load_statement()
+    known_releases = [asdict(r.parameters) for r in ReleaseStore(folder).ledger().releases()]
+    if known_releases:
+        released = client_statement(ReleaseStore(folder), delta=float(privacy["delta"]))
     if not state or released is None:
         folders = (run.root / "clients").glob("[0-9]*")
         known = sorted(int(p.name) for p in folders if ClientStore(p).last_round() > 0)
@@ -248,14 +214,16 @@ def _client(
             f"{folder}: client {client_id} has no fine model there; clients that have one: "
             f"{', '.join(map(str, known)) or 'none'}"
         )
-    for key in ("t0", "clip_norm", "shift"):
-        if (value := released["latest_release"][key]) != privacy[key]:
-            raise StoreError(
-                f"{folder}: client {client_id} released with {key} = {value:g}, this run has "
-                f"{privacy[key]:g}; the store belongs to another run"
-            )
+    wanted = {key: privacy[key] for key in ("t0", "clip_norm", "shift")}
+    if not any(wanted.items() <= r.items() for r in known_releases or [released["latest_release"]]):
+        other = released["latest_release"]
+        key = next((key for key in wanted if other[key] != wanted[key]), "t0")
+        raise StoreError(
+            f"{folder}: client {client_id} released with {key} = {other[key]:g}, this run has "
+            f"{wanted[key]:g}; the store belongs to another run"
+        )
     weights = {k.removeprefix("ema."): v for k, v in state.items() if k.startswith("ema.")}
-    return weights, tuple(released["image_shape"])
+    return weights, released
 
 
 def _share(config: RunConfig, client_id: int, *, num_classes: int) -> list[float] | None:
@@ -275,27 +243,12 @@ def _share(config: RunConfig, client_id: int, *, num_classes: int) -> list[float
 
 def _class_names(config: RunConfig, *, num_classes: int) -> dict[str, str] | None:
     """Names of the configured data set's classes by label, if it can be read here."""
-    data = dataclasses.replace(config.data, max_images=num_classes, download=False)
+    data = replace(config.data, max_images=num_classes, download=False)
     try:
-        names = load_split(dataclasses.replace(config, data=data), "train").class_names
+        names = load_split(replace(config, data=data), "train").class_names
     except (ValueError, OSError):
         return None
     return {str(k): v for k, v in enumerate(names)} if len(names) == num_classes else None
-
-
-def _model_card(pipeline: PFDMPipeline, facts: Mapping[str, Any]) -> str:
-    """The README.md of an export; `facts` are the privacy statement, `name` and `client_id`."""
-    settings, num_steps = pipeline.config, len(pipeline.betas)
-    names, last = settings["id2label"] or {}, settings["num_classes"] - 1
-    has_alone = settings["fine_t_max"] == num_steps
-    words = {
-        "num_steps": num_steps,
-        "last_label": last,
-        "labels": ", ".join(f"{k} {v}" for k, v in names.items() if k != v) or f"0 to {last}",
-        "alone": ', `method="alone"` with the fine model only' if has_alone else "",
-        "uncovered": "\n".join(f"- {what}" for what in facts["does_not_protect"]),
-    }
-    return CARD.format_map({**settings, **facts, **words})
 
 
 def _write(pipeline: PFDMPipeline, privacy: Mapping[str, Any], card: str, out: Path) -> None:
@@ -304,7 +257,7 @@ def _write(pipeline: PFDMPipeline, privacy: Mapping[str, Any], card: str, out: P
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         temporary.mkdir(parents=True)
-        pipeline.save_pretrained(temporary)
+        pipeline.save_pretrained(temporary, safe_serialization=True)
         source = inspect.getsource(sys.modules[PFDMPipeline.__module__])
         (temporary / "pipeline.py").write_text(source, encoding="utf-8")
         (temporary / "privacy.json").write_text(json.dumps(privacy, indent=1) + "\n")

@@ -12,6 +12,10 @@ and torch alone, and repeats two formulas of `fedpdm`; a test holds both copies 
 
 `t` counts noising steps that were applied, 0 is clean; diffusers' timestep k is t = k + 1.
 Models see x = pixel / 127.5 - 1 - shift for pixels 0..255.
+
+Given images are refined as by diffusers' image-to-image pipelines (SDEdit, Meng et al. 2022):
+noised to level t = round(strength T) by DDPM Eq. 4 and taken down from there, which at and below t0
+is the fine model's work alone.
 """
 
 import inspect
@@ -24,6 +28,7 @@ import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
 
 __all__ = ["METHODS", "PFDMPipeline"]
 
@@ -134,17 +139,24 @@ class PFDMPipeline(DiffusionPipeline):
         labels: int | Sequence[int] | torch.Tensor,
         *,
         num_inference_steps: int = 25,
+        image: Any = None,
+        strength: float | None = None,
         generator: torch.Generator | None = None,
         guidance_scale: float | None = None,
         method: str = "pfdm",
         output_type: str = "pil",
     ) -> ImagePipelineOutput:
-        """Draw one image per label.
+        """Draw one image per label, or refine given ones.
 
         Args:
             labels: N labels in [0, K - 1]; -1 for no label.
             num_inference_steps: denoiser calls per image, at most T (T + t0 with
-                noise_to_noise); second-order schedulers make more.
+                noise_to_noise); second-order schedulers make more. Given images take the share
+                `strength` of them.
+            image: start from these N images (or one for all labels; one label does for all images):
+                PIL images, float (N, H, W, C) array or float (N, C, H, W) tensor in [0, 1].
+            strength: in [0, 1], how much noise they get: level round(strength T). 0 gives them
+                back, 1 keeps next to nothing. Default t0 / T: what the fine model makes of them.
             generator: source of all randomness; on the CPU it gives the same images on any device.
             guidance_scale: classifier-free guidance weight >= 0; default the export's.
             method: "pfdm" (coarse above t0, fine below), or "alone" (fine) or "coarse" everywhere.
@@ -159,19 +171,34 @@ class PFDMPipeline(DiffusionPipeline):
         """
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"output_type must be pil, np or pt, got {output_type!r}")
-        resolution = self.config["resolution"]
+        resolution, start = self.config["resolution"], None
         channels = self.coarse_unet.config["in_channels"] // self.config["coarse_patch"] ** 2
-        shape = (len(self._check_labels(labels)), channels, resolution, resolution)
-        x_T = randn_tensor(
+        shape = (self._check_labels(labels).numel(), channels, resolution, resolution)
+        given: torch.Tensor | None = None
+        if image is not None:
+            given, start = self._model_scale(image, shape), self._level(strength)
+            if len(given) > 1 and shape[0] == 1:
+                labels = self._check_labels(labels, indexed=False).repeat(len(given))
+            shape = (max(shape[0], len(given)), *shape[1:])
+            if num_inference_steps > 0:
+                share = start / len(self.betas)
+                num_inference_steps = max(1, round(num_inference_steps * share))
+        elif strength is not None:
+            raise ValueError(f"strength needs an image to start from, got {strength} and none")
+        x = randn_tensor(
             shape, generator=generator, device=self._execution_device, dtype=torch.float32
         )
+        if given is not None and start is not None:
+            abar = float(self._alphas_cumprod[start])
+            x = abar**0.5 * given.to(x.device) + (1.0 - abar) ** 0.5 * x
         x_0 = self.generate(
-            x_T,
+            x,
             labels,
             num_inference_steps=num_inference_steps,
             generator=generator,
             guidance_scale=guidance_scale,
             method=method,
+            start=start,
         )
         if not bool(torch.isfinite(x_0).all()):
             raise ValueError("the models gave values that are not finite")
@@ -193,11 +220,13 @@ class PFDMPipeline(DiffusionPipeline):
         generator: torch.Generator | None = None,
         guidance_scale: float | None = None,
         method: str = "pfdm",
+        start: int | None = None,
     ) -> torch.Tensor:
         """As a call, from given noise: float32 (N, C, H, W) to x_0 of that shape in model scale.
 
-        The same as `fedpdm.sampling.sample` for the same `x_T` and `generator`. With
-        noise_to_noise, method "coarse" gives noisy images: the coarse model's own data.
+        The same as `fedpdm.sampling.sample` for the same `x_T` and `generator`; with `start`, in
+        [0, t0], as `fedpdm.sampling.refine` from that level. With noise_to_noise, method "coarse"
+        gives noisy images: the coarse model's own data.
         """
         index = self._check_labels(labels).to(x_T.device)
         guidance = self.config["guidance_scale"] if guidance_scale is None else guidance_scale
@@ -207,7 +236,7 @@ class PFDMPipeline(DiffusionPipeline):
             raise ValueError(f"guidance_scale must be finite and at least 0, got {guidance}")
         stages = [
             (*self._new_scheduler(num_betas, num_steps), floor)
-            for num_betas, num_steps, floor in self._stages(method, num_inference_steps)
+            for num_betas, num_steps, floor in self._stages(method, num_inference_steps, start)
         ]
         x = x_T
         with self.progress_bar(total=sum(len(s.timesteps) for s, _, _ in stages)) as bar:
@@ -245,20 +274,30 @@ class PFDMPipeline(DiffusionPipeline):
         fine = self._guided(x_t, t, index, guidance, use_coarse=False)
         return torch.lerp(fine, answer, share)
 
-    def _stages(self, method: str, num_steps: int) -> list[tuple[int, int, int]]:
-        """Chains to run, as (number of betas, steps, level above which the coarse model acts)."""
+    def _stages(self, method: str, num_steps: int, start: int | None) -> list[tuple[int, int, int]]:
+        """Chains to run, as (number of betas, steps, level above which the coarse model acts).
+
+        They begin at level `start`, None meaning pure noise.
+        """
         T, t0 = len(self.betas), self.config["t0"]
+        first = T if start is None else start
         if method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
         if method == "alone":
-            if (trained := self.config["fine_t_max"]) < T:
+            if (trained := self.config["fine_t_max"]) < first:
                 raise ValueError(
                     "method alone needs a fine model that was trained at every t; this one was "
                     f"trained at t <= {trained} of {T}"
                 )
-            return [(T, num_steps, T)]
-        if self.config["chain"] == "truncated":
-            return [(T, num_steps, t0 if method == "pfdm" else 0)]
+            return [(first, num_steps, T)] if first else []
+        fine_only = start is not None and method == "pfdm" and start <= t0
+        if self.config["chain"] == "truncated" or fine_only:
+            return [(first, num_steps, t0 if method == "pfdm" else 0)] if first else []
+        if start is not None:
+            raise ValueError(
+                f"with noise_to_noise an image can be refined by the fine model alone: method pfdm "
+                f"and strength at most t0 / T = {t0 / T:g}, got {method} and {start / T:g}"
+            )
         coarse_steps = T if num_steps >= T + t0 else max(1, round(num_steps * (T / (T + t0))))
         stages = [(T, coarse_steps, 0)]
         if method == "pfdm" and t0 > 0:
@@ -327,8 +366,45 @@ class PFDMPipeline(DiffusionPipeline):
         signal, other = abar**0.5, (1.0 - abar) ** 0.5 * raw
         return (x_t - other) / signal if prediction == "epsilon" else signal * x_t - other
 
-    def _check_labels(self, labels: int | Sequence[int] | torch.Tensor) -> torch.Tensor:
-        """Index into the class embeddings, int64 (N,) on the pipeline's device."""
+    def _level(self, strength: float | None) -> int:
+        """How many steps of noise a given image gets; default t0."""
+        if strength is None:
+            return int(self.config["t0"])
+        if not 0.0 <= strength <= 1.0:
+            raise ValueError(f"strength must be in [0, 1], got {strength}")
+        return round(strength * len(self.betas))
+
+    def _model_scale(self, image: Any, shape: tuple[int, int, int, int]) -> torch.Tensor:
+        """Given images as float32 (n, C, H, W) in the models' scale, n 1 or N or N = 1."""
+        parts = list(image) if isinstance(image, (list, tuple)) else [image]
+        if isinstance(image, torch.Tensor):
+            pixels = image
+        elif isinstance(image, np.ndarray):
+            pixels = torch.from_numpy(np.moveaxis(image, -1, 1) if image.ndim == 4 else image)
+        elif parts and all(isinstance(part, Image.Image) for part in parts):
+            mode = "L" if shape[1] == 1 else "RGB"
+            arrays = [np.asarray(part.convert(mode), dtype=np.float32) / 255.0 for part in parts]
+            if len({array.shape for array in arrays}) > 1:
+                raise ValueError("image: PIL images must be of one size")
+            stacked = np.stack(arrays)
+            pixels = torch.from_numpy(stacked.reshape(*stacked.shape[:3], shape[1]))
+            pixels = pixels.permute(0, 3, 1, 2)
+        else:
+            raise ValueError("image must be PIL images, an array (N, H, W, C) or a tensor")
+        if pixels.ndim != 4 or pixels.shape[1:] != shape[1:]:
+            raise ValueError(
+                f"image must be (N, C, H, W) with C, H, W = {shape[1:]}, got {tuple(pixels.shape)}"
+            )
+        if len(pixels) != shape[0] and 1 not in (len(pixels), shape[0]):
+            raise ValueError(f"image: {len(pixels)} images for {shape[0]} labels")
+        if not (pixels.is_floating_point() and bool(((pixels >= 0.0) & (pixels <= 1.0)).all())):
+            raise ValueError("image: values must be floating point in [0, 1]")
+        return pixels.float() * 2.0 - (1.0 + self.config["shift"])
+
+    def _check_labels(
+        self, labels: int | Sequence[int] | torch.Tensor, *, indexed: bool = True
+    ) -> torch.Tensor:
+        """Index into the class embeddings (or the labels), int64 (N,) on the pipeline's device."""
         index = torch.as_tensor(labels, device=self._execution_device)
         index = index.view(-1) if index.ndim == 0 else index
         if index.ndim != 1 or len(index) == 0 or index.is_floating_point():
@@ -340,4 +416,6 @@ class PFDMPipeline(DiffusionPipeline):
                 f"labels must be in [0, {num_classes - 1}], or {NO_LABEL} for no label, "
                 f"got {int(outside[0])}"
             )
+        if not indexed:
+            return index.long()
         return torch.where(index == NO_LABEL, num_classes, index.long())

@@ -22,6 +22,7 @@ from fedpdm.releases import ReleaseStore
 from fedpdm.runs import RunDirectory
 from fedpdm.statement import baseline_statement, plain_text, run_statement
 from fedpdm.store import ClientStore
+from fedpdm.versions import software_versions
 
 __all__ = ["RunLog", "draw_samples", "draw_split", "finish_run", "summarise"]
 
@@ -128,6 +129,7 @@ def finish_run(
     run.write_json("privacy.json", statement)
     run.write_text("privacy.txt", plain_text(statement))
     run.write_json("metrics.json", history)
+    run.write_json("versions.json", software_versions())
     if config.run.simulation:
         draw_samples(run, config)
     log.say(summarise(run))

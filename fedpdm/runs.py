@@ -2,12 +2,13 @@
 
 config.yaml          the resolved configuration
 privacy.json  privacy.txt   what is promised, in numbers and in words
-metrics.json         per round and final
+metrics.json         per round and final; versions.json: of the software
 coarse.safetensors   the shared model (EMA), when the run has finished
 samples.png  partition.png  partition.txt  partition.json (digests to compare with other machines)
 log.txt
 server/checkpoint.safetensors   to resume from
 server/updates/      updates of this round that wait for their turn
+server/members.json  which images trained a shared model of raw images (a baseline)
 server/releases/     what clients uploaded (server training only)
 clients/<id>/        each client's store (`fedpdm.store`); the server never reads it, except
                      for pictures in simulation

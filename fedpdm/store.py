@@ -2,6 +2,7 @@
 
     ledger.jsonl  releases/   what it has released (`fedpdm.releases`), here or elsewhere
     privacy.json  privacy.txt what that promises
+    members.json              in simulation: which images trained its models (`fedpdm.members`)
     rounds/000007/            one directory per finished round, renamed into place when complete
         coarse.safetensors    optimiser moments of the coarse model
         fine.safetensors      fine model, EMA, moments, step
@@ -24,7 +25,7 @@ import shutil
 import zipfile
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from fedpdm.files import (
     write_atomic,
     write_tensors,
 )
+from fedpdm.members import MemberRecord, read_members
 
 __all__ = ["ClientStore", "Reply"]
 
@@ -83,6 +85,21 @@ class ClientStore:
         """The numbers of `save_statement`, or None."""
         path = self.root / "privacy.json"
         return read_json(path) if path.exists() else None
+
+    def save_members(self, record: MemberRecord) -> None:
+        """Write which images train a model; `StoreError` if others trained an earlier round."""
+        path = self.root / "members.json"
+        if path.exists():
+            (known,) = read_members(path)
+            record = replace(record, trained={**known.trained, **record.trained})
+            if known == record:
+                return
+            if (known.train, known.heldout) != (record.train, record.heldout):
+                raise StoreError(
+                    f"{path}: earlier rounds were trained on other images of client "
+                    f"{record.client_id}; the data have changed since"
+                )
+        write_atomic(path, (json.dumps(record.fields()) + "\n").encode())
 
     # Rounds.
 

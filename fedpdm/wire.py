@@ -27,6 +27,7 @@ from fedpdm.types import CoarseUpdate, ReleasedDataset
 
 __all__ = [
     "FIT_METRICS",
+    "LARGEST_WEIGHT",
     "RAW_METRICS",
     "WireError",
     "check_metrics",
@@ -70,6 +71,10 @@ RAW_METRICS: Mapping[str, type] = {
         for metric in ("frechet", "class_fidelity")
     },
 }
+
+
+# Weights of a network that works are far from it; sums of such numbers stay finite in float32.
+LARGEST_WEIGHT = 1e6
 
 
 class WireError(ValueError):
@@ -191,7 +196,7 @@ def decode_update(
     Its float32 weights lie in the message's memory and must not be written to.
 
     `WireError` naming `who` for wrong names, shapes, dtypes, round, basis, or values that are not
-    finite.
+    finite or beyond `LARGEST_WEIGHT`.
     """
     tensors, metadata = _unpack(message, "coarse-update", who, shared=True)
     if (sent := metadata.get("encoding", "float32")) != encoding:
@@ -212,6 +217,8 @@ def decode_update(
     if not bool(torch.stack(largest).isfinite().all()):
         bad = [n for n, norm in zip(tensors, largest, strict=True) if not norm.isfinite()]
         raise WireError(f"update of {who}: {min(bad)} has values that are not finite")
+    if huge := [n for n, norm in zip(tensors, largest, strict=True) if norm > LARGEST_WEIGHT]:
+        raise WireError(f"update of {who}: {min(huge)} has values beyond {LARGEST_WEIGHT:g}")
     if encoding != "float32":
         tensors = {name: tensor.add_(like[name]) for name, tensor in tensors.items()}
     try:

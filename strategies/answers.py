@@ -15,12 +15,18 @@ from fedpdm import wire
 __all__ = [
     "ClientAnswer",
     "accepted_metrics",
+    "check_size",
     "decode_arrays",
     "describe_failures",
     "encode_arrays",
     "mean_metrics",
+    "one_line",
     "round_line",
 ]
+
+
+HEADER_BYTES = 1 << 16  # of a message, besides its values
+LONGEST_LINE = 500
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +48,21 @@ def accepted_metrics(metrics: Mapping[str, Scalar], *, client_id: int) -> dict[s
     return checked
 
 
+def check_size(size: int, *, most: int) -> None:
+    """`wire.WireError` for a message larger than what was asked for, before it is decoded."""
+    if size > most + HEADER_BYTES:
+        raise wire.WireError(
+            f"its message has {size} bytes, where at most {most + HEADER_BYTES} can be right"
+        )
+
+
+def one_line(text: str) -> str:
+    """What a client wrote, fit for a log: one line, no control characters, no novel."""
+    line = " ".join(text.split())
+    line = "".join(c if c.isprintable() else "?" for c in line[: LONGEST_LINE + 1])
+    return line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]}..."
+
+
 def decode_arrays(parameters: Parameters) -> NDArrays:
     """Flower's arrays from a message; `wire.WireError` for bytes that are none."""
     return [_decode_array(tensor) for tensor in parameters.tensors]
@@ -57,7 +78,7 @@ def _decode_array(tensor: bytes) -> np.ndarray:
         if dtype.hasobject or fortran:
             raise ValueError("of objects, or in another order")
         return np.frombuffer(tensor, dtype=dtype, offset=stream.tell()).reshape(shape)
-    except (ValueError, EOFError) as error:
+    except (ValueError, EOFError, OverflowError, TypeError) as error:
         raise wire.WireError(f"message is not an array: {error}") from None
 
 
@@ -91,10 +112,10 @@ def describe_failures(
     for proxy, result in (f for f in failures if not isinstance(f, BaseException)):
         client_id = ids.get(proxy.cid, -1)
         answered.add(client_id)
-        lines.append(f"client {client_id}: {result.status.message}")
+        lines.append(one_line(f"client {client_id}: {result.status.message}"))
     silent = " or ".join(f"client {k}" for k in sorted(set(asked) - answered))
     for error in errors:
-        line = " ".join(str(error).split())[:500] or type(error).__name__
+        line = one_line(str(error)) or type(error).__name__
         lines.append(f"{silent}: {line}" if silent else line)
     return lines
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Mapping
 import torch
 
 from fedpdm.config import AggregationConfig
+from fedpdm.config.aggregation import ROBUST
 
 __all__ = ["OrderedMean", "ServerOptimizer", "make_server_optimizer"]
 
@@ -96,7 +97,7 @@ class ServerOptimizer(ABC):
 
 
 class _Mean(ServerOptimizer):
-    """FedAvg (McMahan et al. 2017, Algorithm 1); FedProx is the same at the server."""
+    """FedAvg (McMahan et al. 2017, Algorithm 1); FedProx and robust means are the same here."""
 
     def step(self, round: int, weights: Weights, mean: Weights) -> Weights:
         return mean
@@ -143,7 +144,7 @@ class _Adam(ServerOptimizer):
 
 def make_server_optimizer(section: AggregationConfig, like: Weights) -> ServerOptimizer:
     """The one that `aggregation.method` names, for weights of these names and shapes."""
-    if section.method in ("fedavg", "fedprox"):
+    if section.method in ("fedavg", "fedprox", *ROBUST):
         return _Mean((), like)
     if section.method == "fedavgm":
         rate = 1.0 if section.server_lr is None else section.server_lr

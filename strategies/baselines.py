@@ -16,6 +16,7 @@ from fedpdm import wire
 from fedpdm.batches import raw_coarse_batch_loss
 from fedpdm.build import ImageSpec, build_partitions, client_images, load_split
 from fedpdm.config import RunConfig
+from fedpdm.members import MemberRecord, record_images
 from fedpdm.training import BatchLoss
 from strategies.answers import ClientAnswer
 from strategies.coarse import CoarseStrategy
@@ -56,6 +57,17 @@ class CentralisedTraining(CoarseServerTraining):
         images = load_split(config, "train")
         parts = build_partitions(config, images)
         held = [client_images(config, images, parts, part.client_id) for part in parts]
+        self._members = []
+        for own in held:
+            every = record_images(own.images, own.indices)
+            self._members.append(
+                MemberRecord(
+                    client_id=own.client_id,
+                    train=every.subset(own.train),
+                    heldout=every.subset(own.heldout),
+                    trained={"coarse": "raw"},
+                )
+            )
         self._pixels = np.concatenate([own.images.images[own.train] for own in held])
         self._labels = np.concatenate([own.train_labels for own in held])
 
@@ -63,7 +75,9 @@ class CentralisedTraining(CoarseServerTraining):
         return "fine"
 
     def training_data(self) -> tuple[BatchLoss, torch.Tensor]:
-        """(loss on all clients' training images, their labels)."""
+        """(loss on all clients' training images, their labels); records whose these are."""
+        records = [record.fields() for record in self._members]
+        self._run.write_json("server/members.json", {"clients": records})
         loss = raw_coarse_batch_loss(
             self._config,
             self._trainer.model,

@@ -32,13 +32,16 @@ from flwr.server.strategy import Strategy
 from fedpdm import wire
 from fedpdm.memory import release_free_memory
 from fedpdm.runs import RunDirectory
+from fedpdm.trackers import RunTrackers
 from strategies.answers import (
     ClientAnswer,
     accepted_metrics,
+    check_size,
     decode_arrays,
     describe_failures,
     encode_arrays,
     mean_metrics,
+    one_line,
     round_line,
 )
 from strategies.roster import ClientFailure, Roster, ServerSettings
@@ -71,11 +74,12 @@ class CoarseStrategy(Strategy):
         self._run = run
         self._announce = announce
         self._finish = finish
+        self.trackers: RunTrackers | None = None  # see each round and the end
         self._roster = Roster(settings)
         self._seen: set[str] = set()  # of this round: nodes that answered, good answers, others
         self._answers: list[ClientAnswer] = []
         self._problems: list[str] = []
-        self._received = self._sent = 0  # bytes
+        self._received = self._sent = self._request_bytes = 0
         self._first_round = 1
         self._started = time.perf_counter()
         self._round_started = self._started
@@ -96,6 +100,10 @@ class CoarseStrategy(Strategy):
 
     def begin(self, round: int, clients: Collection[int]) -> None:
         """A round of training is about to be sent to these clients."""
+
+    def largest_message(self, num_examples: int) -> int:
+        """Bytes of the values that a client with so many images may send in this round."""
+        return self._request_bytes
 
     def dismiss(self, client_id: int) -> None:
         """This client's answer was refused: there will be none."""
@@ -121,6 +129,10 @@ class CoarseStrategy(Strategy):
     def evaluation_message(self) -> Parameters:
         """What clients are sent to evaluate: the average of the coarse weights."""
         return self._message(self.ema)
+
+    def client_of(self, cid: str) -> int:
+        """Which client a node of Flower's is; -1 for one that was never asked."""
+        return self._roster.ids.get(cid, -1)
 
     # Resuming.
 
@@ -193,12 +205,13 @@ class CoarseStrategy(Strategy):
             **self.fit_config(),
         }
         chosen = self._roster.choose(round, client_manager)
-        self._answers, self._problems, self._received = [], [], 0
+        self._answers, self._problems, self._received = [], list(self._roster.problems), 0
         self._seen = set()
         self.begin(round, self._roster.asked)
         message = self.fit_message(round)
         self._settle()  # making it has read the weights
-        self._sent = sum(len(tensor) for tensor in message.tensors) * len(chosen)
+        self._request_bytes = sum(len(tensor) for tensor in message.tensors)
+        self._sent = self._request_bytes * len(chosen)
         return [(client, FitIns(message, dict(config))) for client in chosen]
 
     def receive_fit(self, server_round: int, proxy: ClientProxy, result: FitRes) -> None:
@@ -209,8 +222,11 @@ class CoarseStrategy(Strategy):
         """
         self._seen.add(proxy.cid)
         client_id = self._roster.client_id(proxy)
-        self._received += sum(len(tensor) for tensor in result.parameters.tensors)
+        size = sum(len(tensor) for tensor in result.parameters.tensors)
+        self._received += size
         try:
+            self._check_count(result.num_examples)
+            check_size(size, most=self.largest_message(result.num_examples))
             answer = ClientAnswer(
                 client_id=client_id,
                 metrics=accepted_metrics(result.metrics, client_id=client_id),
@@ -220,7 +236,8 @@ class CoarseStrategy(Strategy):
             result.parameters = _NOTHING
             self.accept(self._round(server_round), answer, message)
         except wire.WireError as error:
-            self._problems.append(f"client {client_id}: {error}")
+            result.parameters = _NOTHING
+            self._problems.append(one_line(f"client {client_id}: {error}"))
             self.dismiss(client_id)
             return
         self._answers.append(answer)
@@ -282,11 +299,12 @@ class CoarseStrategy(Strategy):
         failures: list[tuple[ClientProxy, EvaluateRes] | BaseException],
     ) -> tuple[float | None, dict[str, Scalar]]:
         round = min(self._round(server_round), self.settings.rounds)
-        problems = self._describe_failures(results, failures)
+        problems = [*self._describe_failures(results, failures), *self._roster.problems]
         good = []
         for proxy, result in results:
             client_id = self._roster.client_id(proxy)
             try:
+                self._check_count(result.num_examples)
                 metrics = accepted_metrics(result.metrics, client_id=client_id)
                 if result.num_examples < 1:
                     count = result.num_examples
@@ -294,7 +312,7 @@ class CoarseStrategy(Strategy):
                 if not math.isfinite(result.loss):
                     raise wire.WireError(f"held-out loss of client {client_id} is {result.loss}")
             except wire.WireError as error:
-                problems.append(f"client {client_id}: {error}")
+                problems.append(one_line(f"client {client_id}: {error}"))
                 continue
             good.append((client_id, result, metrics))
         self._report_problems(round, "evaluate", problems, num_good=len(good))
@@ -313,6 +331,8 @@ class CoarseStrategy(Strategy):
                 "clients": [metrics for _, _, metrics in good],
             }
             self._finish(self.ema, self.history)
+            if self.trackers is not None:
+                self.trackers.finish(self.ema, self.history)
             self._checkpoint()  # last: a run whose results could not be written can be resumed
         else:
             self._run.write_json("metrics.json", self.history)
@@ -323,6 +343,15 @@ class CoarseStrategy(Strategy):
     def _round(self, server_round: int) -> int:
         """Flower counts rounds of this process; the run's rounds go on from the checkpoint."""
         return self._first_round - 1 + server_round
+
+    def _check_count(self, num_examples: int) -> None:
+        """`wire.WireError` for more images than a client may have: they would weigh too much."""
+        most = self.settings.max_examples
+        if most is not None and num_examples > most:
+            raise wire.WireError(
+                f"num_examples must be at most aggregation.max_examples = {most}, "
+                f"got {num_examples}"
+            )
 
     def _message(self, weights: Weights) -> Parameters:
         return encode_arrays(wire.encode_model(weights, encoding=self.settings.encoding))
@@ -344,3 +373,5 @@ class CoarseStrategy(Strategy):
         pace = (time.perf_counter() - self._started) / max(1, rounds_here)
         left = pace * (self.settings.rounds - self.rounds_done)
         self._announce(round_line(record, rounds=self.settings.rounds, seconds_left=left))
+        if self.trackers is not None:
+            self.trackers.round(record)

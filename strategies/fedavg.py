@@ -2,7 +2,8 @@
 
 Every update is checked by name, shape and dtype and averaged as it comes (`strategies.averaging`):
 FedAvg (McMahan et al. 2017), FedAvgM (Hsu et al. 2019), FedAdam (Reddi et al. 2021), FedProx (Li et
-al. 2020). The tests hold the arithmetic to the papers' formulas and to Flower's own strategies.
+al. 2020); or kept for a robust mean (`strategies.robust`). The tests hold the arithmetic to the
+papers' formulas and to Flower's own strategies.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from flwr.common import NDArrays, Scalar
 
 from fedpdm import wire
 from fedpdm.config import AggregationConfig
+from fedpdm.config.aggregation import ROBUST
 from strategies.answers import ClientAnswer
 from strategies.averaging import OrderedMean, make_server_optimizer
 from strategies.coarse import CoarseStrategy, Weights
+from strategies.robust import RobustMean, shorten
 
 __all__ = ["CoarseFedAvg"]
 
@@ -29,7 +32,13 @@ class CoarseFedAvg(CoarseStrategy):
         super().__init__(**options)
         self._aggregation = aggregation
         self._optimizer = make_server_optimizer(aggregation, self.weights)
-        self._mean: OrderedMean | None = None
+        self._mean: OrderedMean | RobustMean | None = None
+        self._num_shortened = 0
+
+    @property
+    def section(self) -> AggregationConfig:
+        """How updates are aggregated."""
+        return self._aggregation
 
     def phase(self, round: int) -> str:
         return "coarse"
@@ -41,7 +50,12 @@ class CoarseFedAvg(CoarseStrategy):
 
     def begin(self, round: int, clients: Collection[int]) -> None:
         self._run.drop_updates()
-        self._mean = OrderedMean(clients, keep=self._run.keep_update, recall=self._run.take_update)
+        self._num_shortened = 0
+        keep, recall = self._run.keep_update, self._run.take_update
+        if self._aggregation.method in ROBUST:
+            self._mean = RobustMean(self._aggregation, keep=keep, recall=recall)
+        else:
+            self._mean = OrderedMean(clients, keep=keep, recall=recall)
 
     def dismiss(self, client_id: int) -> None:
         assert self._mean is not None
@@ -70,8 +84,12 @@ class CoarseFedAvg(CoarseStrategy):
                 f"update of client {answer.client_id}: made from a release whose noise is seeded, "
                 "outside simulation"
             )
+        weights = dict(update.weights)
+        if (bound := self._aggregation.max_update_norm) is not None:
+            weights, norm = shorten(weights, self.weights, max_norm=bound)
+            self._num_shortened += norm > bound
         assert self._mean is not None
-        self._mean.add(answer.client_id, dict(update.weights), num_examples=update.num_examples)
+        self._mean.add(answer.client_id, weights, num_examples=update.num_examples)
 
     def conclude(self, round: int) -> dict[str, float]:
         assert self._mean is not None
@@ -79,11 +97,17 @@ class CoarseFedAvg(CoarseStrategy):
             mean, self._mean = self._mean.finish(), None
         except ValueError as error:
             raise wire.WireError(f"round {round}: {error}") from None
+        self._step(round, mean)
+        if self._aggregation.max_update_norm is not None:
+            return {"shortened_updates": self._num_shortened}
+        return {}
+
+    def _step(self, round: int, mean: Weights) -> None:
+        """New weights and average from the mean of a round's updates, which may be changed."""
         self.weights = self._optimizer.step(round, self.weights, mean)
         decay = min(self.settings.ema_decay, (1.0 + round) / (10.0 + round))
         for name, tensor in self.weights.items():
             self.ema[name] = torch.lerp(tensor, self.ema[name], decay)
-        return {}
 
     def extra_state(self) -> Weights:
         return {

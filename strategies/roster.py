@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from flwr.common import GetPropertiesIns
@@ -14,6 +16,9 @@ from fedpdm.rng import Purpose, numpy_rng
 __all__ = ["ClientFailure", "Roster", "ServerSettings"]
 
 
+LARGEST_ID = 10**6  # beyond any partition-id; ids name files
+
+
 class ClientFailure(RuntimeError):
     """A client failed and the config says to stop; names every failed client and why."""
 
@@ -22,7 +27,8 @@ class ClientFailure(RuntimeError):
 class ServerSettings:
     """The server's part of the configuration. `min_clients` nodes are waited for, `wait_seconds` at
     most; only in a `simulation` may privacy noise be seeded, and the `basis` of updates be other
-    images than released ones."""
+    images than released ones. A client with more than `max_examples` images is refused. A
+    node has `answer_seconds` to say which client it is."""
 
     rounds: int
     min_clients: int
@@ -35,14 +41,17 @@ class ServerSettings:
     simulation: bool = False
     encoding: str = "float32"
     basis: str = "released"
+    max_examples: int | None = None
+    answer_seconds: float | None = None
 
 
 class Roster:
-    """Client ids by node, and the clients `asked` last."""
+    """Client ids by node, the clients `asked` last, and a line for each node left out then."""
 
     def __init__(self, settings: ServerSettings) -> None:
         self.ids: dict[str, int] = {}
         self.asked: set[int] = set()
+        self.problems: list[str] = []
         self._settings = settings
 
     def client_id(self, proxy: ClientProxy) -> int:
@@ -54,7 +63,8 @@ class Roster:
     ) -> list[ClientProxy]:
         """Clients of this round in the order of their ids, drawn from the run's seed.
 
-        `ClientFailure` if too few are connected, or a node does not say which client it is.
+        A node that does not say which client it is, or says what another says, is left out where
+        failures are skipped. `ClientFailure` if they are not, or too few are left.
         """
         settings = self._settings
         if not manager.wait_for(settings.min_clients, timeout=settings.wait_seconds):
@@ -65,22 +75,11 @@ class Roster:
                 "aggregation.min_clients"
             )
         proxies = dict(manager.all())
-        for cid, proxy in proxies.items():
-            if cid not in self.ids:
-                answer = proxy.get_properties(GetPropertiesIns({}), timeout=None, group_id=round)
-                known = answer.properties.get("client_id")
-                if not isinstance(known, int):
-                    raise ClientFailure(
-                        f"round {round}: node {cid} does not say which client it is: "
-                        f"{answer.status.message or known!r}"
-                    )
-                self.ids[cid] = known
-        ids = {cid: self.ids[cid] for cid in proxies}
-        if len(set(ids.values())) < len(ids):
-            raise ClientFailure(
-                f"round {round}: two nodes have the same client id ({sorted(ids.values())}); "
-                "give each node its own partition-id"
-            )
+        self.problems = self._meet(round, proxies)
+        ids = {cid: self.ids[cid] for cid in proxies if cid in self.ids}
+        if self.problems and (settings.on_failure == "raise" or len(ids) < settings.min_clients):
+            raise ClientFailure(f"round {round}: {'; '.join(self.problems)}")
+        proxies = {cid: proxies[cid] for cid in ids}
         ordered = [proxies[cid] for cid in sorted(proxies, key=lambda cid: ids[cid])]
         if not everyone and settings.fraction_fit < 1.0:
             count = max(1, math.floor(settings.fraction_fit * len(ordered) + 0.5))
@@ -89,3 +88,41 @@ class Roster:
             ordered = [ordered[index] for index in picked]
         self.asked = {ids[proxy.cid] for proxy in ordered}
         return ordered
+
+    def _meet(self, round: int, proxies: Mapping[str, ClientProxy]) -> list[str]:
+        """Ask new nodes who they are, all at once if they are machines of their own; a line for
+        each that did not say, and for those who say the same (who was here before stays)."""
+        fresh = [cid for cid in proxies if cid not in self.ids]
+
+        def ask(cid: str) -> int | str:
+            who = f"node {cid} does not say which client it is"
+            try:
+                answer = proxies[cid].get_properties(
+                    GetPropertiesIns({}), timeout=self._settings.answer_seconds, group_id=round
+                )
+            except Exception as error:
+                if self._settings.simulation:
+                    raise
+                return f"{who}: {' '.join(str(error).split())[:300]}"
+            known = answer.properties.get("client_id")
+            if type(known) is int and 0 <= known < LARGEST_ID:
+                return known
+            return f"{who}: {' '.join((answer.status.message or repr(known)).split())[:300]}"
+
+        workers = 1 if self._settings.simulation else max(1, len(fresh))
+        with ThreadPoolExecutor(max_workers=workers) as executor:
+            answers = list(executor.map(ask, fresh))
+        claims = [
+            *(self.ids[cid] for cid in proxies if cid in self.ids),
+            *(answer for answer in answers if isinstance(answer, int)),
+        ]
+        problems = [answer for answer in answers if isinstance(answer, str)]
+        for cid, answer in zip(fresh, answers, strict=True):
+            if isinstance(answer, int) and claims.count(answer) == 1:
+                self.ids[cid] = answer
+        if twice := sorted({claim for claim in claims if claims.count(claim) > 1}):
+            problems.append(
+                f"two nodes have the same client id ({sorted(claims)}): {twice}; give each node "
+                "its own partition-id"
+            )
+        return problems

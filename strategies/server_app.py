@@ -23,22 +23,30 @@ from fedpdm.releases import ReleaseStore
 from fedpdm.reporting import RunLog, draw_split, finish_run
 from fedpdm.runs import RunDirectory
 from fedpdm.runtime import is_resumed, release_path, run_config_of, run_root
+from fedpdm.trackers import open_trackers
 from strategies.baselines import CentralisedTraining, TrainingAlone
 from strategies.coarse import CoarseStrategy
 from strategies.fedavg import CoarseFedAvg
 from strategies.roster import ServerSettings
+from strategies.secure import SecureFedAvg, SecureServer
 from strategies.server_training import CoarseServerTraining
 from strategies.streaming import StreamingServer
 
-__all__ = ["app", "build_strategy", "server_fn"]
+__all__ = ["app", "build_strategy", "server_components", "server_fn"]
 
 
 def build_strategy(
-    config: RunConfig, run: RunDirectory, *, resume: bool, stores: Sequence[ReleaseStore] = ()
+    config: RunConfig,
+    run: RunDirectory,
+    *,
+    resume: bool,
+    stores: Sequence[ReleaseStore] = (),
+    own: type[CoarseStrategy] | None = None,
 ) -> CoarseStrategy:
     """The strategy that a config asks for, started or resumed; claims the run directory.
 
-    `stores` are the clients' release stores where this party holds them (simulation).
+    `stores` are the clients' release stores where this party holds them (simulation). `own` is
+    somebody else's strategy, made with the keywords of `CoarseStrategy` in place of that one.
     """
     images = load_split(config, "train") if config.run.simulation else None
     spec: ImageSpec = build_image_spec(config, images)
@@ -63,6 +71,8 @@ def build_strategy(
             simulation=config.run.simulation,
             encoding=section.encoding,
             basis=config.coarse.images,
+            max_examples=section.max_examples,
+            answer_seconds=section.round_timeout,
         ),
         "weights": {name: p.detach() for name, p in model.network.named_parameters()},
         "run": run,
@@ -70,37 +80,57 @@ def build_strategy(
         "finish": functools.partial(finish_run, run, config, plan, log, stores),
     }
     strategy: CoarseStrategy
-    if config.coarse.training == "none":
+    if own is not None:
+        strategy = own(**options)
+    elif config.coarse.training == "none":
         strategy = TrainingAlone(**options)
     elif config.coarse.training == "server" and config.coarse.images == "raw":
         strategy = CentralisedTraining(config=config, spec=spec, **options)
     elif config.coarse.training == "server":
         strategy = CoarseServerTraining(config=config, spec=spec, **options)
+    elif section.secure:
+        strategy = SecureFedAvg(aggregation=section, **options)
     else:
         strategy = CoarseFedAvg(aggregation=section, **options)
     if resume:
         strategy.resume()
+    if config.run.trackers:
+        first = strategy.rounds_done + 1
+        strategy.trackers = open_trackers(config, run.root, first_round=first, say=log.say)
     return strategy
 
 
-def server_fn(context: Context) -> ServerAppComponents:
-    """Strategy and number of rounds for this run."""
+def server_components(
+    context: Context, *, strategy: type[CoarseStrategy] | None = None
+) -> ServerAppComponents:
+    """Strategy and number of rounds for this run; `strategy` as `own` of `build_strategy`."""
     config = run_config_of(context.run_config)
     run = RunDirectory(run_root(context.run_config, config, context.run_id))
     stores = [
         ReleaseStore(release_path(context.run_config, run, client))
         for client in range(config.partition.num_clients if config.run.simulation else 0)
     ]
-    strategy = build_strategy(config, run, resume=is_resumed(context.run_config), stores=stores)
-    server = StreamingServer(client_manager=SimpleClientManager(), strategy=strategy)
+    resume = is_resumed(context.run_config)
+    made = build_strategy(config, run, resume=resume, stores=stores, own=strategy)
+    manager = SimpleClientManager()
+    server = (
+        SecureServer(client_manager=manager, strategy=made)
+        if isinstance(made, SecureFedAvg)
+        else StreamingServer(client_manager=manager, strategy=made)
+    )
     # A thread waits for each answer: with Flower's default only a few clients would work at once.
     server.set_max_workers(max(32, config.partition.num_clients))
     return ServerAppComponents(
         server=server,
         config=ServerConfig(
-            num_rounds=strategy.rounds_left(), round_timeout=config.aggregation.round_timeout
+            num_rounds=made.rounds_left(), round_timeout=config.aggregation.round_timeout
         ),
     )
+
+
+def server_fn(context: Context) -> ServerAppComponents:
+    """What Flower asks for: see `server_components`."""
+    return server_components(context)
 
 
 app = ServerApp(server_fn=server_fn)

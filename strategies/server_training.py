@@ -8,6 +8,7 @@ fine models.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
@@ -46,6 +47,7 @@ class CoarseServerTraining(CoarseStrategy):
         self._plan = build_release_plan(config, self._schedule, spec)
         self._spec = spec
         self._accepted: list[int] = []  # whose releases came in this round
+        self._releasing = False
         self._device = select_device(config.run.device)
         model = build_denoiser(config, "coarse", spec=spec, schedule=self._schedule)
         settings = build_optimizer_settings(config, "coarse", at_server=True)
@@ -76,6 +78,12 @@ class CoarseServerTraining(CoarseStrategy):
 
     def begin(self, round: int, clients: Collection[int]) -> None:
         self._accepted = []
+        self._releasing = self.phase(round) == "release"
+
+    def largest_message(self, num_examples: int) -> int:
+        """Float32 values and an int64 label for each image, whatever the encoding."""
+        per_image = 4 * math.prod(self._spec.shape) + 8
+        return max(0, num_examples) * per_image if self._releasing else 0
 
     def abandon(self) -> None:
         for client_id in self._accepted:

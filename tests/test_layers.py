@@ -14,10 +14,12 @@ PACKAGES = ("fedpdm", "clients", "strategies")
 # A unit imports units of a lower rank only; inside a package its own modules may import each
 # other. A module that is not listed has no place yet: give it one here.
 RANKS: dict[str, int] = {
-    "fedpdm": 0,  # the empty package itself, imported for its path
+    "fedpdm": 0,  # the package itself, imported for its path; its shortcuts are those of fedpdm.api
     "fedpdm.types": 1,
     "fedpdm.rng": 1,
     "fedpdm.config": 1,
+    "fedpdm.codedigest": 1,
+    "fedpdm.certificates": 2,
     "fedpdm.schedule": 2,
     "fedpdm.accountant": 2,
     "fedpdm.gmm": 3,
@@ -25,6 +27,7 @@ RANKS: dict[str, int] = {
     "fedpdm.partition": 2,
     "fedpdm.metrics": 2,
     "fedpdm.memory": 2,
+    "fedpdm.versions": 2,
     "fedpdm.tensorfile": 2,  # bytes of named tensors, for wire and store
     "fedpdm.quantize": 2,  # fewer bits per number in messages
     "fedpdm.pipeline": 2,  # copied into exports, so it stands alone
@@ -35,6 +38,7 @@ RANKS: dict[str, int] = {
     "fedpdm.objectives": 4,
     "fedpdm.sampling": 4,
     "fedpdm.mechanism": 4,
+    "fedpdm.members": 4,  # which images trained a model
     "fedpdm.ledger": 4,
     "fedpdm.calibration": 5,
     "fedpdm.training": 5,
@@ -47,23 +51,34 @@ RANKS: dict[str, int] = {
     "fedpdm.toy": 6,
     "fedpdm.dpsgd": 6,  # the DP-SGD baseline
     "fedpdm.wire": 6,
+    "fedpdm.secure": 6,  # updates as summands of secure aggregation
     "fedpdm.releases": 6,
     "fedpdm.loading": 6,  # images and their split, by the config
     "fedpdm.build": 7,
     "fedpdm.batches": 8,  # the configured objectives on a client's data
     "fedpdm.store": 7,
     "fedpdm.statement": 8,
+    "fedpdm.modelcard": 8,
+    "fedpdm.policy": 8,  # a node's own bounds
+    "fedpdm.acceptance": 8,
+    "fedpdm.invitation": 8,
     "fedpdm.runs": 8,
+    "fedpdm.trajectory": 8,  # states between noise and image
+    "fedpdm.trackers": 9,  # TensorBoard and others
+    "fedpdm.htmlreport": 10,
     "fedpdm.runtime": 9,
     "fedpdm.reporting": 9,
     "fedpdm.export": 9,
     "fedpdm.results": 9,  # of experiments, and tables
     "fedpdm.synthesis": 9,
     "fedpdm.assessment": 10,
+    "fedpdm.node": 10,  # what a participant checks before it joins
     "clients": 10,
     "strategies": 10,
+    "fedpdm.attacking": 11,  # attacks on a run's models, or on any U-Net
     "fedpdm.engines": 11,
     "fedpdm.commands": 12,
+    "fedpdm.api": 12,  # the library's front door
     "fedpdm.cli": 13,
 }
 SCIENCE = frozenset(unit for unit, rank in RANKS.items() if rank <= 5) - {"fedpdm.config"}
@@ -131,6 +146,8 @@ def check_imports(tree: ast.AST, module: str, *, is_package: bool) -> Iterator[s
         other = unit_of(target)
         if other not in RANKS:
             yield f"{where}: imports {target}, which has no layer"
+        elif module == "fedpdm" and target == "fedpdm.api":
+            continue  # the shortcuts; tests/test_api.py holds that they are lazy
         elif other != unit and RANKS[other] >= RANKS[unit]:
             yield f"{where}: imports upwards, {target}"
         if unit in SCIENCE and other == "fedpdm.config":
@@ -194,7 +211,8 @@ def test_nobody_imports_what_is_on_top() -> None:
         for _, target in imports(tree, module, is_package=path.name == "__init__.py"):
             assert unit_of(target) != "fedpdm.cli", module
             if unit_of(target) == "fedpdm.engines":
-                assert unit_of(module) in ("fedpdm.engines", "fedpdm.commands", "fedpdm.cli")
+                users = ("fedpdm.engines", "fedpdm.api", "fedpdm.commands", "fedpdm.cli")
+                assert unit_of(module) in users
 
 
 PLANTED = [
@@ -212,6 +230,9 @@ PLANTED = [
     ("strategies.server_app", "from fedpdm.cli import main", "imports upwards"),
     ("fedpdm.pipeline", "from fedpdm.denoisers import x", "imports upwards"),
     ("fedpdm.newcomer", "import math", "has no layer"),
+    ("fedpdm", "from fedpdm.build import x", "imports upwards, fedpdm.build"),
+    ("fedpdm.build", "from fedpdm import release", "fedpdm.release, which has no layer"),
+    ("fedpdm.build", "from fedpdm.api import release", "imports upwards, fedpdm.api"),
     ("fedpdm.build", "from fedpdm import newcomer", "fedpdm.newcomer, which has no layer"),
     ("fedpdm.training", "from fedpdm.config import RunConfig", "does not see a run config"),
     ("fedpdm.wire", "import flwr", "imports flwr"),
@@ -244,6 +265,7 @@ ALLOWED = [
     ("fedpdm.engines.inprocess", "from flwr.server import Server\nfrom clients.local import x"),
     ("clients.local", "from fedpdm import wire\nprint(1)"),
     ("fedpdm.runtime", "import fedpdm\nassert x is not None"),
+    ("fedpdm", "from fedpdm.api import release"),
 ]
 
 

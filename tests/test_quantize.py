@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fedpdm import wire
-from fedpdm.config.schema import ENCODINGS as CONFIG_ENCODINGS
+from fedpdm.config.aggregation import ENCODINGS as CONFIG_ENCODINGS
 from fedpdm.engines.inprocess import run_in_process
 from fedpdm.quantize import ENCODINGS, dequantize, quantize
 from fedpdm.types import CoarseUpdate

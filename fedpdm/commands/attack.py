@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedpdm.commands.attack_models import add_model_attacks
 from fedpdm.config.schema import ScheduleConfig
 
 if TYPE_CHECKING:
@@ -22,6 +23,9 @@ __all__ = ["add_attack_parser"]
 
 EXAMPLES = """\
 examples:
+  fedpdm attack runs/eps3 --attacks pia,gsa,memorisation --clients 0,1 --out attacks
+  fedpdm attack --unet model --members a.npz --non-members b.npz --out attacks
+  fedpdm attack controls --out controls
   fedpdm attack linkage --data mnist --epsilon 10 --clip-norm 10 --out linkage
   fedpdm attack audit --t0 690 --clip-norm 10 --canaries 10000
   fedpdm attack audit --epsilon 10 --clip-norm 10 --seeded 0 --known-seed 0     (must fail)
@@ -43,7 +47,7 @@ def add_attack_parser(commands: Any) -> None:
     """Add the command to the subparsers of `fedpdm`."""
     attack = commands.add_parser(
         "attack",
-        help="attack the release: linkage of uploads, one-run audit",
+        help="attack the release (linkage, audit) or the models of a run or any U-Net",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -75,6 +79,7 @@ def add_attack_parser(commands: Any) -> None:
         help="a seed that somebody else may know (repeatable)",
     )  # fmt: skip
     audit.set_defaults(action=run_audit)
+    add_model_attacks(kinds)
     for parser in (linkage, audit):
         _add_release_options(parser)
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedpdm.commands.terminal import add_telling, progress_aside
 from fedpdm.config import ConfigError
 
 __all__ = ["add_evaluate_parser"]
@@ -33,6 +35,7 @@ def add_evaluate_parser(commands: Any) -> None:
     parser.add_argument("--method", choices=("run", "alone"), default="run")
     parser.add_argument("--handover", metavar="T,T,...", help="noise real images to t and refine")
     parser.add_argument("--out", type=Path, help="write the scores as JSON")
+    add_telling(parser)
     parser.set_defaults(action=run_evaluate)
 
 
@@ -45,23 +48,39 @@ def run_evaluate(options: argparse.Namespace) -> None:
 
     run = RunDirectory(options.run)
     scores: Any
-    if options.handover:
-        levels = _numbers(options.handover, "--handover")
-        scores = handover_curve(run, client=clients[0], levels=levels, num_images=options.num)
-        for point in scores:
-            print(f"{point['group']:<9} t = {point['t']:>4}  " + _line(point["scores"]))
-    else:
-        scores, _ = assess_run(run, clients=clients, num_images=options.num, method=options.method)
-        for client in scores["clients"]:
-            for group, record in client["groups"].items():
-                print(f"client {client['client_id']} {group}, {record['num_own']} own images")
-                print(f"  samples     {_line(record['scores'])}")
-                print(f"  real images {_line(record['floor'])}")
-            for name, value in client["downstream"].items():
-                print(f"  {name.replace('_', ' ')} {value:.3f}")
+    with progress_aside(options):
+        if options.handover:
+            levels = _numbers(options.handover, "--handover")
+            scores = handover_curve(run, client=clients[0], levels=levels, num_images=options.num)
+            lines = [
+                f"{point['group']:<9} t = {point['t']:>4}  {_line(point['scores'])}"
+                for point in scores
+            ]
+        else:
+            scores, _ = assess_run(
+                run, clients=clients, num_images=options.num, method=options.method
+            )
+            lines = _client_lines(scores["clients"])
     if options.out:
         write_atomic(options.out, (json.dumps(scores, indent=1) + "\n").encode())
-        print(f"written to {options.out}")
+        lines.append(f"written to {options.out}")
+    if options.json:
+        print(json.dumps(scores, indent=1))
+    elif not options.quiet:
+        print("\n".join(lines))
+
+
+def _client_lines(clients: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = []
+    for client in clients:
+        for group, record in client["groups"].items():
+            lines += [
+                f"client {client['client_id']} {group}, {record['num_own']} own images",
+                f"  samples     {_line(record['scores'])}",
+                f"  real images {_line(record['floor'])}",
+            ]
+        lines += [f"  {k.replace('_', ' ')} {v:.3f}" for k, v in client["downstream"].items()]
+    return lines
 
 
 def _numbers(text: str, name: str) -> list[int]:

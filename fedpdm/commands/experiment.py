@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from concurrent import futures
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedpdm.commands.terminal import progress_aside
 from fedpdm.config import ConfigError, Suite, apply_overrides, load_suite
 
 if TYPE_CHECKING:
@@ -65,6 +67,8 @@ def add_experiment_parser(commands: Any) -> None:
     parser.add_argument("--results", type=Path, default=Path("experiments/results"), metavar="DIR")
     parser.add_argument("--keep", action="store_true", help="keep the clients' stores")
     parser.add_argument("--table", action="store_true", help="print the table, run nothing")
+    parser.add_argument("--json", action="store_true", help="print the results as JSON")
+    parser.add_argument("--quiet", action="store_true", help="no progress lines")
     parser.set_defaults(action=run_experiment)
 
 
@@ -78,24 +82,51 @@ def run_experiment(options: argparse.Namespace) -> int:
     from fedpdm.commands.experiment_cell import finished
 
     todo = [cell for cell in cells if not finished(cell)]
-    if cells:
-        done = len(cells) - len(todo)
-        print(f"{suite.name}, {options.profile}: {len(cells)} cells, {done} done before")
-        from fedpdm.assessment import check_scoring
-        from fedpdm.engines.preflight import check_run
+    with progress_aside(options):
+        if cells:
+            done = len(cells) - len(todo)
+            print(f"{suite.name}, {options.profile}: {len(cells)} cells, {done} done before")
+            from fedpdm.assessment import check_scoring
+            from fedpdm.engines.preflight import check_run
 
-        sets = {(c.config.data, c.config.partition, c.config.evaluation): c for c in todo}
-        for cell in sets.values():
-            check_run(cell.config, options.runs / "not-there", resume=False)
-            clients = range(min(cell.clients, cell.config.partition.num_clients))
-            check_scoring(cell.config, clients=clients)
-    failed = _run_all(todo, jobs=options.jobs)
-    from fedpdm.commands.tables import suite_tables
+            sets = {(c.config.data, c.config.partition, c.config.evaluation): c for c in todo}
+            for cell in sets.values():
+                check_run(cell.config, options.runs / "not-there", resume=False)
+                clients = range(min(cell.clients, cell.config.partition.num_clients))
+                check_scoring(cell.config, clients=clients)
+        failed = _run_all(todo, jobs=options.jobs)
+    if options.json:
+        folder = options.results / f"{suite.name}-{options.profile}"
+        if options.ablation:
+            folder /= options.ablation
+        _print_json(suite, options.profile, folder, failed)
+    else:
+        from fedpdm.commands.tables import suite_tables
 
-    print("\n" + suite_tables(suite, options.profile, options.results))
+        print("\n" + suite_tables(suite, options.profile, options.results))
     for title, line in failed:
         print(f"fedpdm: {title} failed: {line}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _print_json(
+    suite: Suite, profile: str, folder: Path, failed: Sequence[tuple[str, str]]
+) -> None:
+    """The results in `folder` and, of an ablation, in its variants' folders."""
+    from fedpdm.results import load_results
+
+    folders = [folder, *sorted(path for path in folder.glob("*") if path.is_dir())]
+    results = {
+        str(path.relative_to(folder)): load_results(path) for path in folders if path.is_dir()
+    }
+    facts = {
+        "suite": suite.name,
+        "profile": profile,
+        "results": results.pop(".", []),
+        "variants": results,
+        "failed": [{"cell": title, "error": line} for title, line in failed],
+    }
+    print(json.dumps(facts, indent=1))
 
 
 def plan_cells(suite: Suite, options: argparse.Namespace) -> list[Cell]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fedpdm.commands.terminal import add_telling, tell
 from fedpdm.config import ConfigError, Suite, load_paper_values, load_suite
 from fedpdm.config.reading import read_mapping
 from fedpdm.results import Column, Row, cell_text, gap_closed, load_results, rows
@@ -28,6 +29,7 @@ def add_tables_parser(commands: Any) -> None:
     parser = commands.add_parser("tables", help="write docs/results.md from experiments/results")
     parser.add_argument("--experiments", type=Path, default=Path("experiments"), metavar="DIR")
     parser.add_argument("--out", type=Path, default=Path("docs/results.md"))
+    add_telling(parser)
     parser.set_defaults(action=write_tables)
 
 
@@ -39,7 +41,7 @@ def write_tables(options: Any) -> None:
     folder = options.experiments / "results"
     if not folder.is_dir():
         raise ConfigError(f"{folder}: there are no results; run fedpdm experiment first")
-    parts = [HEAD]
+    parts, shown = [HEAD], []
     for path in sorted(options.experiments.glob("*.yaml")):
         if "profiles" not in read_mapping(path):
             continue  # the configuration of a single run
@@ -49,6 +51,7 @@ def write_tables(options: Any) -> None:
             if not own.is_dir():
                 continue
             parts.append(suite_tables(suite, profile, folder, markdown=True))
+            shown.append(f"{suite.name}-{profile}")
             picture = options.out.parent / "results" / f"{suite.name}-{profile}.png"
             if draw_method_samples(suite, own, picture):
                 parts.append(
@@ -56,7 +59,8 @@ def write_tables(options: Any) -> None:
                     "and minority classes; last, real images.\n"
                 )
     write_atomic(options.out, "\n".join(parts).encode())
-    print(f"written to {options.out}")
+    facts = {"out": str(options.out), "tables": shown}
+    tell(options, f"written to {options.out}", facts)
 
 
 def _columns(results: Sequence[dict[str, Any]]) -> list[Column]:

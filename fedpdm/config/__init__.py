@@ -14,6 +14,7 @@ from fedpdm.config.reading import (
     config_to_yaml,
     load_config,
     load_toy_config,
+    read_policy,
     toy_config_from_mapping,
 )
 from fedpdm.config.schema import (
@@ -29,6 +30,7 @@ from fedpdm.config.schema import (
     RunSection,
     SamplingConfig,
     ScheduleConfig,
+    key,
 )
 from fedpdm.config.suite import Method, Profile, Suite, load_paper_values, load_suite
 from fedpdm.config.toy import ToyConfig
@@ -56,9 +58,11 @@ __all__ = [
     "config_reference",
     "config_to_json",
     "config_to_yaml",
+    "key",
     "load_config",
     "load_paper_values",
     "load_suite",
     "load_toy_config",
+    "read_policy",
     "toy_config_from_mapping",
 ]

@@ -31,6 +31,7 @@ __all__ = [
     "load_config",
     "load_toy_config",
     "read_mapping",
+    "read_policy",
     "toy_config_from_mapping",
 ]
 
@@ -201,6 +202,15 @@ def read_mapping(path: Path, depth: int = 0) -> dict[str, Any]:
         else:
             merged[key] = value
     return merged
+
+
+def read_policy(cls: type[Any], path: Path) -> Any:
+    """A node's policy, an instance of the dataclass `cls`, from YAML; errors name file and key."""
+    mapping = read_mapping(path)
+    try:
+        return build_section(cls, mapping, "")
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def config_to_json(config: RunConfig) -> str:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
-ENCODINGS = ("float32", "bfloat16", "int8")
+from fedpdm.config.aggregation import AggregationConfig, check_aggregation
+from fedpdm.config.keys import ConfigError, key
 
 __all__ = [
     "AggregationConfig",
@@ -25,15 +25,6 @@ __all__ = [
 ]
 
 
-class ConfigError(ValueError):
-    """A configuration that cannot be run; the message is one line and names the key."""
-
-
-def key(default: Any, doc: str, **checks: Any) -> Any:
-    """A config key: default, one-line description and checks (low, high, above, below, choices)."""
-    return field(default=default, metadata={"doc": doc, **checks})
-
-
 def check_name(name: str) -> None:
     """`ConfigError` unless an experiment's name can name a directory."""
     if not name or any(c in name for c in "/\\\0") or name.startswith("."):
@@ -50,6 +41,11 @@ class RunSection:
     device: str = key("auto", "auto, cpu, cuda, cuda:1, ...")
     precision: str = key("auto", "number format", choices=("auto", "float32", "bfloat16"))
     threads: int = key(1, "torch threads per client process; 0 leaves torch's default", low=0)
+    trackers: tuple[str, ...] = key(
+        (),
+        "also show rounds and samples in (docs/report.md)",
+        choices=("tensorboard", "wandb", "mlflow"),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,29 +208,6 @@ class FineConfig(_ModelConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AggregationConfig:
-    """The server's side of federated coarse training (Flower's own strategies)."""
-
-    method: str = key(
-        "fedavg", "server optimiser", choices=("fedavg", "fedavgm", "fedadam", "fedprox")
-    )
-    server_lr: float | None = key(
-        None, "fedavgm (default 1) and fedadam (default 0.01, bias-corrected)", above=0.0
-    )
-    momentum: float = key(0.9, "fedavgm, and beta_1 of fedadam", low=0.0, below=1.0)
-    proximal_mu: float = key(0.01, "fedprox", low=0.0)
-    encoding: str = key("float32", "numbers in messages; fewer bits are rounded", choices=ENCODINGS)
-    ema_decay: float = key(0.5, "average of the coarse model over rounds", low=0.0, below=1.0)
-    fraction_fit: float = key(1.0, "share of clients per round", above=0.0, high=1.0)
-    min_clients: int | None = key(None, "clients that must be there; default: all", low=1)
-    on_failure: str = key("raise", "a failed client", choices=("raise", "skip"))
-    round_timeout: float | None = key(None, "seconds a round may take", above=0.0)
-    server_steps_per_round: int | None = key(
-        None, "server training: steps per round; default: coarse steps x clients", low=1
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
     """How samples are drawn."""
 
@@ -282,7 +255,7 @@ class RunConfig:
     schedule: ScheduleConfig = ScheduleConfig()
     coarse: CoarseConfig = CoarseConfig()
     fine: FineConfig = FineConfig()
-    aggregation: AggregationConfig = AggregationConfig()
+    aggregation: AggregationConfig = AggregationConfig()  # noqa: RUF009 (frozen)
     sampling: SamplingConfig = SamplingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
@@ -305,6 +278,10 @@ class RunConfig:
                 "partition.kind: own has one client in simulation; set num_clients: 1"
             )
         self._check_shared_model()
+        section, clients = self.aggregation, self.partition.num_clients
+        if not self.run.simulation:
+            clients = section.min_clients or clients
+        check_aggregation(section, training=self.coarse.training, num_clients=clients)
         check_name(self.name)
 
     def _check_shared_model(self) -> None:

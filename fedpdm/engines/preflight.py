@@ -36,6 +36,7 @@ from fedpdm.runs import RunDirectory
 from fedpdm.sampling import make_scheduler, sample
 from fedpdm.schedule import NoiseSchedule
 from fedpdm.statement import baseline_statement
+from fedpdm.trackers import check_trackers
 from fedpdm.training import select_device
 
 __all__ = ["check_run"]
@@ -65,6 +66,7 @@ def check_run(
             f"aggregation.min_clients: must be at most partition.num_clients = {there}, "
             f"got {wanted}"
         )
+    check_trackers(config)
     RunDirectory(out).check(config, resume=resume)
     _check_writable(out)
     device = select_device(config.run.device)

@@ -13,12 +13,17 @@ from fedpdm.pictures.files import DPI, INK, MUTED, png_path, save_figure
 
 __all__ = ["draw_roc"]
 
-# Blue, orange and green of ColorBrewer's Dark2 and Blues: told apart in any colour vision, and by
-# their line styles without colour.
+# Blue, orange and green of ColorBrewer's Dark2 and Blues, then others of Dark2: told apart in any
+# colour vision, and by their line styles without colour.
 _STYLES: Final = (
     {"color": "#2171b5", "linestyle": "-", "linewidth": 2.2},
     {"color": "#d95f02", "linestyle": "--", "linewidth": 1.8},
     {"color": "#1b9e77", "linestyle": "-.", "linewidth": 1.8},
+    {"color": "#7570b3", "linestyle": ":", "linewidth": 1.8},
+    {"color": "#e7298a", "linestyle": (0, (5, 1)), "linewidth": 1.6},
+    {"color": "#66a61e", "linestyle": (0, (3, 1, 1, 1)), "linewidth": 1.6},
+    {"color": "#a6761d", "linestyle": (0, (1, 1)), "linewidth": 1.6},
+    {"color": "#444444", "linestyle": "-", "linewidth": 1.2},
 )
 
 Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
@@ -27,7 +32,7 @@ Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
 def draw_roc(
     path: str | os.PathLike[str], curves: Mapping[str, Curve], *, title: str, smallest: float
 ) -> None:
-    """Up to three curves of true- against false-positive rate, as a PNG file.
+    """Up to eight curves of true- against false-positive rate, as a PNG file.
 
     Args:
         path: a name that ends in .png.
@@ -36,7 +41,7 @@ def draw_roc(
         smallest: rate at which both axes begin, in (0, 1).
 
     Raises:
-        ValueError: another suffix, no curve or more than three, `smallest` out of range.
+        ValueError: another suffix, no curve or more than eight, `smallest` out of range.
     """
     from matplotlib.figure import Figure
 

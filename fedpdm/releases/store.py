@@ -9,9 +9,10 @@ they have spent.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fedpdm.accountant import compose, epsilon_spent
 from fedpdm.data import ImageSet
@@ -58,6 +59,19 @@ class ReleaseStore:
     def ledger(self) -> Ledger:
         """The ledger, checked against itself and against the files that it names; reads only."""
         return self._archive.ledger()
+
+    def note(self, kind: str, fields: Mapping[str, Any], *, client_id: int) -> Ledger:
+        """Append a record that is no release; `StoreError` if the store is another client's."""
+        with locked(self.root / ".release-lock"):
+            ledger = self._archive.recover()
+            if ledger.client_id not in (None, client_id):
+                raise StoreError(
+                    f"{self.root}: is the store of client {ledger.client_id}, not of client "
+                    f"{client_id}; use a directory of its own"
+                )
+            if not ledger.records:
+                ledger = append(ledger, "opened", {"client_id": client_id})
+            return append(ledger, kind, fields)
 
     def check_history(self, heads: Sequence[str]) -> None:
         """`StoreError` unless the ledger once ended in each of these heads."""

@@ -1,0 +1,151 @@
+"""What all commands share at a terminal: examples, --quiet, shell completion, what to do next."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from fedpdm.commands.examples import EXAMPLES
+from fedpdm.config import ConfigError
+
+__all__ = [
+    "Parser",
+    "add_completion_parser",
+    "add_telling",
+    "advise",
+    "equip",
+    "progress_aside",
+    "quiet",
+    "tell",
+]
+
+# Commands whose progress is silenced as a whole by --quiet, and the stream that it goes to. Others
+# with --quiet do it themselves, by `progress_aside`.
+SILENCED = {
+    "attack linkage": "stderr",
+    "attack audit": "stderr",
+    "attack models": "stderr",
+    "attack controls": "stderr",
+    "federation run": "stdout",
+    "toy": "stderr",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors end with what to do next."""
+
+    def error(self, message: str) -> NoReturn:
+        """Usage, the error, and where examples are; exit code 2."""
+        self.print_usage(sys.stderr)
+        self.exit(2, f"{self.prog}: error: {message}\nNext: {self.prog} --help shows examples\n")
+
+
+def equip(parser: argparse.ArgumentParser) -> None:
+    """Give every command below `parser` its examples, its name, and --quiet where it is long."""
+    for name, command in _commands(parser):
+        if "examples:" not in (command.epilog or "") and name in EXAMPLES:
+            command.epilog = f"examples:\n{EXAMPLES[name]}"
+            command.formatter_class = argparse.RawDescriptionHelpFormatter
+        command.set_defaults(command=name)
+        if name in SILENCED:
+            command.add_argument("--quiet", action="store_true", help="no progress lines")
+
+
+def _commands(
+    parser: argparse.ArgumentParser, above: str = ""
+) -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    """(name without fedpdm, parser) of every command and group of commands."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, command in action.choices.items():
+                yield f"{above}{name}", command
+                yield from _commands(command, f"{above}{name} ")
+
+
+@contextlib.contextmanager
+def quiet(options: argparse.Namespace) -> Iterator[None]:
+    """Silence the progress of the commands in `SILENCED`, where --quiet asks for it."""
+    stream = SILENCED.get(getattr(options, "command", ""))
+    if stream is None or not options.quiet:
+        yield
+        return
+    redirect: Any = contextlib.redirect_stdout if stream == "stdout" else contextlib.redirect_stderr
+    with open(os.devnull, "w") as nowhere, redirect(nowhere):
+        yield
+
+
+@contextlib.contextmanager
+def progress_aside(options: argparse.Namespace) -> Iterator[None]:
+    """What is printed in the block goes nowhere with --quiet, to standard error with --json."""
+    with contextlib.ExitStack() as stack:
+        if options.quiet:
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+        elif options.json:
+            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        yield
+
+
+def add_telling(command: argparse.ArgumentParser) -> None:
+    """Add the options that `tell` reads."""
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.add_argument("--quiet", action="store_true", help="print nothing but errors")
+
+
+def tell(options: argparse.Namespace, line: str, facts: Mapping[str, Any]) -> None:
+    """The outcome of a command: a line, or JSON with --json; nothing else with --quiet."""
+    if options.json:
+        print(json.dumps(dict(facts), indent=1))
+    elif not options.quiet:
+        print(line)
+
+
+def advise(error: BaseException, options: argparse.Namespace) -> None:
+    """At a terminal, a line after the error that says what to do next."""
+    if sys.stderr.isatty():
+        print(f"Next: {next_step(error, options)}", file=sys.stderr)
+
+
+def next_step(error: BaseException, options: argparse.Namespace) -> str:
+    """What to do about an error of a command."""
+    name = getattr(options, "command", "")
+    if isinstance(error, MemoryError):
+        return "lower coarse.batch_size, fine.batch_size or sampling.batch_size (--set KEY=VALUE)"
+    if isinstance(error, ConfigError) and _is_key(str(error)):
+        return "fedpdm config lists every key, its default and meaning; --set KEY=VALUE changes one"
+    if isinstance(error, RuntimeError) and name in ("run", "federation run"):
+        return f"fedpdm {name} --resume --out {options.out or 'DIR'} goes on from the last round"
+    if type(error).__name__ == "StoreError":
+        return "fedpdm ledger DIR checks a client's store; nothing of it was changed"
+    if isinstance(error, OSError):
+        return "check that this path exists and may be read or written"
+    return f"fedpdm {name} --help shows examples" if name else "fedpdm --help lists the commands"
+
+
+def _is_key(message: str) -> bool:
+    """Whether a message begins with a config key, as in `privacy.epsilon: must be ...`."""
+    start = message.split(":", 1)[0]
+    return start.replace(".", "").replace("_", "").isalnum() and "." in start
+
+
+def add_completion_parser(commands: Any, parser: argparse.ArgumentParser) -> None:
+    """Add `completion` to the subparsers of `parser`."""
+    completion = commands.add_parser("completion", help="print a completion script for a shell")
+    completion.add_argument("shell", choices=("bash", "zsh", "tcsh"))
+    completion.set_defaults(action=lambda options: _print_completion(parser, options.shell))
+
+
+def _print_completion(parser: argparse.ArgumentParser, shell: str) -> None:
+    import shtab
+
+    for _, command in _commands(parser):
+        for action in command._actions:
+            if action.type is Path:
+                action.complete = shtab.FILE  # type: ignore[attr-defined]
+    print(shtab.complete(parser, shell))

@@ -1,0 +1,197 @@
+"""Flower's command line and its processes: what simulated and deployed runs have in common."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import psutil
+
+import fedpdm
+from fedpdm.config import RunConfig, config_to_json
+
+__all__ = [
+    "RunFailed",
+    "app_directory",
+    "end_processes",
+    "flower_environment",
+    "last_error",
+    "stream",
+    "tool",
+    "write_run_config",
+]
+
+PACKAGES = ("fedpdm", "strategies", "clients")
+
+
+class RunFailed(RuntimeError):
+    """The run did not finish; one line that says why and where to look."""
+
+
+def flower_environment(home: Path) -> dict[str, str]:
+    """This process's environment for Flower's commands: own home, nothing sent or installed."""
+    environment = dict(os.environ)
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
+    return environment | {
+        "FLWR_HOME": str(home),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def write_run_config(
+    path: Path,
+    config: RunConfig,
+    out: Path,
+    *,
+    resume: bool,
+    releases: Path | None = None,
+    allow_new_release: bool = False,
+) -> None:
+    """The flat run config that server and clients are handed (`fedpdm.runtime`), as TOML."""
+    lines = (
+        f"resolved-config = {json.dumps(config_to_json(config))}",
+        f"run-dir = {json.dumps(str(out))}",
+        f"resume = {'true' if resume else 'false'}",
+        f"release-dir = {json.dumps(str(releases.absolute()) if releases else '')}",
+        f"allow-new-release = {'true' if allow_new_release else 'false'}",
+    )
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def end_processes(processes: Sequence[psutil.Process]) -> int:
+    """End processes, gently first; returns how many there were."""
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            process.terminate()
+    _, alive = psutil.wait_procs(processes, timeout=8)
+    for process in alive:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(alive, timeout=5)
+    return len(processes)
+
+
+def tool(name: str) -> str:
+    """A console script beside this Python, else on PATH."""
+    beside = Path(sys.executable).with_name(name)
+    found = str(beside) if beside.exists() else shutil.which(name)
+    if found is None:
+        raise RunFailed(f"{name} is not installed: pip install 'flwr[simulation]==1.39.0'")
+    return found
+
+
+def app_directory(home: Path) -> Path:
+    """The Flower app: the checkout, or a copy of the installed packages with a project file."""
+    root = Path(fedpdm.__file__).resolve().parent.parent
+    project = root / "pyproject.toml"
+    if project.exists() and "[tool.flwr.app]" in project.read_text(encoding="utf-8"):
+        return root
+    app = home / "app"
+    shutil.rmtree(app, ignore_errors=True)
+    for package in PACKAGES:
+        shutil.copytree(root / package, app / package, ignore=shutil.ignore_patterns("__pycache__"))
+    (app / "pyproject.toml").write_text(_PROJECT, encoding="utf-8")
+    return app
+
+
+_PROJECT = """\
+[build-system]
+requires = ["hatchling"]
+build-backend = "hatchling.build"
+[project]
+name = "fedpdm"
+version = "0.1.0"
+license = "Apache-2.0"
+dependencies = []
+[tool.hatch.build.targets.wheel]
+packages = ["fedpdm", "strategies", "clients"]
+[tool.flwr.app]
+publisher = "fedpdm"
+fab-include = ["fedpdm/**/*.py", "strategies/**/*.py", "clients/**/*.py"]
+[tool.flwr.app.components]
+serverapp = "strategies.server_app:app"
+clientapp = "clients.client_app:app"
+[tool.flwr.app.config]
+experiment = "digits"
+set = ""
+num-clients = 2
+run-dir = ""
+resume = false
+release-dir = ""
+allow-new-release = false
+resolved-config = ""
+"""
+
+
+def stream(
+    command: list[str], environment: Mapping[str, str], cwd: Path, log: Path, *, verbose: bool
+) -> None:
+    """Run `flwr run`, copy all its output to `log`, show what concerns the user."""
+    with (
+        open(log, "a", encoding="utf-8") as record,
+        subprocess.Popen(
+            command,
+            cwd=cwd,
+            env=dict(environment),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+        ) as process,
+    ):
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                record.write(line)
+                record.flush()
+                for shown in [_plain(line)] if verbose else _shown(line):
+                    print(shown, flush=True)
+        except KeyboardInterrupt:
+            process.terminate()
+            raise
+
+
+def _plain(line: str) -> str:
+    """A line as it came; without its colours where they are not wanted (no-color.org)."""
+    coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    return line.rstrip("\n") if coloured else _COLOUR.sub("", line).rstrip("\n")
+
+
+def _shown(line: str) -> Iterator[str]:
+    """The part of a line of `flwr run --stream` that concerns the user, if any.
+
+    Flower's own log lines start with a coloured level, Ray's with the worker's name.
+    """
+    text = _COLOUR.sub("", line).rstrip()
+    if text.startswith(("ERROR", "CRITICAL")):
+        yield text
+    elif match := _OURS.search(text):
+        yield text[match.start() :]
+
+
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_OURS = re.compile(
+    r"(?<!\S)(round \d+(/\d+| fit| evaluate)|client \d+ round \d+|resumed after round)\b.*"
+)
+
+
+def last_error(log: Path) -> str:
+    """The last line of the log that looks like the cause."""
+    causes = [
+        line.strip()
+        for line in log.read_text(encoding="utf-8", errors="replace").splitlines()
+        if "Error" in line or "Failure" in line
+    ]
+    return causes[-1][:400] if causes else "no error was printed"

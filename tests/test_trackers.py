@@ -1,0 +1,305 @@
+"""Trackers: what they are shown, read back from their files; never in a run's way."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import io
+import json
+import math
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from fedpdm.build import build_denoiser, build_image_spec, build_schedule
+from fedpdm.config import ConfigError, RunConfig
+from fedpdm.engines.inprocess import run_in_process
+from fedpdm.engines.preflight import check_run
+from fedpdm.trackers import RunTrackers, check_trackers, open_trackers
+from fedpdm.trackers.following import final_pictures, flat_record
+from strategies.coarse import CoarseStrategy
+from tests.command_line import CONFIG
+from tests.federations import small_config
+
+RECORD = {
+    "round": 2,
+    "coarse_loss": 0.5,
+    "bytes_up": 1000,
+    "heldout_coarse_loss": math.nan,
+    "note": "words",
+    "flag": True,
+    "clients": [
+        {"client_id": 0, "fine_loss": 0.25},
+        {"client_id": 7, "fine_loss": 0.75, "seconds": math.inf},
+    ],
+    "failed": ["client 3: gone"],
+}
+FLAT = {
+    "coarse_loss": 0.5,
+    "bytes_up": 1000.0,
+    "client_0/fine_loss": 0.25,
+    "client_7/fine_loss": 0.75,
+    "failed_clients": 1.0,
+}
+HISTORY = {"rounds": [RECORD], "final": {"heldout_coarse_loss": 0.125, "clients": []}}
+
+
+def tracked(*names: str, **run: Any) -> RunConfig:
+    section = dataclasses.replace(CONFIG.run, trackers=names, **run)
+    return dataclasses.replace(CONFIG, run=section)
+
+
+def events(folder: Path) -> EventAccumulator:
+    found = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0})
+    found.Reload()
+    return found
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    found = events(folder)
+    return {
+        tag: [(event.step, event.value) for event in found.Scalars(tag)]
+        for tag in found.Tags()["scalars"]
+    }
+
+
+# What is shown.
+
+
+def test_a_record_becomes_its_finite_numbers() -> None:
+    assert flat_record(RECORD) == FLAT
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two rounds that TensorBoard has followed."""
+    folder = tmp_path_factory.mktemp("tracked") / "run"
+    run_in_process(tracked("tensorboard", rounds=2), folder)
+    return folder
+
+
+def test_a_run_in_tensorboard_is_its_metrics(out: Path) -> None:
+    """Oracle: TensorBoard's own reader, against the run's metrics.json and samples.png."""
+    metrics = json.loads((out / "metrics.json").read_text())
+    found = scalars(out / "trackers" / "tensorboard")
+    for name in ("coarse_loss", "fine_loss", "heldout_coarse_loss", "bytes_up", "bytes_down"):
+        wanted = [(record["round"], record[name]) for record in metrics["rounds"]]
+        assert found[name] == [(step, pytest.approx(value, rel=1e-6)) for step, value in wanted]
+    for client in metrics["rounds"][1]["clients"]:
+        steps = dict(found[f"client_{client['client_id']}/fine_loss"])
+        assert steps[2] == pytest.approx(client["fine_loss"], rel=1e-6)
+    final = metrics["final"]["clients"][0]
+    name = next(name for name in final if name.endswith("_frechet"))
+    assert found[f"final/client_0/{name}"] == [(2, pytest.approx(final[name], rel=1e-6))]
+    accumulator = events(out / "trackers" / "tensorboard")
+    assert accumulator.Tags()["images"] == ["samples"]
+    picture = Image.open(io.BytesIO(accumulator.Images("samples")[0].encoded_image_string))
+    drawn = Image.open(out / "samples.png").convert("RGB")
+    assert np.array_equal(np.asarray(picture.convert("RGB")), np.asarray(drawn))
+    (text,) = [tag for tag in accumulator.Tags()["tensors"] if tag.startswith("config")]
+    shown = accumulator.Tensors(text)[0].tensor_proto.string_val[0].decode()
+    assert '"privacy.clip_norm": 8.0' in shown
+
+
+def test_nothing_but_what_metrics_json_holds_is_shown(out: Path) -> None:
+    """Every tracked number stands in the server's own file."""
+    history = json.loads((out / "metrics.json").read_text())
+
+    def numbers(value: Any) -> set[float]:
+        if isinstance(value, dict):
+            return set().union(*map(numbers, value.values()), {0.0})
+        if isinstance(value, list):
+            return set().union(*map(numbers, value), {float(len(value))})
+        return {float(value)} if isinstance(value, int | float) else set()
+
+    known = numbers(history)
+    for name, points in scalars(out / "trackers" / "tensorboard").items():
+        for _, value in points:
+            assert any(math.isclose(value, one, rel_tol=1e-6) for one in known), name
+
+
+def test_no_trackers_no_files(tmp_path: Path) -> None:
+    run_in_process(CONFIG, tmp_path / "run")
+    assert not (tmp_path / "run" / "trackers").exists()
+
+
+def test_a_resumed_run_goes_on_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, config = tmp_path / "run", tracked("tensorboard", rounds=3)
+    told = CoarseStrategy._tell
+
+    def break_after_round_2(self: CoarseStrategy, record: Any) -> None:
+        told(self, record)
+        if record["round"] == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CoarseStrategy, "_tell", break_after_round_2)
+        with pytest.raises(KeyboardInterrupt):
+            run_in_process(config, out)
+    assert [step for step, _ in scalars(out / "trackers" / "tensorboard")["coarse_loss"]] == [1, 2]
+    run_in_process(config, out, resume=True)
+    steps = [step for step, _ in scalars(out / "trackers" / "tensorboard")["coarse_loss"]]
+    assert steps == [1, 2, 3]
+
+
+def test_a_deployed_server_shows_samples_of_the_shared_model_alone(tmp_path: Path) -> None:
+    config = dataclasses.replace(small_config(), run=dataclasses.replace(CONFIG.run, rounds=1))
+    spec, schedule = build_image_spec(config), build_schedule(config)
+    model = build_denoiser(config, "coarse", spec=spec, schedule=schedule)
+    weights = {name: value.detach() for name, value in model.network.named_parameters()}
+    deployed = dataclasses.replace(config, run=dataclasses.replace(config.run, simulation=False))
+    Image.new("RGB", (4, 4)).save(tmp_path / "samples.png")  # of somebody else
+    pictures = final_pictures(deployed, tmp_path, weights)
+    assert list(pictures) == ["coarse_samples"]
+    assert pictures["coarse_samples"].shape == (4 * 8 + 3, 10 * 8 + 9, 3)
+    assert pictures["coarse_samples"].std() > 5
+
+
+# What goes wrong.
+
+
+def test_a_missing_package_is_one_line_before_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "wandb" else real(name, *a)
+    )
+    with pytest.raises(ConfigError, match=r"run.trackers: wandb needs .*'fedpdm\[wandb\]'") as info:
+        check_run(tracked("tensorboard", "wandb"), tmp_path / "out", resume=False)
+    assert "\n" not in str(info.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_names_are_checked() -> None:
+    with pytest.raises(ConfigError, match=r"run.trackers\[0\]: must be one of tensorboard, wandb"):
+        small_config(run={"trackers": ["tensorbord"]})
+    with pytest.raises(ConfigError, match="tensorboard is named twice"):
+        check_trackers(tracked("tensorboard", "tensorboard"))
+
+
+class Broken:
+    """A tracker whose service is gone after the first round."""
+
+    def __init__(self) -> None:
+        self.rounds: list[int] = []
+
+    def log(self, round: int, values: Any) -> None:
+        self.rounds.append(round)
+        if len(self.rounds) > 1:
+            raise ConnectionError("service\nis gone")
+
+    def show(self, round: int, name: str, pixels: np.ndarray) -> None:
+        raise AssertionError("not asked again")
+
+    def close(self) -> None:
+        raise AssertionError("not asked again")
+
+
+def test_a_tracker_that_fails_is_left_behind_and_the_others_go_on(tmp_path: Path) -> None:
+    said: list[str] = []
+    broken = Broken()
+    good = open_trackers(tracked("tensorboard"), tmp_path, first_round=1, say=said.append)
+    trackers = RunTrackers(
+        {"mlflow": broken, **good._trackers}, config=CONFIG, root=tmp_path, say=said.append
+    )
+    for round in (1, 2, 3):
+        trackers.round({**RECORD, "round": round})
+    trackers.finish({}, HISTORY)
+    assert broken.rounds == [1, 2]
+    assert said == ["tracker mlflow failed, the run goes on without it: service is gone"]
+    found = scalars(tmp_path / "trackers" / "tensorboard")
+    assert [step for step, _ in found["coarse_loss"]] == [1, 2, 3]
+    assert found["final/heldout_coarse_loss"] == [(2, 0.125)]
+
+
+def test_a_tracker_that_cannot_be_opened_stops_the_run_at_once(tmp_path: Path) -> None:
+    (tmp_path / "trackers").write_text("a file where a folder is needed")
+    with pytest.raises(ConfigError, match="tensorboard cannot be opened"):
+        open_trackers(tracked("tensorboard"), tmp_path, first_round=1, say=print)
+
+
+# The optional ones, by their own packages.
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of a library that is not ours
+def test_mlflow_in_the_run_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tracking = pytest.importorskip("mlflow.tracking", reason="fedpdm[mlflow] is not installed")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    Image.new("RGB", (6, 5), (10, 20, 30)).save(tmp_path / "samples.png")
+    for first_round in (1, 2):  # the second goes on with the first
+        said: list[str] = []
+        opened = open_trackers(
+            tracked("mlflow"), tmp_path, first_round=first_round, say=said.append
+        )
+        opened.round({**RECORD, "round": first_round})
+    opened.finish({}, HISTORY)
+    assert said == []
+    folder = tmp_path / "trackers" / "mlflow"
+    client = tracking.MlflowClient(tracking_uri=f"sqlite:///{folder / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("fedpdm")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+    assert run.info.run_name == "small"
+    assert run.data.params["privacy.clip_norm"] == "8.0"
+    history = client.get_metric_history(run.info.run_id, "client_7/fine_loss")
+    assert [(point.step, point.value) for point in history] == [(1, 0.75), (2, 0.75)]
+    assert run.data.metrics["final/heldout_coarse_loss"] == 0.125
+    assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["samples-round2.png"]
+
+
+def leveldb_records(data: bytes, *, first: int, block: int = 1 << 15) -> Iterator[bytes]:
+    """Records of a LevelDB log, which wandb writes: chunks with a header, in blocks of 32 KiB.
+
+    `first` bytes before `data` belong to the first block.
+    """
+    at, parts = 0, []
+    while at + 7 <= len(data):
+        if (room := block - (at + first) % block) < 7:
+            at += room
+            continue
+        _, size, kind = struct.unpack_from("<IHB", data, at)
+        parts.append(data[at + 7 : at + 7 + size])
+        at += 7 + size
+        if kind in (1, 4):  # a whole record, or the last part of one
+            yield b"".join(parts)
+            parts = []
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of a library that is not ours
+def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb", reason="fedpdm[wandb] is not installed")
+    from wandb.proto import wandb_internal_pb2
+
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    Image.new("RGB", (6, 5), (10, 20, 30)).save(tmp_path / "samples.png")
+    said: list[str] = []
+    opened = open_trackers(tracked("wandb"), tmp_path, first_round=1, say=said.append)
+    opened.round(RECORD)
+    opened.finish({}, HISTORY)
+    assert said == []
+    (log,) = (tmp_path / "trackers" / "wandb").rglob("*.wandb")
+    logged: dict[str, Any] = {}
+    name = ""
+    for data in leveldb_records(log.read_bytes()[7:], first=7):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        if record.run.display_name:
+            name = record.run.display_name
+        for item in record.history.item:
+            logged["/".join(item.nested_key) or item.key] = json.loads(item.value_json)
+    assert name == "small"
+    assert logged["client_7/fine_loss"] == 0.75
+    assert logged["final/heldout_coarse_loss"] == 0.125
+    assert logged["samples/_type"] == "image-file"
+    assert logged["_step"] == 2
