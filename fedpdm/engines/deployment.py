@@ -34,6 +34,7 @@ __all__ = ["LogTail", "RunProgress", "node_lines", "run_deployed", "run_progress
 
 POLL_SECONDS = 0.5
 ASK_SECONDS = 20.0  # between questions to Flower, each of which starts its command line
+SERVER_SECONDS = 10.0  # in which the server app of a run is started
 HURRY_SECONDS, CHANGE_SECONDS = 3.0, 12.0  # for a while after something has changed
 
 
@@ -154,14 +155,33 @@ def run_deployed(
 
 def _refuse_second_run(superlink: SuperLink, out: Path) -> None:
     """`ConfigError` while another run is going on: nodes work on one at a time, and two servers
-    may not write one directory."""
+    may not write one directory.
+
+    After a restart of the SuperLink Flower calls a run running, for a while, whose server app died
+    with the one before: such a run is stopped.
+    """
     for run in superlink.runs():
-        if not run.finished:
-            where = superlink.settings().runs.get(run.run_id, "unknown")
-            raise ConfigError(
-                f"{out}: run {run.run_id} ({where}) is {run.status}; wait for it or end it with "
-                f"fedpdm federation stop --run {run.run_id} --state {superlink.state}"
-            )
+        if run.finished:
+            continue
+        if not _has_server(superlink):
+            with contextlib.suppress(RunFailed):  # it may have ended just now
+                superlink.ask("stop", run.run_id)
+            continue
+        where = superlink.settings().runs.get(run.run_id, "unknown")
+        raise ConfigError(
+            f"{out}: run {run.run_id} ({where}) is {run.status}; wait for it or end it with "
+            f"fedpdm federation stop --run {run.run_id} --state {superlink.state}"
+        )
+
+
+def _has_server(superlink: SuperLink) -> bool:
+    """Whether a server app runs, or comes up within some seconds."""
+    deadline = time.monotonic() + SERVER_SECONDS
+    while not _server_apps(superlink):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(POLL_SECONDS)
+    return True
 
 
 def _end_servers(superlink: SuperLink) -> None:
