@@ -12,6 +12,7 @@ import numpy as np
 
 from clients.bounds import check_run, flag, node_policy
 from clients.failures import Refusal
+from fedpdm.acceptance import config_digest
 from fedpdm.build import (
     ImageSpec,
     build_image_spec,
@@ -143,7 +144,9 @@ def _open(
         for key in OWN_KEYS:
             if key not in node_config:
                 raise ConfigError(f"node config: {key} is missing (client {client_id})")
-        store = releases = Path(str(node_config["store-dir"]))
+        releases = Path(str(node_config["store-dir"]))
+        # Releases are an image's for ever; rounds and models are of one run's settings.
+        store = releases / "runs" / config_digest(config)[:16]
         policy = node_policy(node_config)
         check_run(policy, config, ReleaseStore(releases), node_config=node_config)
         root = Path(str(node_config["data-dir"]))

@@ -41,8 +41,9 @@ def with_config(federation: Federation, **sections: Mapping[str, Any]) -> Federa
 
 
 def store_tree(federation: Federation, client: int) -> dict[str, bytes]:
-    """The client's store, but for its empty lock files."""
-    files = tree(Path(federation.nodes[client]["store-dir"]))
+    """The files of the client's store, but for its empty lock files."""
+    root = Path(federation.nodes[client]["store-dir"])
+    files = {name: data for name, data in tree(root).items() if (root / name).is_file()}
     return {name: data for name, data in files.items() if not name.endswith("lock")}
 
 
@@ -288,3 +289,18 @@ def test_a_failed_client_is_named_with_the_kind_of_its_error(tmp_path: Path) -> 
     rounds = json.loads((tmp_path / "server" / "metrics.json").read_text())["rounds"]
     line = "client 0: StoreError; client 0 shows the details to its owner alone"
     assert [record["failed"] for record in rounds] == [[line], [line]]
+
+
+def test_one_node_takes_part_in_one_run_after_the_other(tmp_path: Path) -> None:
+    """Another config has rounds and a fine model of its own, the same release."""
+    first = deployment(tmp_path)
+    first.run(rounds=1)
+    second = with_config(first, fine={"lr": 5e-4})
+    second.run_config["run-dir"] = str(tmp_path / "server-2")
+    second.run(rounds=1)
+    for client in (0, 1):
+        here, there = (local_of(federation, client) for federation in (first, second))
+        assert here.releases.root == there.releases.root
+        assert len(there.releases.ledger().releases()) == 1
+        fine = [local.store.load_state(1, "fine") for local in (here, there)]
+        assert any((fine[0][name] != fine[1][name]).any() for name in fine[0])

@@ -119,7 +119,7 @@ def test_the_run_goes_on_without_participants_that_fail(tmp_path: Path, small_di
         # in round 2; no half-written round counts.
         assert "cannot be written: no space left on the device" in full.output()
         assert_noised_once(full)
-        assert not list((full.store / "rounds").glob("[0-9]*"))
+        assert not list(full.store.glob("runs/*/rounds/[0-9]*"))
         assert not any("Traceback" in line for line in output.splitlines())
 
 
