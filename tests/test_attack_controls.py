@@ -154,3 +154,16 @@ def test_bad_controls_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "--images: must be in [10, " in capsys.readouterr().err
     assert main([*command, "--attacks", "linkage"]) == 2
     assert "got linkage" in capsys.readouterr().err
+
+
+def test_the_controls_of_the_command_have_images_enough() -> None:
+    """Its default, 500: three sets without an image in common."""
+    trained, subjects, unseen = control_images(500, seed=0)
+    sets = [
+        {bytes(row) for row in images.reshape(len(images), -1)}
+        for images in (trained.images, subjects.non_members, unseen.images)
+    ]
+    assert [len(each) for each in sets] == [500, len(subjects.members), 500]
+    assert len(subjects.members) > 450
+    assert len(set().union(*sets)) == sum(len(each) for each in sets)
+    assert {bytes(row) for row in subjects.members.reshape(len(subjects.members), -1)} <= sets[0]

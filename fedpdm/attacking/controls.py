@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -33,7 +34,12 @@ def control_images(num_images: int, *, seed: int) -> tuple[ImageSet, Subjects, I
     Subjects are the images to train on and others, as many of each class; the last set has the
     number of the first and none of the subjects.
     """
-    digits = load_image_set("digits", split="train", coloring="none")
+    splits = [load_image_set("digits", split=split, coloring="none") for split in ("train", "test")]
+    digits = replace(
+        splits[0],
+        images=np.concatenate([split.images for split in splits]),
+        labels=np.concatenate([split.labels for split in splits]),
+    )
     distinct = digits.subset(digits.distinct())
     if not 10 <= num_images <= len(distinct) // 3:
         raise ValueError(f"--images: must be in [10, {len(distinct) // 3}], got {num_images}")
