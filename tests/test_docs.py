@@ -158,7 +158,7 @@ def test_quick_commands_work(workplace: Path, monkeypatch: pytest.MonkeyPatch) -
     forget_surroundings(monkeypatch, workplace)
     done = []
     for block, words in COMMANDS:
-        missing = [w for w in words if w.isupper() or w.startswith("/") or w == "public.npz"]
+        missing = [w for w in words if w.isupper() or w.startswith(("/", "~")) or w == "public.npz"]
         if words[0] in QUICK and words not in done and not missing:
             if words[0] == "export" and (workplace / words[-1]).exists():
                 continue
