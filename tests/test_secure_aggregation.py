@@ -150,7 +150,8 @@ def updates_of(federation: SecureFederation) -> dict[int, CoarseUpdate]:
     like = wire.decode_model(initial_message(config))
     found = {}
     for client, node in federation.nodes.items():
-        reply = ClientStore(Path(node["store-dir"])).load_reply(1)
+        (folder,) = Path(node["store-dir"]).glob("runs/*")
+        reply = ClientStore(folder).load_reply(1)
         assert reply is not None
         message = [np.frombuffer(reply.payload or b"", dtype=np.uint8)]
         found[client] = wire.decode_update(message, like=like, round=1, who=f"client {client}")
