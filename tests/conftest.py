@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 
+# One thread each, in processes that tests start too: sums depend on the number of threads.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
+
+torch.set_num_threads(1)
 
 # A shell starts background jobs with SIGINT ignored, and children inherit that; interruptions are
 # tested all the same.
@@ -15,8 +21,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 @pytest.fixture(autouse=True)
 def one_torch_thread() -> Iterator[None]:
-    """Tests run beside each other: one thread each, whatever the code under test sets."""
-    before = torch.get_num_threads()
+    """Whatever the code under test sets, fixtures of the next test have one thread again."""
     torch.set_num_threads(1)
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(1)

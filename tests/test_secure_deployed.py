@@ -15,7 +15,7 @@ from fedpdm.store import ClientStore
 from tests.federations import initial_message, small_config
 from tests.real_nodes import deployed, real_federation, share_out
 
-pytestmark = [pytest.mark.flower, pytest.mark.slow]
+pytestmark = [pytest.mark.flower, pytest.mark.slow, pytest.mark.faults]
 
 SIMULATED = small_config(
     run={"rounds": 1},
