@@ -236,6 +236,7 @@ def test_an_interrupted_cell_goes_on_from_its_checkpoint(first: First, tmp_path:
     folder = tmp_path
     suite = write_suite(folder)
     command = [sys.executable, "-m", "fedpdm.cli", "experiment", str(suite), "--method", "ours"]
+    command += ["--jobs", "2"]  # as many threads as in the undisturbed call
     command += [str(word) for word in places(folder)]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("FEDPDM_")}
     with subprocess.Popen(
