@@ -172,7 +172,9 @@ def test_changed_data_are_refused(copied: Path, capsys: pytest.CaptureFixture[st
     kept = json.loads(path.read_text())
     kept["train"]["indices"][3] += 1
     path.write_text(json.dumps(kept))
-    refused(["attack", str(copied), "--out", str(copied / "x")], "the data have changed", capsys)
+    assert refused(
+        ["attack", str(copied), "--out", str(copied / "x")], "the data have changed", capsys
+    )
 
 
 def test_an_image_on_both_sides_is_refused(
@@ -184,7 +186,7 @@ def test_an_image_on_both_sides_is_refused(
         kept["heldout"][key][0] = kept["train"][key][0]
     path.write_text(json.dumps(kept))
     line = "recorded as trained on and as held out"
-    refused(["attack", str(copied), "--out", str(copied / "x")], line, capsys)
+    assert refused(["attack", str(copied), "--out", str(copied / "x")], line, capsys)
 
 
 # --- Targets --------------------------------------------------------------------------------
@@ -248,11 +250,12 @@ def test_stored_releases_are_read_not_made(finished: dict[str, Path], copied: Pa
 # --- The command ----------------------------------------------------------------------------
 
 
-def refused(arguments: list[str], line: str, capsys: pytest.CaptureFixture[str]) -> None:
+def refused(arguments: list[str], line: str, capsys: pytest.CaptureFixture[str]) -> bool:
+    """Whether the command ends with code 2 and one line that holds `line`."""
     assert main(arguments) == 2
     said = capsys.readouterr().err.strip().splitlines()
     assert len([each for each in said if each.startswith("fedpdm: ")]) == 1
-    assert line in said[-1]
+    return line in said[-1]
 
 
 def test_everything_is_written_and_kept(
@@ -334,16 +337,18 @@ def test_bad_input_is_one_line(
 ) -> None:
     out = ["--out", str(copied / "out")]
     good = str(finished["pfdm"])
-    refused(["attack", good, "--attacks", "pie", *out], "got 'pie'", capsys)
-    refused(["attack", good, "--clients", "7", *out], "--clients: must be in [0, 1]", capsys)
-    refused(["attack", good, "--clients", "a", *out], "--clients: must be whole", capsys)
-    refused(["attack", good, "--subjects", "0", *out], "--subjects: must be at least 1", capsys)
-    refused(["attack", good, "--members", "x", *out], "a run has recorded its own", capsys)
-    refused(["attack", *out], "give a run directory, or --unet", capsys)
+    assert refused(["attack", good, "--attacks", "pie", *out], "got 'pie'", capsys)
+    assert refused(["attack", good, "--clients", "7", *out], "--clients: must be in [0, 1]", capsys)
+    assert refused(["attack", good, "--clients", "a", *out], "--clients: must be whole", capsys)
+    assert refused(
+        ["attack", good, "--subjects", "0", *out], "--subjects: must be at least 1", capsys
+    )
+    assert refused(["attack", good, "--members", "x", *out], "a run has recorded its own", capsys)
+    assert refused(["attack", *out], "give a run directory, or --unet", capsys)
     baseline_run = str(finished["centralised"])
     line = "none of these can be made"
-    refused(["attack", baseline_run, "--attacks", "linkage", *out], line, capsys)
+    assert refused(["attack", baseline_run, "--attacks", "linkage", *out], line, capsys)
     (copied / "clients" / "0" / "members.json").unlink()
-    refused(["attack", str(copied), *out], "members.json: is missing", capsys)
+    assert refused(["attack", str(copied), *out], "members.json: is missing", capsys)
     (copied / "coarse.safetensors").unlink()
-    refused(["attack", str(copied), *out], "has not finished", capsys)
+    assert refused(["attack", str(copied), *out], "has not finished", capsys)
