@@ -100,6 +100,27 @@ def test_a_trained_network_is_found_out_too() -> None:
                 assert auc["low"] <= 0.5 <= auc["high"], attack
 
 
+def test_a_trained_control_is_kept(controls: Any, tmp_path: Path) -> None:
+    """Trained once; again for another seed, and where the file is damaged."""
+    trained, kept, said = controls[0], tmp_path / "models" / "x.safetensors", []
+
+    def weights(seed: int) -> torch.Tensor:
+        model = train_control(
+            trained, num_steps=2, seed=seed, kept=kept, progress=lambda *now: said.append(now)
+        )
+        return torch.cat([p.detach().flatten() for p in model.target.parameters])
+
+    first = weights(0)
+    assert said
+    said.clear()
+    assert torch.equal(weights(0), first)
+    assert not said
+    assert not torch.equal(weights(1), first)
+    assert said
+    kept.write_bytes(kept.read_bytes()[:100])
+    assert torch.equal(weights(0), first)
+
+
 def samples(model: ModelTarget, images: ImageSet, num: int, seed: int) -> np.ndarray:
     labels = torch.from_numpy(np.resize(images.labels, num))
     output = sample_in_batches(

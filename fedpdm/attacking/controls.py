@@ -7,8 +7,11 @@ An attack that fails on the first, or succeeds on the second, means nothing. The
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from dataclasses import replace
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,6 +23,7 @@ from fedpdm.attacking.works import membership_work, memorisation_work, seed_of
 from fedpdm.attacks.membership import AttackTarget
 from fedpdm.data import ImageSet, denormalize, load_image_set, normalize
 from fedpdm.denoisers import Denoiser, DenoiserSpec
+from fedpdm.files import StoreError, read_tensors, write_tensors
 from fedpdm.objectives import denoising_loss, drop_labels
 from fedpdm.sampling import sample_in_batches
 from fedpdm.schedule import make_schedule
@@ -71,10 +75,12 @@ def train_control(
     lr: float = 2e-3,
     progress: Progress | None = None,
     device: torch.device | str = "cpu",
+    kept: Path | None = None,
 ) -> ModelTarget:
     """A denoiser trained on `images` for `num_steps`, long for few images; its EMA weights.
 
-    Uniform t in [1, T], and the loss weights of this project's models (v).
+    Uniform t in [1, T], and the loss weights of this project's models (v). The weights are written
+    to `kept`, or read from there where they were trained from the same arguments.
     """
     schedule, where = make_schedule("linear"), torch.device(device)
     spec = DenoiserSpec(
@@ -93,6 +99,13 @@ def train_control(
         lr=lr, batch_size=batch_size, total_steps=num_steps, warmup_steps=min(50, num_steps // 2),
         decay="cosine", weight_decay=0.0, grad_clip=1.0, ema_decay=0.995, precision="float32",
     )  # fmt: skip
+    recipe = {
+        "images": hashlib.sha256(images.images.tobytes() + images.labels.tobytes()).hexdigest(),
+        "model": json.dumps(asdict(spec), sort_keys=True),
+        "training": json.dumps(asdict(settings), sort_keys=True),
+        "seed": str(seed),
+    }
+    weights = None if kept is None else _kept_weights(kept, recipe)
     trainer = Trainer(model, settings, device=where)
     pixels = normalize(images.images, shift=images.background).to(where)
     labels = torch.tensor(images.labels, device=where)
@@ -104,15 +117,19 @@ def train_control(
             t_max=schedule.num_steps, weighting="v", generator=generator,
         )  # fmt: skip
 
-    trainer.train(
-        loss,
-        sample_weights=torch.ones(len(images), dtype=torch.float64),
-        num_steps=num_steps,
-        generator=torch.Generator(where).manual_seed(int(stream[1])),
-        progress=progress,
-        what="control",
-    )
-    load_named(trainer.weights(), trainer.ema(), what="EMA weights")
+    if weights is None:
+        trainer.train(
+            loss,
+            sample_weights=torch.ones(len(images), dtype=torch.float64),
+            num_steps=num_steps,
+            generator=torch.Generator(where).manual_seed(int(stream[1])),
+            progress=progress,
+            what="control",
+        )
+        weights = trainer.ema()
+        if kept is not None:
+            write_tensors(kept, weights, metadata=recipe)
+    load_named(trainer.weights(), weights, what="EMA weights")
     target = AttackTarget(
         denoiser=trainer.model.eval(),
         schedule=schedule,
@@ -121,6 +138,16 @@ def train_control(
         device=where,
     )
     return ModelTarget(name="control", target=target, shift=images.background)
+
+
+def _kept_weights(path: Path, recipe: Mapping[str, str]) -> dict[str, torch.Tensor] | None:
+    """The weights at `path`, if they are whole and of this recipe."""
+    try:
+        weights, metadata = read_tensors(path) if path.exists() else ({}, {})
+    except StoreError:
+        return None  # damaged: train again
+    same = all(metadata.get(name) == value for name, value in recipe.items())
+    return weights if weights and same else None
 
 
 def draw_samples(
@@ -150,20 +177,26 @@ def plan_controls(
     num_images: int,
     num_steps: int,
     num_samples: int,
-    picture_folder: str,
+    out: Path,
     seed: int,
     device: str = "auto",
     progress: Progress | None = None,
 ) -> list[Work]:
-    """Train both models; the works: membership attacks on both, memorisation by both."""
-    from pathlib import Path
+    """Train both models; the works: membership attacks on both, memorisation by both.
 
+    Pictures, and the weights of models, are written into `out`.
+    """
     trained, subjects, unseen = control_images(num_images, seed=seed)
     where = select_device(device)
     works = []
     for label, images in (("overfitted", trained), ("never saw them", unseen)):
         model = train_control(
-            images, num_steps=num_steps, seed=seed, progress=progress, device=where
+            images,
+            num_steps=num_steps,
+            seed=seed,
+            progress=progress,
+            device=where,
+            kept=out / "models" / f"{label.split()[0]}.safetensors",
         )
         settings = {"images": num_images, "steps": num_steps, "model": label}
         works += [
@@ -180,7 +213,7 @@ def plan_controls(
                 extractor=None,
                 label=label,
                 num_samples=num_samples,
-                picture=Path(picture_folder) / f"memorised-{label.split()[0]}.png",
+                picture=out / f"memorised-{label.split()[0]}.png",
                 settings=settings,
                 seed=seed,
             )

@@ -13,7 +13,8 @@ import torch
 
 from fedpdm.attacking.models import reconstructor_of, run_targets
 from fedpdm.attacking.running import Work
-from fedpdm.attacking.works import linkage_work, reconstruction_work, seed_of
+from fedpdm.attacking.upload_works import linkage_work, reconstruction_work
+from fedpdm.attacking.works import seed_of
 from fedpdm.attacks.collusion import PooledDenoiser
 from fedpdm.attacks.denoising import Reconstructor
 from fedpdm.attacks.membership import AttackTarget

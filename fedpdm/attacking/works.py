@@ -1,36 +1,29 @@
-"""The works: membership of any target, and what a run's uploads, samples and models give away."""
+"""The works on models: membership, memorisation, collusion. `upload_works` has those on uploads."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from fedpdm.attacking.models import ModelTarget
 from fedpdm.attacking.running import Count, Work
 from fedpdm.attacking.subjects import Subjects
 from fedpdm.attacks.collusion import pooled_scores
-from fedpdm.attacks.denoising import Reconstructor
-from fedpdm.attacks.linkage import linkage_attack
 from fedpdm.attacks.membership import ATTACKS, membership_scores, run_membership
 from fedpdm.attacks.memorisation import find_memorised, judge_by_control
-from fedpdm.attacks.reconstruction import attack_uploads, unclip_factor
 from fedpdm.attacks.roc import auc_difference
-from fedpdm.data import ImageSet, denormalize
-from fedpdm.pictures import draw_memorised_pairs, draw_reconstructions
-from fedpdm.types import ReleasedDataset
+from fedpdm.pictures import draw_memorised_pairs
 
 __all__ = [
     "collusion_work",
-    "linkage_work",
     "membership_work",
     "memorisation_work",
-    "reconstruction_work",
+    "scores_of_curve",
     "seed_of",
 ]
 
@@ -82,7 +75,7 @@ def membership_work(
             "source": ATTACKS[attack].source,
             "parameters": found.parameters,
             "scores": scores,
-            "curve": _curve(found.member_scores, found.non_member_scores),
+            "curve": scores_of_curve(found.member_scores, found.non_member_scores),
         }
 
     chosen = {"work": name, "subjects": subjects.digest(), "seed": seed, **settings}
@@ -90,7 +83,8 @@ def membership_work(
     return Work(name=name, group="membership", target=label, settings=chosen, attack=work)
 
 
-def _curve(members: np.ndarray, others: np.ndarray) -> dict[str, list[float]]:
+def scores_of_curve(members: np.ndarray, others: np.ndarray) -> dict[str, list[float]]:
+    """What a ROC curve is drawn from, as JSON."""
     return {"members": members.tolist(), "non_members": others.tolist()}
 
 
@@ -153,101 +147,6 @@ def memorisation_work(
     return Work(name=name, group="memorisation", target=label, settings=chosen, attack=work)
 
 
-def reconstruction_work(
-    released: ReleasedDataset,
-    originals: np.ndarray,
-    public: np.ndarray,
-    attackers: Sequence[Reconstructor],
-    *,
-    name: str,
-    group: str,
-    target: str,
-    picture: Path,
-    settings: Mapping[str, Any],
-    seed: int,
-    late: Callable[[], Reconstructor] | None = None,
-) -> Work:
-    """Reconstruct `originals` uint8 from their uploads. `public` gives the length of images.
-
-    `late` makes one attacker more, when the work is done: one that must be trained first.
-    """
-
-    def work(count: Count) -> dict[str, Any]:
-        stream = seed_of(seed, name)
-        shift = released.parameters.shift
-        unclip = unclip_factor(public, clip_norm=released.parameters.clip_norm, shift=shift)
-        found = attack_uploads(
-            released,
-            originals,
-            reconstructors=[*attackers, *([late()] if late else [])],
-            generator=torch.Generator().manual_seed(int(stream.generate_state(1)[0])),
-            rng=np.random.default_rng(stream),
-            unclip=unclip,
-            progress=count,
-        )
-        shown = {"original": originals[:10]}
-        for (attacker, method), images in found.images.items():
-            if attacker != "blind":
-                row = attacker if method == "rescaled" else f"{attacker}, {method}"
-                shown[row] = denormalize(images[:10], shift=shift).numpy()
-        draw_reconstructions(picture, shown, note=f"t0 = {found.t0}")
-        best = min(
-            (row for row in found.rows if row.attacker not in ("none", "blind")),
-            key=lambda row: row.distance,
-        )
-        named = best.identification_in_class
-        return {
-            "headline": f"best {best.attacker} ({best.method}): recovery {best.recovery:.3f}, "
-            f"against the blind guess {best.recovery_blind:.3f}",
-            "rows": [dataclasses.asdict(row) for row in found.rows],
-            "upload": dataclasses.asdict(found.upload),
-            "upload_in_class": dataclasses.asdict(found.upload_in_class),
-            "best": {"attacker": best.attacker, "method": best.method},
-            "best_identification": dataclasses.asdict(named),
-            "unclip": unclip,
-            "t0": found.t0,
-            "picture": picture.name,
-        }
-
-    chosen = {"work": name, "seed": seed, "images": len(originals), **settings}
-    chosen["attackers"] = [each.name for each in attackers]
-    return Work(name=name, group=group, target=target, settings=chosen, attack=work)
-
-
-def linkage_work(
-    images: ImageSet, released: ReleasedDataset, *, label: str, settings: Mapping[str, Any],
-    seed: int,
-) -> Work:  # fmt: skip
-    """The server's guess from which of two of a client's images each of its uploads was made."""
-    name = f"linkage of uploads of {label}"
-
-    def work(count: Count) -> dict[str, Any]:
-        place = {bytes(row): at for at, row in enumerate(images.image_digests())}
-
-        def obtain(chosen: ImageSet) -> ReleasedDataset:
-            rows = torch.tensor([place[bytes(row)] for row in chosen.image_digests()])
-            count(len(rows), len(rows))
-            from fedpdm.mechanism import select
-
-            return select(released, rows)
-
-        stream = np.random.default_rng(seed_of(seed, name))
-        found = linkage_attack(images, obtain, rng=stream, confidence=0.95)
-        figures = dataclasses.asdict(found.summary)
-        scores = membership_scores(found.positive, found.negative, rng=stream)
-        return {
-            "headline": f"AUC {figures['auc']:.3f} ({figures['auc_low']:.3f} to "
-            f"{figures['auc_high']:.3f}), theory {figures['auc_analytic']:.3f}, worst case "
-            f"{figures['worst_auc']:.3f}",
-            "linkage": figures,
-            "scores": dataclasses.asdict(scores),
-            "curve": _curve(found.positive, found.negative),
-        }
-
-    chosen = {"work": name, "seed": seed, **settings}
-    return Work(name=name, group="linkage", target=label, settings=chosen, attack=work)
-
-
 def collusion_work(
     colluders: Mapping[str, ModelTarget],
     subjects: Subjects,
@@ -295,7 +194,7 @@ def collusion_work(
             "rules": rates,
             "alone": dataclasses.asdict(alone),
             "gain": {"value": gain, "low": low, "high": high},
-            "curve": _curve(*pooled["sum"]),
+            "curve": scores_of_curve(*pooled["sum"]),
         }
 
     chosen = {"work": name, "subjects": subjects.digest(), "seed": seed, **settings}

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedpdm.commands.attack_controls import add_controls
 from fedpdm.commands.attack_models import add_model_attacks
 from fedpdm.config.schema import ScheduleConfig
 
@@ -80,6 +81,7 @@ def add_attack_parser(commands: Any) -> None:
     )  # fmt: skip
     audit.set_defaults(action=run_audit)
     add_model_attacks(kinds)
+    add_controls(kinds)
     for parser in (linkage, audit):
         _add_release_options(parser)
 

@@ -12,11 +12,17 @@ from typing import TYPE_CHECKING, Any
 from fedpdm.config import ConfigError
 
 if TYPE_CHECKING:
-    from fedpdm.attacking.running import Work
+    from fedpdm.attacking.running import Work, WorkDone
     from fedpdm.data import ImageSet
     from fedpdm.runs import RunDirectory
 
-__all__ = ["add_model_attacks", "route_attack"]
+__all__ = [
+    "add_model_attacks",
+    "check_numbers",
+    "finish_attacks",
+    "membership_names",
+    "route_attack",
+]
 
 MODELS = """\
 Attacks on the models of a finished simulation, or on any diffusers U-Net. Writes attacks.json,
@@ -25,10 +31,6 @@ a rerun does what is left.
 
 attacks: loss, pia, pian, secmi, secmi_neural, clid, gsa (together: membership), memorisation,
 reconstruction, collusion, linkage. See docs/attacks.md.
-"""
-CONTROLS = """\
-Every attack on a model that was overfitted on purpose, where it must succeed, and on one that never
-saw the members, where it must be at chance. Exit code 1 if one is not so.
 """
 
 
@@ -42,7 +44,7 @@ def route_attack(arguments: Sequence[str]) -> list[str]:
 
 
 def add_model_attacks(kinds: Any) -> None:
-    """Add `models` and `controls` to the subparsers of `fedpdm attack`."""
+    """Add `models` to the subparsers of `fedpdm attack`."""
     models = kinds.add_parser(
         "models",
         help="RUN [--attacks ...]: membership, memorisation, reconstruction, collusion, linkage "
@@ -86,26 +88,14 @@ def add_model_attacks(kinds: Any) -> None:
     unet.add_argument("--steps", type=int, default=1000, help="T, with --betas")
     unet.add_argument("--null-label", type=int, metavar="K", help='label of "none", for clid')
     models.set_defaults(action=run_attacks)
-    controls = kinds.add_parser(
-        "controls",
-        help="do the attacks succeed where they must, and fail where they must?",
-        description=CONTROLS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    controls.add_argument("--images", type=int, default=500, help="default: %(default)s")
-    controls.add_argument("--steps", type=int, default=20_000, help="default: %(default)s")
-    controls.add_argument("--attacks", metavar="A,A,...", help="default: all of membership")
-    controls.add_argument("--samples", type=int, default=1000, help="default: %(default)s")
-    controls.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    controls.add_argument("--out", type=Path, required=True, metavar="DIR")
-    controls.set_defaults(action=run_controls)
 
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _check(options: argparse.Namespace, *names: str) -> None:
+def check_numbers(options: argparse.Namespace, *names: str) -> None:
+    """`ConfigError` unless these options are at least 1 (the seed: 0) and --out may be a folder."""
     for name in names:
         least = 0 if name == "seed" else 1
         if getattr(options, name) < least:
@@ -117,16 +107,17 @@ def _check(options: argparse.Namespace, *names: str) -> None:
 
 def run_attacks(options: argparse.Namespace) -> None:
     """The action of `attack RUN` and `attack --unet`."""
-    _check(options, "seed", "subjects", "samples", "uploads", "steps", "public_steps")
+    check_numbers(options, "seed", "subjects", "samples", "uploads", "steps", "public_steps")
     if (options.run is None) == (options.unet is None):
         raise ConfigError("attack: give a run directory, or --unet with images, not both")
     works, title, facts = _of_unet(options) if options.unet else _of_run(options)
-    _finish(options, works, title, facts)
+    finish_attacks(options, works, title, facts)
 
 
-def _finish(
+def finish_attacks(
     options: argparse.Namespace, works: Sequence[Work], title: str, facts: dict[str, Any]
-) -> list[Any]:
+) -> list[WorkDone]:
+    """Make the attacks, write what a reader gets into --out; results in the order of `works`."""
     from fedpdm.attacking.report import write_report
     from fedpdm.attacking.running import run_works
 
@@ -217,7 +208,9 @@ def _of_unet(options: argparse.Namespace) -> tuple[list[Work], str, dict[str, An
 
     names, groups = chosen_attacks(options.attacks)
     if options.attacks and groups:
-        raise ConfigError(f"--attacks: {groups[0]} needs a run; for --unet there are {names_of()}")
+        raise ConfigError(
+            f"--attacks: {groups[0]} needs a run; for --unet there are {membership_names()}"
+        )
     betas = None
     if options.betas:
         try:
@@ -267,47 +260,11 @@ def _of_unet(options: argparse.Namespace) -> tuple[list[Work], str, dict[str, An
     return works, f"Attacks on {options.unet.name}", {"what": what}
 
 
-def names_of() -> str:
+def membership_names() -> str:
     """The membership attacks, with commas."""
     from fedpdm.attacks.membership import ATTACKS
 
     return ", ".join(ATTACKS)
-
-
-def run_controls(options: argparse.Namespace) -> int:
-    """The action of `attack controls`: 0 if every attack is as it must be, else 1."""
-    _check(options, "seed", "images", "steps", "samples")
-    from clients.progress import work_progress
-    from fedpdm.attacking.controls import plan_controls
-    from fedpdm.attacking.plan import chosen_attacks
-
-    names, groups = chosen_attacks(options.attacks)
-    if options.attacks and groups:
-        raise ConfigError(f"--attacks: controls are of {names_of()}, got {groups[0]}")
-    works = plan_controls(
-        attacks=names,
-        num_images=options.images,
-        num_steps=options.steps,
-        num_samples=options.samples,
-        picture_folder=str(options.out),
-        seed=options.seed,
-        progress=work_progress("training a control"),
-    )
-    what = (
-        f"Two models, each trained on {options.images} 8x8 digits for {options.steps} steps: one "
-        "on the members, overfitted on purpose, where every attack must reach an AUC of 0.9, and "
-        "one on other digits, where the 95% interval of the AUC must not lie above 0.5."
-    )
-    failed = 0
-    for each in _finish(options, works, "Controls of the attacks", {"what": what}):
-        if each.work.group != "membership":
-            continue
-        auc = each.result["scores"]["auc"]
-        overfitted = each.work.target == "overfitted"
-        right = auc["value"] >= 0.9 if overfitted else auc["low"] <= 0.5 + 1e-9
-        failed += not right
-        print(f"{'ok  ' if right else 'FAIL'} {each.work.name}: {each.result['headline']}")
-    return 1 if failed else 0
 
 
 def _numbers(text: str) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,6 @@ from fedpdm.attacks.membership.statistics import (
     score_clid,
     score_loss,
     score_pia,
-    score_pian,
     score_secmi,
     secmi_errors,
     secmi_levels,
@@ -210,7 +210,7 @@ def run_membership(
 _STATISTICS: Mapping[str, tuple[Callable[..., NDArray[np.float64]], bool]] = {  # (of, draws noise)
     "loss": (score_loss, True),
     "pia": (score_pia, False),
-    "pian": (score_pian, False),
+    "pian": (functools.partial(score_pia, rescale=True), False),
     "secmi": (score_secmi, False),
     "clid": (score_clid, True),
 }

@@ -37,7 +37,6 @@ __all__ = [
     "score_clid",
     "score_loss",
     "score_pia",
-    "score_pian",
     "score_secmi",
     "secmi_errors",
     "secmi_levels",
@@ -66,6 +65,7 @@ def score_loss(
     return _joined(scores)
 
 
+@torch.no_grad()
 def score_pia(
     target: AttackTarget,
     x_0: torch.Tensor,
@@ -73,60 +73,15 @@ def score_pia(
     *,
     t: int = 200,
     norm: float = 4.0,
+    rescale: bool = False,
     batch_size: int = 256,
     progress: Progress | None = None,
 ) -> Array:
     """The proximal initialisation attack, two questions per image, no randomness.
 
-    `norm` is p >= 1.
+    `norm` is p >= 1. `rescale` makes it PIAN: the first answer at the size of standard normal
+    noise.
     """
-    return _score_pia(
-        target,
-        x_0,
-        labels,
-        t=t,
-        norm=norm,
-        rescale=False,
-        batch_size=batch_size,
-        progress=progress,
-    )
-
-
-def score_pian(
-    target: AttackTarget,
-    x_0: torch.Tensor,
-    labels: torch.Tensor,
-    *,
-    t: int = 200,
-    norm: float = 4.0,
-    batch_size: int = 256,
-    progress: Progress | None = None,
-) -> Array:
-    """PIA with the first answer rescaled to the size of standard normal noise."""
-    return _score_pia(
-        target,
-        x_0,
-        labels,
-        t=t,
-        norm=norm,
-        rescale=True,
-        batch_size=batch_size,
-        progress=progress,
-    )
-
-
-@torch.no_grad()
-def _score_pia(
-    target: AttackTarget,
-    x_0: torch.Tensor,
-    labels: torch.Tensor,
-    *,
-    t: int,
-    norm: float,
-    rescale: bool,
-    batch_size: int,
-    progress: Progress | None,
-) -> Array:
     if not norm >= 1.0:
         raise ValueError(f"norm must be at least 1, got {norm}")
     first, level, scores = target.t_range[0], target.nearest(t), []
