@@ -206,6 +206,8 @@ class LocalTraining:
         """Fine steps on raw images, in chunks that are checkpointed and seeded one by one."""
         store = self.local.store
         self.record_members("fine", "raw")
+        labels = self.local.images.labels[self.local.train]
+        store.save_class_counts(np.bincount(labels, minlength=self.local.images.num_classes))
         chunks_done, state = store.load_partial(round) or (0, None)
         if state is None:
             state = store.load_state(store.last_round(), "fine")

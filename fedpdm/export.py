@@ -27,9 +27,7 @@ from diffusers.utils import logging as diffusers_logging
 from fedpdm.build import (
     ImageSpec,
     build_denoiser,
-    build_partitions,
     build_schedule,
-    client_images,
     coarse_share,
     load_split,
 )
@@ -106,7 +104,7 @@ def export_pipeline(
         fine_patch=PRESETS[config.fine.preset].patch,
         shift=shift,
         guidance_scale=config.sampling.guidance,
-        coarse_share=_share(config, client_id, num_classes=num_classes),
+        coarse_share=_share(config, folder, num_classes=num_classes),
         fine_t_max=schedule.num_steps if config.fine.t_range == "all" else t0,
         id2label=_class_names(config, num_classes=num_classes),
     )
@@ -226,18 +224,18 @@ def _client(
     return weights, released
 
 
-def _share(config: RunConfig, client_id: int, *, num_classes: int) -> list[float] | None:
-    """`coarse_share` of a simulated client, by class and for no label."""
+def _share(config: RunConfig, folder: Path, *, num_classes: int) -> list[float] | None:
+    """`coarse_share` of the client whose store is `folder`, by class and for no label."""
     if config.sampling.coarse_worth is None:
         return None
-    if not config.run.simulation:
-        raise ValueError(
-            "sampling.coarse_worth: an export needs the client's labels, which are at hand in "
-            f"simulation alone (client {client_id})"
+    counts = ClientStore(folder).load_class_counts()
+    if counts is None or len(counts) != num_classes:
+        raise StoreError(
+            f"{folder / 'classes.json'}: sampling.coarse_worth needs {num_classes} counts of "
+            f"images, found {'no file' if counts is None else len(counts)}"
         )
-    images = load_split(config, "train")
-    own = client_images(config, images, build_partitions(config, images), client_id)
-    share = coarse_share(config, own.train_labels, num_classes=num_classes)
+    labels = np.repeat(np.arange(num_classes), counts)
+    share = coarse_share(config, labels, num_classes=num_classes)
     return None if share is None else share.tolist()
 
 

@@ -101,6 +101,23 @@ class ClientStore:
                 )
         write_atomic(path, (json.dumps(record.fields()) + "\n").encode())
 
+    def save_class_counts(self, counts: np.ndarray) -> None:
+        """Write how many images of each class train the fine model, int64 (K,). They stay here."""
+        write_atomic(self.root / "classes.json", (json.dumps(counts.tolist()) + "\n").encode())
+
+    def load_class_counts(self) -> np.ndarray | None:
+        """What `save_class_counts` wrote, or None; `StoreError` if it is damaged."""
+        path = self.root / "classes.json"
+        if not path.exists():
+            return None
+        try:
+            counts = np.array(json.loads(path.read_bytes()), dtype=np.int64)
+        except (ValueError, TypeError, OverflowError):
+            counts = np.zeros(0, dtype=np.int64)
+        if counts.ndim != 1 or not len(counts) or (counts < 0).any():
+            raise StoreError(f"{path}: must be a list of counts, one per class")
+        return counts
+
     # Rounds.
 
     def _round_path(self, round: int) -> Path:

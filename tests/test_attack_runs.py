@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,16 @@ def test_clients_record_what_they_train_on(finished: dict[str, Path]) -> None:
             assert kept[name]["sha256"] == [bytes(row).hex() for row in digests]
         held = {*kept["train"]["indices"], *kept["heldout"]["indices"]}
         assert held == set(build_partitions(config, images)[client].indices.tolist())
+
+
+def test_clients_count_the_classes_they_train_on(finished: dict[str, Path]) -> None:
+    """What an export mixes its models by; held-out images do not count."""
+    labels = load_split(config_of("pfdm"), "train").labels
+    for client in range(2):
+        counts = ClientStore(finished["pfdm"] / "clients" / str(client)).load_class_counts()
+        trained = Counter(labels[record(finished["pfdm"], client)["train"]["indices"]].tolist())
+        assert counts is not None
+        assert {k: n for k, n in enumerate(counts.tolist()) if n} == dict(trained)
 
 
 def test_the_record_is_of_what_training_was_given(

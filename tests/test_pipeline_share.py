@@ -12,7 +12,7 @@ import torch
 
 from fedpdm.export import export_pipeline, load_pipeline
 from fedpdm.sampling import sample
-from tests.baselines import local_of
+from fedpdm.store import ClientStore
 from tests.test_export import FakeRun
 from tests.test_pipeline import LABELS, T0, make_pair, wrap
 from tests.toys import seeded
@@ -84,12 +84,10 @@ def test_pipeline_refuses(options: dict[str, Any], message: str) -> None:
 
 
 def test_an_export_keeps_the_share(tmp_path: Path) -> None:
-    split = {"kind": "iid", "num_clients": 2}
-    fake = FakeRun(tmp_path / "run", partition=split, sampling={"coarse_worth": 10.0})
+    fake = FakeRun(tmp_path / "run", sampling={"coarse_worth": 10.0})
+    counts = np.array([40, 3, 0, 7, 5, 1, 2, 9, 8, 25])
+    ClientStore(fake.run.client_path(0)).save_class_counts(counts)
     out = export_pipeline(fake.run, client_id=0, out=tmp_path / "export")
-    local = local_of(fake.config, tmp_path / "run", 0)
-    counts = np.bincount(local.images.labels[local.train], minlength=10)
-    assert counts.max() > counts.min()
     share = [*(10 / (10 + counts)), 10 / (10 + counts.mean())]
     pipeline = load_pipeline(out)
     assert pipeline.config["coarse_share"] == pytest.approx(share, rel=1e-6)
@@ -109,14 +107,24 @@ def test_an_export_keeps_the_share(tmp_path: Path) -> None:
     assert not torch.allclose(found, sampled(None), rtol=1e-2, atol=1e-2)
 
 
-def test_an_export_without_the_labels_is_refused(tmp_path: Path) -> None:
-    """A deployed client's images are not the run's to read: no shares of another split."""
+def test_a_deployed_client_with_a_share_is_exported(tmp_path: Path) -> None:
+    """Its images are not at hand, how many there are of each class is in its store."""
     fake = FakeRun(
         tmp_path / "run",
         run={"simulation": False},
         sampling={"coarse_worth": 10.0},
         evaluation={"image_metrics": False},
     )
-    with pytest.raises(ValueError, match=r"^sampling\.coarse_worth: an export needs .*\(client 0"):
+    store = ClientStore(fake.run.client_path(0))
+    with pytest.raises(ValueError, match=r"classes\.json: sampling\.coarse_worth .* no file$"):
+        export_pipeline(fake.run, client_id=0, out=tmp_path / "export")
+    (store.root / "classes.json").write_text("[1, -2]\n")
+    with pytest.raises(ValueError, match=r"classes\.json: must be a list of counts"):
+        export_pipeline(fake.run, client_id=0, out=tmp_path / "export")
+    store.save_class_counts(np.array([1, 2]))
+    with pytest.raises(ValueError, match=r"needs 10 counts of images, found 2$"):
         export_pipeline(fake.run, client_id=0, out=tmp_path / "export")
     assert not (tmp_path / "export").exists()
+    store.save_class_counts(np.array([10, 0, 0, 0, 0, 0, 0, 0, 0, 0]))
+    out = export_pipeline(fake.run, client_id=0, out=tmp_path / "export")
+    assert load_pipeline(out).config["coarse_share"][:2] == pytest.approx([0.5, 1.0])
