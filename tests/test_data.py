@@ -24,12 +24,7 @@ from fedpdm.data import (
     resize,
     stratified_positions,
 )
-
-Pixels = NDArray[np.uint8]
-
-
-def random_pixels(*shape: int, seed: int = 0) -> Pixels:
-    return np.random.default_rng(seed).integers(0, 256, size=shape, dtype=np.uint8)
+from tests.pixels import exactly, random_pixels
 
 
 def small_set(**changes: object) -> ImageSet:
@@ -40,10 +35,6 @@ def small_set(**changes: object) -> ImageSet:
         "background": 0.0,
     }
     return ImageSet(**{**fields, **changes})  # type: ignore[arg-type]
-
-
-def exactly(text: str) -> str:
-    return f"^{re.escape(text)}$"
 
 
 def test_image_set_holds_read_only_arrays_and_counts() -> None:

@@ -9,20 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 from PIL import Image
 
 from fedpdm.data import ImageSet, load_image_set
-
-Pixels = NDArray[np.uint8]
-
-
-def random_pixels(*shape: int, seed: int = 0) -> Pixels:
-    return np.random.default_rng(seed).integers(0, 256, size=shape, dtype=np.uint8)
-
-
-def exactly(text: str) -> str:
-    return f"^{re.escape(text)}$"
+from tests.pixels import Pixels, exactly, random_pixels
 
 
 def write_image(path: Path, pixels: Pixels, mode: str | None = None) -> None:

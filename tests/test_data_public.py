@@ -4,26 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 from PIL import Image
 
 from fedpdm.data import COLORINGS, DATASETS, ImageSet, load_image_set, normalize
-
-Pixels = NDArray[np.uint8]
-
-
-def random_pixels(*shape: int, seed: int = 0) -> Pixels:
-    return np.random.default_rng(seed).integers(0, 256, size=shape, dtype=np.uint8)
-
-
-def exactly(text: str) -> str:
-    return f"^{re.escape(text)}$"
+from tests.pixels import Pixels, exactly, random_pixels
 
 
 def known(choices: Iterable[str]) -> str:

@@ -24,13 +24,10 @@ from fedpdm.features import (
 from fedpdm.features.network import _shifted
 from fedpdm.files import StoreError
 from fedpdm.metrics import PixelFeatures
+from tests.pixels import exactly
 
 RNG = np.random.default_rng
 STEPS = 200
-
-
-def exactly(text: str) -> str:
-    return f"^{re.escape(text)}$"
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from pathlib import Path
 
@@ -21,12 +20,9 @@ from fedpdm.metrics import (
     near_copy_fraction,
     precision_recall,
 )
+from tests.pixels import exactly
 
 RNG = np.random.default_rng
-
-
-def exactly(text: str) -> str:
-    return f"^{re.escape(text)}$"
 
 
 class World:

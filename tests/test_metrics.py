@@ -17,17 +17,9 @@ from fedpdm.metrics import (
     gaussian_statistics,
     kernel_distance,
 )
+from tests.pixels import exactly, random_pixels
 
-Pixels = NDArray[np.uint8]
 RNG = np.random.default_rng
-
-
-def random_pixels(*shape: int, seed: int = 0) -> Pixels:
-    return RNG(seed).integers(0, 256, size=shape, dtype=np.uint8)
-
-
-def exactly(text: str) -> str:
-    return f"^{re.escape(text)}$"
 
 
 # --- Gaussian statistics and the Frechet distance -------------------------------------------

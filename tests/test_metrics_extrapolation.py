@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 
 import numpy as np
@@ -20,12 +19,9 @@ from fedpdm.metrics import (
     kernel_distance,
     kernel_distance_of_subsets,
 )
+from tests.pixels import exactly
 
 RNG = np.random.default_rng
-
-
-def exactly(text: str) -> str:
-    return f"^{re.escape(text)}$"
 
 
 def gaussian(width: int) -> FeatureStatistics:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import time
 
 import numpy as np
@@ -17,12 +16,9 @@ from fedpdm.metrics import (
     manifold_scores,
     precision_recall,
 )
+from tests.pixels import exactly
 
 RNG = np.random.default_rng
-
-
-def exactly(text: str) -> str:
-    return f"^{re.escape(text)}$"
 
 
 def test_density_coverage_is_the_double_loop() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 
 import numpy as np
 import pytest
@@ -15,17 +14,9 @@ from fedpdm.metrics import (
     nearest_label,
     precision_recall,
 )
+from tests.pixels import Pixels, exactly, random_pixels
 
-Pixels = NDArray[np.uint8]
 RNG = np.random.default_rng
-
-
-def random_pixels(*shape: int, seed: int = 0) -> Pixels:
-    return RNG(seed).integers(0, 256, size=shape, dtype=np.uint8)
-
-
-def exactly(text: str) -> str:
-    return f"^{re.escape(text)}$"
 
 
 # --- precision and recall -------------------------------------------------------------------

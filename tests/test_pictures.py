@@ -17,15 +17,10 @@ from PIL import Image
 import fedpdm.pictures
 from fedpdm.partition import ClientPartition, partition
 from fedpdm.pictures import draw_image_grid, draw_partition
-
-Pixels = NDArray[np.uint8]
+from tests.pixels import Pixels, random_pixels
 
 NAMES = ("zero", "one", "$two$ & _three_", "four")
 LABELS = np.repeat(np.arange(4), [40, 30, 20, 11])
-
-
-def random_pixels(*shape: int, seed: int = 0) -> Pixels:
-    return np.random.default_rng(seed).integers(0, 256, size=shape, dtype=np.uint8)
 
 
 def clients(kind: str = "majority_minority", **changes: Any) -> tuple[ClientPartition, ...]:
