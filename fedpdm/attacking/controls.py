@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -180,11 +180,12 @@ def plan_controls(
     out: Path,
     seed: int,
     device: str = "auto",
-    progress: Progress | None = None,
+    show: Callable[[str], Progress] | None = None,
 ) -> list[Work]:
     """Train both models; the works: membership attacks on both, memorisation by both.
 
-    Pictures, and the weights of models, are written into `out`.
+    Pictures, and the weights of models, are written into `out`. `show` makes the progress of a
+    training from what it is called.
     """
     trained, subjects, unseen = control_images(num_images, seed=seed)
     where = select_device(device)
@@ -194,7 +195,7 @@ def plan_controls(
             images,
             num_steps=num_steps,
             seed=seed,
-            progress=progress,
+            progress=show(f"training a control ({label})") if show else None,
             device=where,
             kept=out / "models" / f"{label.split()[0]}.safetensors",
         )

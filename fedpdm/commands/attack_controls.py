@@ -51,7 +51,7 @@ def run_controls(options: argparse.Namespace) -> int:
         num_samples=options.samples,
         out=options.out,
         seed=options.seed,
-        progress=work_progress("training a control"),
+        show=work_progress,
     )
     what = (
         f"Two models, each trained on {options.images} 8x8 digits for {options.steps} steps: one "
