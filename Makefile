@@ -60,7 +60,7 @@ audit: install ## attack the release as clients make it: linkage and one-run aud
 deploy-test: install ## 3 nodes over gRPC with TLS, one killed, one coordinator restart, under 10 minutes
 	$(BIN)/python -m tests.deploy_run
 
-test-faults: install ## deployed federations with faults, real processes: about a quarter of an hour
+test-faults: install ## deployed federations with faults, real processes: about half an hour
 	$(BIN)/python -m pytest -m faults
 
 docs: $(VENV)/.docs ## the documentation site, strictly, into site/

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -22,12 +21,13 @@ from fedpdm.commands.ledger import add_ledger_parser
 from fedpdm.commands.node import add_node_parser
 from fedpdm.commands.privacy import add_privacy_parser
 from fedpdm.commands.report import add_report_parser
-from fedpdm.commands.resolving import resolve_run
+from fedpdm.commands.resolving import add_run_arguments, resolve_run
+from fedpdm.commands.show import add_show_parser, show_run, tell_run
 from fedpdm.commands.tables import add_tables_parser
 from fedpdm.commands.terminal import (
+    DIVERGED,
     Parser,
     add_completion_parser,
-    add_telling,
     advise,
     equip,
     progress_aside,
@@ -35,12 +35,9 @@ from fedpdm.commands.terminal import (
     tell,
 )
 from fedpdm.commands.toy import add_toy_parser
-from fedpdm.config import ConfigError, config_reference
+from fedpdm.config import ConfigError, config_keys, config_reference
 
 __all__ = ["main"]
-
-# What trainers say (fedpdm.training); it comes through Flower as text.
-_DIVERGED = re.compile(r"(loss|gradient) is (nan|-?inf) at step \d+")
 
 EXAMPLES = """\
 examples:
@@ -86,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         line = " ".join(str(error).split())
         print(f"fedpdm: {line}", file=sys.stderr)
         advise(error, options)
-        return 2 if _DIVERGED.search(line) else 1
+        return 2 if DIVERGED.search(line) else 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -99,12 +96,10 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     run = commands.add_parser("run", help="train a federation (Ray simulation through flwr run)")
-    run.add_argument("experiment", nargs="?", type=Path, help="YAML file; not needed to resume")
-    run.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
-        help="override a config key, e.g. privacy.epsilon=3 (repeatable)",
+    add_run_arguments(
+        run, overrides="config key, e.g. privacy.epsilon=3 (repeatable)",
+        dry_run="check everything, train nothing",
     )  # fmt: skip
-    run.add_argument("--out", type=Path, help="run directory; default: runs/NAME")
     run.add_argument(
         "--engine", choices=("flower", "inprocess"), default="flower",
         help="flower: flwr run with Ray; inprocess: one client after the other, no Ray",
@@ -118,13 +113,9 @@ def _parser() -> argparse.ArgumentParser:
         "--allow-new-release", action="store_true",
         help="noise released images once more if the settings changed; the ledger adds it up",
     )  # fmt: skip
-    run.add_argument("--resume", action="store_true", help="continue the run in --out")
-    run.add_argument("--dry-run", action="store_true", help="check everything, train nothing")
     run.add_argument("--port", type=int, help="of the local SuperLink; default: a free one")
     run.add_argument("--cpus", type=int, help="processors to use; default: all")
     run.add_argument("--verbose", action="store_true", help="show Flower's own output too")
-    run.add_argument("--quiet", action="store_true", help="print errors and what --json asks for")
-    run.add_argument("--json", action="store_true", help="print the outcome as JSON, like show")
     run.set_defaults(action=_run)
 
     add_federation_parser(commands)
@@ -139,16 +130,11 @@ def _parser() -> argparse.ArgumentParser:
     add_node_parser(commands)
     add_certificates_parser(commands)
 
-    show = commands.add_parser("show", help="summary of a finished run")
-    show.add_argument("run", type=Path)
-    show.add_argument("--json", action="store_true", help="print JSON")
-    show.set_defaults(action=_show)
-
+    add_show_parser(commands)
     export = commands.add_parser("export", help="write a diffusers pipeline of one client")
     export.add_argument("run", type=Path)
     export.add_argument("--client", type=int, default=0)
     export.add_argument("--out", type=Path, required=True)
-    add_telling(export)
     export.set_defaults(action=_export)
 
     sample = commands.add_parser("sample", help="sample from an exported pipeline")
@@ -161,14 +147,13 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--guidance", type=float, help="default: the exported")
     sample.add_argument("--scheduler", help="a diffusers scheduler class; default: the exported")
     sample.add_argument("--method", choices=("pfdm", "alone", "coarse"), default="pfdm")
-    add_telling(sample)
     sample.set_defaults(action=_sample)
 
     stop = commands.add_parser("stop", help="end every process that runs have left or started")
     stop.set_defaults(action=_stop)
 
     keys = commands.add_parser("config", help="every configuration key, default and meaning")
-    keys.set_defaults(action=lambda _: print(config_reference()))
+    keys.set_defaults(action=_keys)
     add_completion_parser(commands, parser)
     equip(parser)
     return parser
@@ -177,8 +162,8 @@ def _parser() -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace) -> int:
     with progress_aside(options):
         code, out = _train(options)
-    if options.json and not options.dry_run:
-        _show(argparse.Namespace(run=out, json=True))
+    if options.json:
+        tell_run(options, out)
     return code
 
 
@@ -218,7 +203,7 @@ def _train(options: argparse.Namespace) -> tuple[int, Path]:
             verbose=options.verbose,
         )
         if not options.verbose:  # the server's own words, which Flower's stream frames
-            _show(argparse.Namespace(run=out, json=False))
+            show_run(out, as_json=False)
     return 0, out
 
 
@@ -226,18 +211,6 @@ def _leave(*_: object) -> None:
     """End at once: Flower's server waits for its worker threads, and every file is crash-safe."""
     print("interrupted; nothing is lost, --resume continues the run", file=sys.stderr, flush=True)
     os._exit(130)
-
-
-def _show(options: argparse.Namespace) -> None:
-    from fedpdm.reporting import summarise
-    from fedpdm.runs import RunDirectory
-
-    run = RunDirectory(options.run)
-    if options.json:
-        facts = {name: run.read_json(f"{name}.json") for name in ("privacy", "metrics")}
-        print(json.dumps({"run": str(run.root), **facts}, indent=1))
-    else:
-        print(summarise(run))
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -270,7 +243,15 @@ def _sample(options: argparse.Namespace) -> None:
 def _stop(options: argparse.Namespace) -> None:
     from fedpdm.engines.flower import stop_processes
 
-    print(f"{stop_processes()} processes ended")
+    ended = stop_processes()
+    tell(options, f"{ended} processes ended", {"ended": ended})
+
+
+def _keys(options: argparse.Namespace) -> None:
+    if options.json:
+        print(json.dumps(config_keys(), indent=1))
+    else:
+        print(config_reference())
 
 
 if __name__ == "__main__":

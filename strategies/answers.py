@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from flwr.common import NDArrays, Parameters, Scalar
+from flwr.common import EvaluateRes, NDArrays, Parameters, Scalar
 
 from fedpdm import wire
 
 __all__ = [
     "ClientAnswer",
     "accepted_metrics",
+    "check_count",
+    "check_evaluation",
     "check_size",
     "decode_arrays",
     "describe_failures",
     "encode_arrays",
+    "mean_loss",
     "mean_metrics",
     "one_line",
     "round_line",
@@ -46,6 +50,23 @@ def accepted_metrics(metrics: Mapping[str, Scalar], *, client_id: int) -> dict[s
     if (named := checked.get("client_id", client_id)) != client_id:
         raise wire.WireError(f"its metrics say client {named}")
     return checked
+
+
+def check_count(num_examples: int, *, most: int | None) -> None:
+    """`wire.WireError` for more images than a client may have: they would weigh too much."""
+    if most is not None and num_examples > most:
+        raise wire.WireError(
+            f"num_examples must be at most aggregation.max_examples = {most}, got {num_examples}"
+        )
+
+
+def check_evaluation(result: EvaluateRes, *, client_id: int, most: int | None) -> None:
+    """`wire.WireError` for a held-out loss that would not count, or for too much."""
+    check_count(result.num_examples, most=most)
+    if result.num_examples < 1:
+        raise wire.WireError(f"num_examples must be at least 1, got {result.num_examples}")
+    if not math.isfinite(result.loss):
+        raise wire.WireError(f"held-out loss of client {client_id} is {result.loss}")
 
 
 def check_size(size: int, *, most: int) -> None:
@@ -118,6 +139,13 @@ def describe_failures(
         line = one_line(str(error)) or type(error).__name__
         lines.append(f"{silent}: {line}" if silent else line)
     return lines
+
+
+def mean_loss(results: Sequence[EvaluateRes]) -> float:
+    """Held-out losses averaged over clients, weighted by examples."""
+    counts = np.array([result.num_examples for result in results], dtype=np.float64)
+    losses = np.array([result.loss for result in results], dtype=np.float64)
+    return float((counts * losses).sum() / counts.sum())
 
 
 def mean_metrics(answers: Sequence[ClientAnswer], *, seconds: float) -> dict[str, float]:

@@ -3,18 +3,16 @@
 A `CoarseStrategy` holds the coarse weights by name, asks clients for a phase of work, refuses
 malformed answers naming the client, writes a checkpoint after each round and goes on from it.
 Answers are taken in one by one (`receive_fit`, in any order) and not kept. How they become new
-weights is the subclasses' part (`accept`, `conclude`).
+weights is the subclasses' part (`accept`, `conclude`). What is counted and said of a round is in
+`strategies.rounds`.
 """
 
 from __future__ import annotations
 
-import math
-import time
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from flwr.common import (
     EvaluateIns,
@@ -36,15 +34,17 @@ from fedpdm.trackers import RunTrackers
 from strategies.answers import (
     ClientAnswer,
     accepted_metrics,
+    check_count,
+    check_evaluation,
     check_size,
     decode_arrays,
     describe_failures,
     encode_arrays,
-    mean_metrics,
+    mean_loss,
     one_line,
-    round_line,
 )
 from strategies.roster import ClientFailure, Roster, ServerSettings
+from strategies.rounds import RunAccount
 
 __all__ = ["CoarseStrategy"]
 
@@ -69,20 +69,25 @@ class CoarseStrategy(Strategy):
         self.settings = settings
         self.weights = {name: tensor.detach().clone() for name, tensor in weights.items()}
         self.ema = dict(self.weights)
-        self.history: dict[str, Any] = {"rounds": []}
-        self.rounds_done = 0
+        self.account = RunAccount(settings, announce)
         self._run = run
-        self._announce = announce
         self._finish = finish
-        self.trackers: RunTrackers | None = None  # see each round and the end
         self._roster = Roster(settings)
-        self._seen: set[str] = set()  # of this round: nodes that answered, good answers, others
-        self._answers: list[ClientAnswer] = []
-        self._problems: list[str] = []
-        self._received = self._sent = self._request_bytes = 0
-        self._first_round = 1
-        self._started = time.perf_counter()
-        self._round_started = self._started
+        self._request_bytes = 0
+
+    @property
+    def rounds_done(self) -> int:
+        """Rounds of the run that have given new weights."""
+        return self.account.rounds_done
+
+    @property
+    def history(self) -> dict[str, Any]:
+        """What `metrics.json` holds."""
+        return self.account.history
+
+    def track(self, trackers: RunTrackers) -> None:
+        """Show each round, and the end, to these."""
+        self.account.trackers = trackers
 
     # What subclasses decide.
 
@@ -141,8 +146,9 @@ class CoarseStrategy(Strategy):
         checkpoint = self._run.load_checkpoint()
         if checkpoint is None:
             return
-        self.rounds_done, tensors, self.history = checkpoint
-        if self.rounds_done == 0:
+        rounds_done, tensors, history = checkpoint
+        self.account.go_on(rounds_done, history)
+        if rounds_done == 0:
             return
         self._take(tensors)
         rest = {
@@ -151,8 +157,6 @@ class CoarseStrategy(Strategy):
             if name.startswith("extra.")
         }
         self.load_extra_state(rest)
-        self._announce(f"resumed after round {self.rounds_done} of {self.settings.rounds}")
-        self._first_round = self.rounds_done + 1
 
     def rounds_left(self) -> int:
         """Flower rounds still to run: at least one, for the final evaluation."""
@@ -195,8 +199,8 @@ class CoarseStrategy(Strategy):
     def configure_fit(
         self, server_round: int, parameters: Parameters, client_manager: ClientManager
     ) -> list[tuple[ClientProxy, FitIns]]:
-        round = self._round(server_round)
-        self._round_started = time.perf_counter()
+        round = self.account.number(server_round)
+        self.account.begin()
         if round > self.settings.rounds:
             return []  # only the final evaluation was missing
         config: dict[str, Scalar] = {
@@ -205,13 +209,12 @@ class CoarseStrategy(Strategy):
             **self.fit_config(),
         }
         chosen = self._roster.choose(round, client_manager)
-        self._answers, self._problems, self._received = [], list(self._roster.problems), 0
-        self._seen = set()
+        self.account.now.problems += self._roster.problems
         self.begin(round, self._roster.asked)
         message = self.fit_message(round)
         self._settle()  # making it has read the weights
         self._request_bytes = sum(len(tensor) for tensor in message.tensors)
-        self._sent = self._request_bytes * len(chosen)
+        self.account.now.sent = self._request_bytes * len(chosen)
         return [(client, FitIns(message, dict(config))) for client in chosen]
 
     def receive_fit(self, server_round: int, proxy: ClientProxy, result: FitRes) -> None:
@@ -220,12 +223,13 @@ class CoarseStrategy(Strategy):
         A server that has answers one by one calls this for each before `aggregate_fit`, which
         does it for those that are left.
         """
-        self._seen.add(proxy.cid)
+        now = self.account.now
+        now.seen.add(proxy.cid)
         client_id = self._roster.client_id(proxy)
         size = sum(len(tensor) for tensor in result.parameters.tensors)
-        self._received += size
+        now.received += size
         try:
-            self._check_count(result.num_examples)
+            check_count(result.num_examples, most=self.settings.max_examples)
             check_size(size, most=self.largest_message(result.num_examples))
             answer = ClientAnswer(
                 client_id=client_id,
@@ -234,13 +238,13 @@ class CoarseStrategy(Strategy):
             )
             message = decode_arrays(result.parameters)
             result.parameters = _NOTHING
-            self.accept(self._round(server_round), answer, message)
+            self.accept(self.account.number(server_round), answer, message)
         except wire.WireError as error:
             result.parameters = _NOTHING
-            self._problems.append(one_line(f"client {client_id}: {error}"))
+            now.problems.append(one_line(f"client {client_id}: {error}"))
             self.dismiss(client_id)
             return
-        self._answers.append(answer)
+        now.answers.append(answer)
 
     def aggregate_fit(
         self,
@@ -248,48 +252,34 @@ class CoarseStrategy(Strategy):
         results: list[tuple[ClientProxy, FitRes]],
         failures: list[tuple[ClientProxy, FitRes] | BaseException],
     ) -> tuple[Parameters | None, dict[str, Scalar]]:
-        round = self._round(server_round)
-        late = [(proxy, result) for proxy, result in results if proxy.cid not in self._seen]
+        round, now = self.account.number(server_round), self.account.now
+        late = [(proxy, result) for proxy, result in results if proxy.cid not in now.seen]
         for proxy, result in sorted(late, key=lambda pair: self._roster.client_id(pair[0])):
             self.receive_fit(server_round, proxy, result)
-        problems = [*self._describe_failures(results, failures), *self._problems]
-        answers = sorted(self._answers, key=lambda answer: answer.client_id)
+        problems = [*self._describe_failures(results, failures), *now.problems]
+        answers = sorted(now.answers, key=lambda answer: answer.client_id)
         try:
-            self._report_problems(round, "fit", problems, num_good=len(answers))
+            self.account.report(round, "fit", problems, num_good=len(answers))
         except ClientFailure:
             self.abandon()
             raise
-        metrics = self.conclude(round)
-        self.rounds_done = round
-        self.history["rounds"].append(
-            {
-                "round": round,
-                **mean_metrics(answers, seconds=time.perf_counter() - self._round_started),
-                **metrics,
-                "seconds": time.perf_counter() - self._round_started,
-                "bytes_down": self._sent,
-                "bytes_up": self._received,
-                "clients": [dict(answer.metrics) for answer in answers],
-                "failed": problems,
-            }
-        )
+        self.account.close(round, answers, problems, self.conclude(round))
         self._checkpoint()
         return _NOTHING, {}
 
     def configure_evaluate(
         self, server_round: int, parameters: Parameters, client_manager: ClientManager
     ) -> list[tuple[ClientProxy, EvaluateIns]]:
-        round = min(self._round(server_round), self.settings.rounds)
+        round = min(self.account.number(server_round), self.settings.rounds)
         final = round == self.settings.rounds
         if not final and round % self.settings.evaluate_every:
-            self._tell(self.history["rounds"][-1])
+            self.account.tell()
             return []
         config: dict[str, Scalar] = {"round": round, "final": final}
         message = self.evaluation_message()
         clients = self._roster.choose(round, client_manager, everyone=True)
-        if self.history["rounds"]:
-            sent = sum(len(tensor) for tensor in message.tensors) * len(clients)
-            self.history["rounds"][-1]["bytes_down"] += sent
+        size = sum(len(tensor) for tensor in message.tensors)
+        self.account.sent_to_evaluate(size * len(clients))
         return [(client, EvaluateIns(message, dict(config))) for client in clients]
 
     def aggregate_evaluate(
@@ -298,41 +288,31 @@ class CoarseStrategy(Strategy):
         results: list[tuple[ClientProxy, EvaluateRes]],
         failures: list[tuple[ClientProxy, EvaluateRes] | BaseException],
     ) -> tuple[float | None, dict[str, Scalar]]:
-        round = min(self._round(server_round), self.settings.rounds)
+        round = min(self.account.number(server_round), self.settings.rounds)
         problems = [*self._describe_failures(results, failures), *self._roster.problems]
         good = []
         for proxy, result in results:
             client_id = self._roster.client_id(proxy)
             try:
-                self._check_count(result.num_examples)
                 metrics = accepted_metrics(result.metrics, client_id=client_id)
-                if result.num_examples < 1:
-                    count = result.num_examples
-                    raise wire.WireError(f"num_examples must be at least 1, got {count}")
-                if not math.isfinite(result.loss):
-                    raise wire.WireError(f"held-out loss of client {client_id} is {result.loss}")
+                check_evaluation(result, client_id=client_id, most=self.settings.max_examples)
             except wire.WireError as error:
                 problems.append(one_line(f"client {client_id}: {error}"))
                 continue
             good.append((client_id, result, metrics))
-        self._report_problems(round, "evaluate", problems, num_good=len(good))
+        self.account.report(round, "evaluate", problems, num_good=len(good))
         good.sort(key=lambda answer: answer[0])
-        counts = np.array([result.num_examples for _, result, _ in good], dtype=np.float64)
-        losses = np.array([result.loss for _, result, _ in good], dtype=np.float64)
-        loss = float((counts * losses).sum() / counts.sum())
+        loss = mean_loss([result for _, result, _ in good])
         measured = {"heldout_coarse_loss": loss} if self.has_model else {}
-        record = self.history["rounds"][-1]
-        record |= measured
-        record["seconds"] = time.perf_counter() - self._round_started
-        self._tell(record)
+        self.account.evaluated(measured)
         if round == self.settings.rounds:
             self.history["final"] = {
                 **measured,
                 "clients": [metrics for _, _, metrics in good],
             }
             self._finish(self.ema, self.history)
-            if self.trackers is not None:
-                self.trackers.finish(self.ema, self.history)
+            if self.account.trackers is not None:
+                self.account.trackers.finish(self.ema, self.history)
             self._checkpoint()  # last: a run whose results could not be written can be resumed
         else:
             self._run.write_json("metrics.json", self.history)
@@ -340,38 +320,8 @@ class CoarseStrategy(Strategy):
 
     # Within.
 
-    def _round(self, server_round: int) -> int:
-        """Flower counts rounds of this process; the run's rounds go on from the checkpoint."""
-        return self._first_round - 1 + server_round
-
-    def _check_count(self, num_examples: int) -> None:
-        """`wire.WireError` for more images than a client may have: they would weigh too much."""
-        most = self.settings.max_examples
-        if most is not None and num_examples > most:
-            raise wire.WireError(
-                f"num_examples must be at most aggregation.max_examples = {most}, "
-                f"got {num_examples}"
-            )
-
     def _message(self, weights: Weights) -> Parameters:
         return encode_arrays(wire.encode_model(weights, encoding=self.settings.encoding))
 
     def _describe_failures(self, results: Sequence[Any], failures: Sequence[Any]) -> list[str]:
         return describe_failures(results, failures, ids=self._roster.ids, asked=self._roster.asked)
-
-    def _report_problems(
-        self, round: int, what: str, problems: Sequence[str], *, num_good: int
-    ) -> None:
-        for problem in problems:
-            self._announce(f"round {round} {what} failed: {problem}")
-        if problems and (self.settings.on_failure == "raise" or num_good == 0):
-            raise ClientFailure(f"round {round} {what}: {'; '.join(problems)}")
-
-    def _tell(self, record: Mapping[str, Any]) -> None:
-        """Show a round, with the time that the rest will take at the pace so far."""
-        rounds_here = self.rounds_done - self._first_round + 1
-        pace = (time.perf_counter() - self._started) / max(1, rounds_here)
-        left = pace * (self.settings.rounds - self.rounds_done)
-        self._announce(round_line(record, rounds=self.settings.rounds, seconds_left=left))
-        if self.trackers is not None:
-            self.trackers.round(record)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -67,14 +68,7 @@ class Roster:
         failures are skipped. `ClientFailure` if they are not, or too few are left.
         """
         settings = self._settings
-        if not manager.wait_for(settings.min_clients, timeout=settings.wait_seconds):
-            raise ClientFailure(
-                f"round {round}: {manager.num_available()} clients are connected, "
-                f"{settings.min_clients} are needed; start as many nodes (in simulation: "
-                f"--federation-config num-supernodes={settings.min_clients}) or set "
-                "aggregation.min_clients"
-            )
-        proxies = dict(manager.all())
+        proxies = self._present(round, manager)
         self.problems = self._meet(round, proxies)
         ids = {cid: self.ids[cid] for cid in proxies if cid in self.ids}
         if self.problems and (settings.on_failure == "raise" or len(ids) < settings.min_clients):
@@ -88,6 +82,29 @@ class Roster:
             ordered = [ordered[index] for index in picked]
         self.asked = {ids[proxy.cid] for proxy in ordered}
         return ordered
+
+    def _present(self, round: int, manager: ClientManager) -> dict[str, ClientProxy]:
+        """Nodes by name, once there are enough; `ClientFailure` if there are not in time.
+
+        In a deployment `all` asks who is there now. `wait_for` counts those of some seconds ago, a
+        node that was just lost among them, so it does not have the last word.
+        """
+        settings = self._settings
+        deadline = time.monotonic() + settings.wait_seconds
+        left = settings.wait_seconds
+        while manager.wait_for(settings.min_clients, timeout=left):
+            proxies = dict(manager.all())
+            if len(proxies) >= settings.min_clients:
+                return proxies
+            if left == 0:
+                break
+            left = max(0, math.ceil(deadline - time.monotonic()))
+        raise ClientFailure(
+            f"round {round}: {manager.num_available()} clients are connected, "
+            f"{settings.min_clients} are needed; start as many nodes (in simulation: "
+            f"--federation-config num-supernodes={settings.min_clients}) or set "
+            "aggregation.min_clients"
+        )
 
     def _meet(self, round: int, proxies: Mapping[str, ClientProxy]) -> list[str]:
         """Ask new nodes who they are, all at once if they are machines of their own; a line for

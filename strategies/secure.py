@@ -94,20 +94,21 @@ class SecureFedAvg(CoarseFedAvg):
 
         A client whose answer is refused here is in the sum already, so the round stops.
         """
-        known = len(self._problems)  # of nodes that were not asked
+        now, round = self.account.now, self.account.number(server_round)
+        known = len(now.problems)  # of nodes that were not asked
         for proxy, result in results:
             self.receive_fit(server_round, proxy, result)
-        if refused := self._problems[known:]:
-            raise ClientFailure(f"round {self._round(server_round)} fit: {refused[0]}")
-        self._received, self._sent = grid.received, grid.sent
-        self._problems += grid.problems
+        if refused := now.problems[known:]:
+            raise ClientFailure(f"round {round} fit: {refused[0]}")
+        now.received, now.sent = grid.received, grid.sent
+        now.problems += grid.problems
         return self.aggregate_fit(server_round, results, [])
 
     def give_up(self, server_round: int, problems: Collection[str]) -> None:
         """`ClientFailure`: the workflow ended without a sum."""
         self.abandon()
         why = list(problems) or ["secure aggregation stopped before there was a sum"]
-        self._report_problems(self._round(server_round), "fit", why, num_good=0)
+        self.account.report(self.account.number(server_round), "fit", why, num_good=0)
 
 
 class WatchedGrid:

@@ -96,7 +96,7 @@ def build_strategy(
         strategy.resume()
     if config.run.trackers:
         first = strategy.rounds_done + 1
-        strategy.trackers = open_trackers(config, run.root, first_round=first, say=log.say)
+        strategy.track(open_trackers(config, run.root, first_round=first, say=log.say))
     return strategy
 
 

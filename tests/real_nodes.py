@@ -48,7 +48,10 @@ def _pem(path: Path, data: bytes) -> Path:
 
 
 def make_certificates(
-    folder: Path, addresses: Sequence[str] = ("127.0.0.1",), *, hours: tuple[int, int] = (-1, 24)
+    folder: Path,
+    addresses: Sequence[str] = ("127.0.0.1",),
+    *,
+    hours: tuple[float, float] = (-1, 24),
 ) -> Path:
     """`ca.crt`, `server.pem` and `server.key` for these addresses, good between these hours."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -320,6 +323,8 @@ class Node:
     config: Mapping[str, Any]
     address: str | None = None  # where it finds the SuperLink; default: at its fleet address
     limits: Callable[[], None] | None = None  # called in the process before it starts
+    authority: Path | None = None  # whom it trusts; default: the federation's ca.crt
+    leave_out: Sequence[str] = ()  # options that it does without: TLS, key
     process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -341,10 +346,10 @@ class Node:
         command = [
             *federation.prefixes.get(self.name, ()),
             tool("flower-supernode"), "--grpc-rere",
-            "--root-certificates", str(federation.root / "certificates" / "ca.crt"),
+            *self._trust(),
             "--superlink", self.address or f"{federation.host}:{federation.fleet_port}",
             "--host", "127.0.0.1", "--port", str(free_port()),
-            "--auth-supernode-private-key", str(self.key),
+            *self._identity(),
             "--node-config", " ".join(f"{k}={v}" for k, v in values.items()),
         ]  # fmt: skip
         with open(self.log, "ab") as log:
@@ -364,6 +369,21 @@ class Node:
             )
         federation.started.append(self.process)
         return self
+
+    def _trust(self) -> list[str]:
+        authority = self.authority or self.federation.root / "certificates" / "ca.crt"
+        return (
+            ["--insecure"] if "TLS" in self.leave_out else ["--root-certificates", str(authority)]
+        )
+
+    def _identity(self) -> list[str]:
+        if "key" in self.leave_out:
+            return []
+        return ["--auth-supernode-private-key", str(self.key)]
+
+    def twin(self, name: str, **changes: Any) -> Node:
+        """Another process that has this node's key, and its config but for `changes`."""
+        return Node(self.federation, name, self.key, {**self.config, **changes})
 
     def family(self) -> list[psutil.Process]:
         assert self.process is not None

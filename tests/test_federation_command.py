@@ -20,7 +20,7 @@ from fedpdm.engines.superlink import SuperLink
 from fedpdm.engines.superlink_settings import SuperLinkSettings, answers, split_address
 from fedpdm.reporting import RunLog
 from fedpdm.runs import RunDirectory
-from tests.command_line import call
+from tests.command_line import call, without_advice
 from tests.federations import small_config
 from tests.real_nodes import free_port, make_certificates, make_node_key
 
@@ -37,7 +37,7 @@ def start(state: Path, certificates: Path, *more: Any) -> int:
 def refused(capsys: pytest.CaptureFixture[str], code: int) -> str:
     """The one line on standard error of a command that ended with 2."""
     assert code == 2
-    error = capsys.readouterr().err
+    error = without_advice(capsys.readouterr().err)
     assert error.count("\n") == 1, error
     assert error.startswith("fedpdm: ")
     return error

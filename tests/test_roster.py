@@ -81,6 +81,38 @@ def test_who_was_there_before_keeps_the_identity() -> None:
     assert roster.problems == []
 
 
+def test_a_node_that_was_just_lost_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flower's `all` looks who is there, `wait_for` does not: the lost node is waited for."""
+    lost = FakeProxy(1)
+    roster, manager = roster_of(FakeProxy(0), lost, min_clients=2)
+    plain, timers = manager.all, list[threading.Timer]()
+
+    def all_now() -> Any:
+        if not timers:
+            manager.unregister(lost)
+            timers.append(threading.Timer(0.3, manager.register, [lost]))
+            timers[0].start()
+        return plain()
+
+    monkeypatch.setattr(manager, "all", all_now)
+    assert [proxy.cid for proxy in roster.choose(2, manager)] == ["n0", "n1"]
+    assert len(timers) == 1
+
+
+def test_a_node_that_stays_lost_ends_the_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    lost = FakeProxy(1)
+    roster, manager = roster_of(FakeProxy(0), lost, min_clients=2, wait_seconds=1)
+    plain = manager.all
+
+    def all_now() -> Any:
+        manager.unregister(lost)
+        return plain()
+
+    monkeypatch.setattr(manager, "all", all_now)
+    with pytest.raises(ClientFailure, match="round 2: 1 clients are connected, 2 are needed"):
+        roster.choose(2, manager)
+
+
 def test_deployed_nodes_are_asked_at_the_same_time() -> None:
     """Each answers only when all have been asked; one after the other they would wait for ever."""
     together = threading.Barrier(3, timeout=20.0)

@@ -5,8 +5,8 @@ uses the server's for TLS and a node's key, registered at the coordinator, to au
 A node's certificate binds that key to the number of its client, and says until when.
 """
 
+from fedpdm.certificates.files import CertificateError
 from fedpdm.certificates.making import (
-    CertificateError,
     make_authority,
     make_node,
     make_request,

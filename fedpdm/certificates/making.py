@@ -9,9 +9,8 @@ from __future__ import annotations
 import contextlib
 import datetime
 import ipaddress
-import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from cryptography import x509
@@ -19,10 +18,20 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from fedpdm.certificates.files import (
+    CertificateError,
+    load_authority,
+    load_certificates,
+    load_request,
+    node_key_files,
+    pem,
+    pkcs8,
+    ssh,
+    write_new,
+)
+
 __all__ = [
     "NODE_URI",
-    "CertificateError",
-    "load_certificates",
     "make_authority",
     "make_node",
     "make_request",
@@ -34,10 +43,6 @@ NODE_URI = "fedpdm:node:"  # followed by the client's number, in a node certific
 Moment = datetime.datetime | None  # aware; None: now
 BACKDATED = datetime.timedelta(minutes=5)
 _HOST = re.compile(r"(?=.{1,253}\Z)(\*\.)?([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\.)*[a-z0-9-]{1,63}\Z")
-
-
-class CertificateError(ValueError):
-    """A certificate or key that cannot be made or used; one line that names the file."""
 
 
 def make_authority(
@@ -55,7 +60,7 @@ def make_authority(
     builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
     builder = builder.add_extension(_usage(signs_certificates=True), critical=True)
     certificate = builder.sign(key, hashes.SHA384())
-    _write_new(folder, {"ca.key": (_pkcs8(key), 0o600), "ca.crt": (_pem(certificate), 0o644)})
+    write_new(folder, {"ca.key": (pkcs8(key), 0o600), "ca.crt": (pem(certificate), 0o644)})
     return folder / "ca.crt"
 
 
@@ -74,7 +79,7 @@ def make_server(
     """
     if not names:
         raise CertificateError("names: a server certificate needs at least one name or address")
-    authority, ca_key = _load_authority(ca)
+    authority, ca_key = load_authority(ca)
     key = ec.generate_private_key(ec.SECP384R1())
     certificate = _issue(
         authority,
@@ -86,14 +91,14 @@ def make_server(
         days=days,
         now=now,
     )
-    both = _pem(certificate) + _pem(authority)
-    files = {"server.key": (_pkcs8(key), 0o600), "server.pem": (both, 0o644)}
+    both = pem(certificate) + pem(authority)
+    files = {"server.key": (pkcs8(key), 0o600), "server.pem": (both, 0o644)}
     beside = out / "ca.crt"
     if not beside.exists():
-        files["ca.crt"] = (_pem(authority), 0o644)
+        files["ca.crt"] = (pem(authority), 0o644)
     elif load_certificates(beside)[0] != authority:
         raise CertificateError(f"{beside}: is another authority's; choose another folder")
-    _write_new(out, files)
+    write_new(out, files)
     return out / "server.pem"
 
 
@@ -103,23 +108,23 @@ def make_node(ca: Path, out: Path, *, client_id: int, days: int = 365, now: Mome
     The key is made here and must be carried to the node in secret; with `make_request` and
     `sign_request` it never leaves the node.
     """
-    authority, ca_key = _load_authority(ca)
+    authority, ca_key = load_authority(ca)
     key = ec.generate_private_key(ec.SECP384R1())
-    files = _node_key_files(key, _checked_id(client_id))
+    files = node_key_files(key, _checked_id(client_id))
     certificate = _issue_node(authority, ca_key, key.public_key(), client_id, days, now)
     files[f"node-{client_id}.crt"] = (certificate, 0o644)
-    _write_new(out, files)
+    write_new(out, files)
     return out / f"node-{client_id}.crt"
 
 
 def make_request(out: Path, *, client_id: int) -> Path:
     """At a node: make `node-N.key`, `.pub` and a signing request `.csr` for the coordinator."""
     key = ec.generate_private_key(ec.SECP384R1())
-    files = _node_key_files(key, _checked_id(client_id))
+    files = node_key_files(key, _checked_id(client_id))
     builder = x509.CertificateSigningRequestBuilder().subject_name(_name(f"node-{client_id}"))
     request = builder.sign(key, hashes.SHA384())
     files[f"node-{client_id}.csr"] = (request.public_bytes(serialization.Encoding.PEM), 0o644)
-    _write_new(out, files)
+    write_new(out, files)
     return out / f"node-{client_id}.csr"
 
 
@@ -130,8 +135,8 @@ def sign_request(
 
     Of the request only the key counts; the coordinator says which client it is.
     """
-    authority, ca_key = _load_authority(ca)
-    asked = _load_request(request)
+    authority, ca_key = load_authority(ca)
+    asked = load_request(request)
     public = asked.public_key()
     if not asked.is_signature_valid:
         raise CertificateError(f"{request}: its signature does not fit its key")
@@ -139,18 +144,8 @@ def sign_request(
         raise CertificateError(f"{request}: needs an elliptic key, got {type(public).__name__}")
     certificate = _issue_node(authority, ca_key, public, _checked_id(client_id), days, now)
     name = f"node-{client_id}"
-    _write_new(out, {f"{name}.crt": (certificate, 0o644), f"{name}.pub": (_ssh(public), 0o644)})
+    write_new(out, {f"{name}.crt": (certificate, 0o644), f"{name}.pub": (ssh(public), 0o644)})
     return out / f"{name}.crt"
-
-
-def load_certificates(path: Path) -> list[x509.Certificate]:
-    """The certificates of a PEM file, in order; `CertificateError` if there is none."""
-    try:
-        return x509.load_pem_x509_certificates(path.read_bytes())
-    except OSError as error:
-        raise CertificateError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError:
-        raise CertificateError(f"{path}: holds no PEM certificate") from None
 
 
 # --- What goes into a certificate ------------------------------------------------------------
@@ -254,92 +249,4 @@ def _issue_node(
         days=days,
         now=now,
     )
-    return _pem(certificate) + _pem(authority)
-
-
-# --- Files -----------------------------------------------------------------------------------
-
-
-def _pem(certificate: x509.Certificate) -> bytes:
-    return certificate.public_bytes(serialization.Encoding.PEM)
-
-
-def _pkcs8(key: ec.EllipticCurvePrivateKey) -> bytes:
-    return key.private_bytes(
-        serialization.Encoding.PEM,
-        serialization.PrivateFormat.PKCS8,
-        serialization.NoEncryption(),
-    )
-
-
-def _ssh(key: ec.EllipticCurvePublicKey) -> bytes:
-    encoding, form = serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
-    return key.public_bytes(encoding, form) + b"\n"
-
-
-def _node_key_files(
-    key: ec.EllipticCurvePrivateKey, client_id: int
-) -> dict[str, tuple[bytes, int]]:
-    private = key.private_bytes(
-        serialization.Encoding.PEM,
-        serialization.PrivateFormat.OpenSSH,
-        serialization.NoEncryption(),
-    )
-    name = f"node-{client_id}"
-    return {f"{name}.key": (private, 0o600), f"{name}.pub": (_ssh(key.public_key()), 0o644)}
-
-
-def _load_authority(folder: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
-    certificate = load_certificates(folder / "ca.crt")[0]
-    path = folder / "ca.key"
-    try:
-        key = serialization.load_pem_private_key(path.read_bytes(), None)
-    except OSError as error:
-        raise CertificateError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, TypeError):
-        raise CertificateError(f"{path}: holds no private key without a password") from None
-    if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise CertificateError(f"{path}: needs an elliptic key, got {type(key).__name__}")
-    if key.public_key() != certificate.public_key():
-        raise CertificateError(f"{path}: is not the key of {folder / 'ca.crt'}")
-    return certificate, key
-
-
-def _load_request(path: Path) -> x509.CertificateSigningRequest:
-    try:
-        return x509.load_pem_x509_csr(path.read_bytes())
-    except OSError as error:
-        raise CertificateError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError:
-        raise CertificateError(f"{path}: holds no signing request") from None
-
-
-def _write_new(folder: Path, files: Mapping[str, tuple[bytes, int]]) -> None:
-    """Write files that are not there yet, all or none; a key is never readable by others."""
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for name in files:
-            if (folder / name).exists() or (folder / name).is_symlink():
-                raise CertificateError(
-                    f"{folder / name}: is there already and is not overwritten; "
-                    "move it away or choose another folder"
-                )
-        written: list[Path] = []
-        try:
-            for name, (data, mode) in files.items():
-                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-                handle = os.open(folder / name, flags, mode)
-                written.append(folder / name)
-                with open(handle, "wb") as file:
-                    os.fchmod(handle, mode)
-                    file.write(data)
-                    file.flush()
-                    os.fsync(handle)
-        except OSError:
-            for path in written:
-                path.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise CertificateError(
-            f"{error.filename or folder}: cannot be written: {error.strerror}"
-        ) from None
+    return pem(certificate) + pem(authority)

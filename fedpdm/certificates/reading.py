@@ -10,7 +10,8 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 
-from fedpdm.certificates.making import NODE_URI, CertificateError, load_certificates
+from fedpdm.certificates.files import CertificateError, load_certificates
+from fedpdm.certificates.making import NODE_URI
 
 __all__ = ["NodeCertificate", "read_node_certificate"]
 

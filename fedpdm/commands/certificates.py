@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from fedpdm.commands.groups import add_group
+from fedpdm.commands.terminal import tell
 
 __all__ = ["add_certificates_parser"]
 
@@ -16,13 +20,12 @@ get mode 0600. Keep ca.key away from the machine that runs the coordinator.
 
 def add_certificates_parser(commands: Any) -> None:
     """Add the command to the subparsers of `fedpdm`."""
-    parser = commands.add_parser(
+    actions = add_group(
+        commands,
         "certificates",
-        help="make the CA, server and node certificates of a deployed federation",
+        summary="make the CA, server and node certificates of a deployed federation",
         description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    actions = parser.add_subparsers(required=True, metavar="ACTION")
 
     ca = actions.add_parser("ca", help="make the authority: ca.crt and ca.key")
     ca.add_argument("--out", type=Path, required=True, metavar="DIR")
@@ -69,8 +72,11 @@ def _ca(options: argparse.Namespace) -> None:
     from fedpdm.certificates import make_authority
 
     made = make_authority(options.out, name=options.name, days=options.days)
-    print(
-        f"{made}: valid for {options.days} days; {made.with_suffix('.key')} signs: keep it offline"
+    key = made.with_suffix(".key")
+    tell(
+        options,
+        f"{made}: valid for {options.days} days; {key} signs: keep it offline",
+        {"certificate": str(made), "key": str(key), "days": options.days},
     )
 
 
@@ -78,25 +84,33 @@ def _server(options: argparse.Namespace) -> None:
     from fedpdm.certificates import make_server
 
     made = make_server(options.ca, options.out, names=options.names, days=options.days)
-    print(f"{made}: for {', '.join(options.names)}, valid for {options.days} days")
+    tell(
+        options,
+        f"{made}: for {', '.join(options.names)}, valid for {options.days} days",
+        {"certificate": str(made), "key": str(made.with_suffix(".key")), "names": options.names,
+         "days": options.days},
+    )  # fmt: skip
 
 
 def _node(options: argparse.Namespace) -> None:
     from fedpdm.certificates import make_node
 
     made = make_node(options.ca, options.out, client_id=options.client, days=options.days)
-    print(
-        f"{made}: of client {options.client}, valid for {options.days} days; carry it and "
-        f"{made.with_suffix('.key').name} to the node in secret, register "
-        f"{made.with_suffix('.pub').name}"
-    )
+    key = made.with_suffix(".key")
+    what = f"carry it and {key.name} to the node in secret"
+    _tell_node(options, made, what, {"key": str(key)})
 
 
 def _request(options: argparse.Namespace) -> None:
     from fedpdm.certificates import make_request
 
     made = make_request(options.out, client_id=options.client)
-    print(f"{made}: send it to the coordinator; {made.with_suffix('.key').name} stays here")
+    key = made.with_suffix(".key")
+    tell(
+        options,
+        f"{made}: send it to the coordinator; {key.name} stays here",
+        {"request": str(made), "key": str(key), "client": options.client},
+    )
 
 
 def _sign(options: argparse.Namespace) -> None:
@@ -105,7 +119,18 @@ def _sign(options: argparse.Namespace) -> None:
     made = sign_request(
         options.ca, options.request, options.out, client_id=options.client, days=options.days
     )
-    print(
-        f"{made}: of client {options.client}, valid for {options.days} days; send it back, "
-        f"register {made.with_suffix('.pub').name}"
-    )
+    _tell_node(options, made, "send it back", {})
+
+
+def _tell_node(
+    options: argparse.Namespace, made: Path, what: str, facts: Mapping[str, Any]
+) -> None:
+    """A node's certificate was made: what is to be done with it and its public key."""
+    public = made.with_suffix(".pub")
+    tell(
+        options,
+        f"{made}: of client {options.client}, valid for {options.days} days; {what}, register "
+        f"{public.name}",
+        {"certificate": str(made), "public_key": str(public), "client": options.client,
+         "days": options.days, **facts},
+    )  # fmt: skip

@@ -10,9 +10,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedpdm.commands.resolving import resolve_run
+from fedpdm.commands.groups import add_group
+from fedpdm.commands.resolving import DEPLOYED_OVERRIDES, add_run_arguments, resolve_run
+from fedpdm.commands.show import tell_run
+from fedpdm.commands.terminal import progress_aside, tell
 
 if TYPE_CHECKING:
+    from fedpdm.config import RunConfig
     from fedpdm.engines.superlink import SuperLink
     from fedpdm.engines.superlink_settings import SuperLinkSettings
 
@@ -30,13 +34,12 @@ and prove that they hold a registered key. Exit codes: 0 done, 1 the run or the 
 
 def add_federation_parser(commands: Any) -> None:
     """Add the command to the subparsers of `fedpdm`."""
-    parser = commands.add_parser(
+    actions = add_group(
+        commands,
         "federation",
-        help="coordinate a deployed federation: start, run, status, stop",
+        summary="coordinate a deployed federation: start, run, status, stop",
         description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    actions = parser.add_subparsers(required=True, metavar="ACTION")
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument(
         "--state", type=Path, default=Path("federation"), metavar="DIR",
@@ -70,18 +73,10 @@ def add_federation_parser(commands: Any) -> None:
     start.set_defaults(action=_start)
 
     run = actions.add_parser("run", parents=[shared], help="submit a run, follow it to its end")
-    run.add_argument("experiment", nargs="?", type=Path, help="YAML file; not needed to resume")
-    run.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
-        help="override a config key (repeatable); run.simulation is false here",
-    )  # fmt: skip
-    run.add_argument("--out", type=Path, help="run directory; default: runs/NAME")
-    run.add_argument("--resume", action="store_true", help="continue the run in --out")
-    run.add_argument("--dry-run", action="store_true", help="check everything, submit nothing")
+    add_run_arguments(run, overrides=DEPLOYED_OVERRIDES, dry_run="check everything, submit nothing")
     run.set_defaults(action=_run)
 
     status = actions.add_parser("status", parents=[shared], help="nodes, runs and rounds")
-    status.add_argument("--json", action="store_true", help="print JSON")
     status.set_defaults(action=_status)
 
     stop = actions.add_parser("stop", parents=[shared], help="end the SuperLink and all runs")
@@ -96,9 +91,21 @@ def _superlink(options: argparse.Namespace) -> SuperLink:
 
 
 def _start(options: argparse.Namespace) -> int:
+    superlink = _superlink(options)
+    with progress_aside(options):
+        facts = _start_superlink(options, superlink)
+    if options.json:
+        print(json.dumps(facts, indent=1), flush=True)
+    if options.foreground:
+        with progress_aside(options):
+            return _stay(superlink)
+    return 0
+
+
+def _start_superlink(options: argparse.Namespace, superlink: SuperLink) -> dict[str, Any]:
+    """Start it if it does not run, register and remove nodes; what --json tells."""
     from fedpdm.config import ConfigError
 
-    superlink = _superlink(options)
     keys = sorted(options.node_keys.glob("*.pub")) if options.node_keys else []
     if options.node_keys and not keys:
         raise ConfigError(f"--node-keys: {options.node_keys} holds no *.pub")
@@ -113,15 +120,24 @@ def _start(options: argparse.Namespace) -> int:
         )
     elif options.fleet or options.control or options.certificates or options.foreground:
         raise ConfigError(f"{superlink.state}: the SuperLink runs already, as {process.pid}")
+    registered: dict[str, str | None] = {}
     for key in keys:
         node_id = superlink.register(key)
+        registered[key.stem] = node_id
         print(f"node {key.stem}: " + (f"registered as {node_id}" if node_id else "known"))
+    removed = {}
     for name in options.remove_node:
-        print(f"node {name}: removed ({superlink.unregister(name)})")
+        removed[name] = superlink.unregister(name)
+        print(f"node {name}: removed ({removed[name]})")
     sys.stdout.flush()
-    if options.foreground:
-        return _stay(superlink)
-    return 0
+    settings = superlink.settings()
+    return {
+        "pid": process.pid,
+        "fleet": settings.fleet,
+        "control": settings.control,
+        "registered": registered,
+        "removed": removed,
+    }
 
 
 def _settings(options: argparse.Namespace, superlink: SuperLink) -> SuperLinkSettings:
@@ -170,6 +186,15 @@ def _run(options: argparse.Namespace) -> int:
     if options.experiment is not None:
         options.overrides = [*options.overrides, "run.simulation=false"]
     config, out = resolve_run(options)
+    with progress_aside(options):
+        _submit(options, config, out)
+    if options.json:
+        tell_run(options, out)
+    return 0
+
+
+def _submit(options: argparse.Namespace, config: RunConfig, out: Path) -> None:
+    """Check the run and, unless only that was asked for, follow it to its end."""
     from fedpdm.engines.deployed_preflight import check_deployed_run
     from fedpdm.engines.deployment import run_deployed
 
@@ -178,14 +203,13 @@ def _run(options: argparse.Namespace) -> int:
     for line in check_deployed_run(config, out, resume=options.resume):
         print(line, flush=True)
     if options.dry_run:
-        return 0
+        return
     _interrupt_on_terminate()
 
     def say(line: str) -> None:
         print(line, flush=True)
 
     run_deployed(config, out, superlink=superlink, resume=options.resume, say=say)
-    return 0
 
 
 def _status(options: argparse.Namespace) -> int:
@@ -201,6 +225,7 @@ def _stop(options: argparse.Namespace) -> None:
     if options.run:
         superlink.require_running()
         superlink.ask("stop", options.run)
-        print(f"run {options.run} is told to stop")
+        tell(options, f"run {options.run} is told to stop", {"run": options.run})
     else:
-        print(f"{superlink.stop()} processes ended")
+        ended = superlink.stop()
+        tell(options, f"{ended} processes ended", {"ended": ended})

@@ -6,9 +6,13 @@ import argparse
 import getpass
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from fedpdm.commands.groups import add_group
+from fedpdm.commands.resolving import DEPLOYED_OVERRIDES, add_overrides
+from fedpdm.commands.terminal import progress_aside, tell
 
 if TYPE_CHECKING:
     from fedpdm.node import NodeReport, NodeSettings
@@ -30,13 +34,12 @@ VARIABLES = {
 
 def add_node_parser(commands: Any) -> None:
     """Add the command to the subparsers of `fedpdm`."""
-    parser = commands.add_parser(
+    actions = add_group(
+        commands,
         "node",
-        help="take part in a deployed federation: check, start, invite, digest",
+        summary="take part in a deployed federation: check, start, invite, digest",
         description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    actions = parser.add_subparsers(required=True, metavar="ACTION")
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument(
         "--coordinator", metavar="HOST:PORT", help="where the coordinator is (FEDPDM_COORDINATOR)"
@@ -63,7 +66,6 @@ def add_node_parser(commands: Any) -> None:
     check.add_argument(
         "--accept", action="store_true", help="accept the privacy statement, in the ledger"
     )
-    check.add_argument("--json", action="store_true", help="print JSON")
     check.add_argument(
         "--timeout", type=float, default=10.0, help="seconds to wait for the coordinator"
     )
@@ -77,10 +79,7 @@ def add_node_parser(commands: Any) -> None:
         "invite", help="at the coordinator: write invitation.json for the participants"
     )
     invite.add_argument("experiment", type=Path, help="YAML file")
-    invite.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
-        help="override a config key (repeatable); run.simulation is false here",
-    )  # fmt: skip
+    add_overrides(invite, DEPLOYED_OVERRIDES)
     invite.add_argument("--out", type=Path, required=True, help="file to write")
     invite.set_defaults(action=_invite)
 
@@ -182,12 +181,20 @@ def _start(options: argparse.Namespace) -> int:
 
     settings = _settings(options)
     node = prepare_node(settings)
-    print(
-        f"node {node.client_id}: joins {settings.coordinator} with {settings.data}; store "
-        f"{node.lock.parent}",
-        flush=True,
+    store = node.lock.parent
+    line = (
+        f"node {node.client_id}: joins {settings.coordinator} with {settings.data}; store {store}"
     )
-    return run_node(node, port=options.port)
+    tell(
+        options,
+        line,
+        {"client": node.client_id, "coordinator": settings.coordinator, "data": str(settings.data),
+         "store": str(store)},
+    )  # fmt: skip
+    if options.quiet:
+        node = replace(node, environment={**node.environment, "FLWR_LOG_LEVEL": "ERROR"})
+    with progress_aside(options):
+        return run_node(node, port=options.port)
 
 
 def _invite(options: argparse.Namespace) -> None:
@@ -197,10 +204,12 @@ def _invite(options: argparse.Namespace) -> None:
 
     config = load_config(options.experiment, [*options.overrides, "run.simulation=false"])
     write_atomic(options.out.absolute(), make_invitation(config).encode())
-    print(f"{options.out}: give it to every participant, beside its certificate")
+    line = f"{options.out}: give it to every participant, beside its certificate"
+    tell(options, line, {"out": str(options.out)})
 
 
 def _digest(options: argparse.Namespace) -> None:
     from fedpdm.codedigest import code_digest
 
-    print(code_digest())
+    digest = code_digest()
+    tell(options, digest, {"code": digest})

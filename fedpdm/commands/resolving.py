@@ -9,7 +9,26 @@ from pathlib import Path
 
 from fedpdm.config import ConfigError, RunConfig, load_config
 
-__all__ = ["resolve_run"]
+__all__ = ["DEPLOYED_OVERRIDES", "add_overrides", "add_run_arguments", "resolve_run"]
+
+DEPLOYED_OVERRIDES = "config key (repeatable); run.simulation is false here"
+
+
+def add_overrides(parser: argparse.ArgumentParser, words: str) -> None:
+    """Add `--set KEY=VALUE` as `options.overrides`; `words` are the rest of its help."""
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+        help=f"override a {words}",
+    )  # fmt: skip
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, *, overrides: str, dry_run: str) -> None:
+    """Add what `resolve_run` reads, and --dry-run; the words are help."""
+    parser.add_argument("experiment", nargs="?", type=Path, help="YAML file; not needed to resume")
+    add_overrides(parser, overrides)
+    parser.add_argument("--out", type=Path, help="run directory; default: runs/NAME")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out")
+    parser.add_argument("--dry-run", action="store_true", help=dry_run)
 
 
 def resolve_run(options: argparse.Namespace) -> tuple[RunConfig, Path]:

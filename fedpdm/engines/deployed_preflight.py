@@ -4,18 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fedpdm.build import (
-    build_denoiser,
-    build_image_spec,
-    build_optimizer_settings,
-    build_release_plan,
-    build_schedule,
-)
+from fedpdm.build import build_image_spec
 from fedpdm.config import ConfigError, RunConfig
-from fedpdm.engines.preflight import _check_sampler, _check_writable, _what_leaves
-from fedpdm.runs import RunDirectory
-from fedpdm.sampling import make_scheduler
-from fedpdm.trackers import check_trackers
+from fedpdm.engines.run_checks import check_models, check_place
 
 __all__ = ["check_deployed_run"]
 
@@ -28,35 +19,26 @@ def check_deployed_run(config: RunConfig, out: Path, *, resume: bool) -> list[st
     """
     if config.run.simulation:
         raise ConfigError("run.simulation: must be false for a deployed federation, got true")
-    wanted, there = config.aggregation.min_clients or 1, config.partition.num_clients
-    if wanted > there:
-        raise ConfigError(
-            f"aggregation.min_clients: must be at most partition.num_clients = {there}, "
-            f"got {wanted}"
-        )
-    check_trackers(config)
-    RunDirectory(out).check(config, resume=resume)
-    _check_writable(out)
-    schedule = build_schedule(config)
-    make_scheduler(config.sampling.scheduler, schedule.betas)
+    schedule = check_place(config, out, resume=resume)
     spec = build_image_spec(config)
-    plan = build_release_plan(config, schedule, spec)
-    _check_sampler(config, schedule, plan)
-    sizes = [
-        sum(
-            parameter.numel()
-            for parameter in build_denoiser(config, role, spec=spec, schedule=schedule).parameters()
-        )
-        for role in ("coarse", "fine")
-    ]
-    build_optimizer_settings(config, "coarse")
+    models = check_models(config, schedule, spec)
+    there = config.partition.num_clients
     needed = config.aggregation.min_clients or there
     return [
         f"{config.name}: {config.data.name} ({spec.channels}x{spec.resolution}x{spec.resolution}, "
         f"{spec.num_classes} classes), {there} clients, {needed} needed for a round",
-        _what_leaves(config, plan),
-        f"models: coarse {config.coarse.preset} {sizes[0] / 1e6:.2f} M, fine {config.fine.preset} "
-        f"{sizes[1] / 1e6:.2f} M parameters; {config.run.rounds} rounds of "
-        f"{config.coarse.steps_per_round} coarse and {config.fine.steps_per_round} fine steps",
+        *models.lines(config),
         f"run directory: {out}",
+        *_notes(config),
+    ]
+
+
+def _notes(config: RunConfig) -> list[str]:
+    """A node that was lost in a round and is let in again before Flower has looked (every 3 s)
+    leaves a message that nobody answers."""
+    if config.aggregation.round_timeout is not None:
+        return []
+    return [
+        "note: aggregation.round_timeout is not set: a participant that never answers is waited for"
+        " without end"
     ]

@@ -5,38 +5,33 @@ Nothing is written, so a refused run leaves the disk as it was.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 
 from fedpdm.build import (
     ReleasePlan,
-    build_denoiser,
     build_image_spec,
-    build_optimizer_settings,
     build_partitions,
-    build_release_plan,
     build_release_request,
-    build_schedule,
     client_images,
     load_split,
-    sampler_options,
 )
 from fedpdm.config import ConfigError, RunConfig
 from fedpdm.data import ImageSet
 from fedpdm.denoisers import PRESETS
+from fedpdm.engines.run_checks import (
+    check_models,
+    check_place,
+    check_writable,
+    nearest_folder,
+)
 from fedpdm.partition import ClientPartition
 from fedpdm.releases import ReleaseStore
 from fedpdm.runs import RunDirectory
-from fedpdm.sampling import make_scheduler, sample
 from fedpdm.schedule import NoiseSchedule
-from fedpdm.statement import baseline_statement
-from fedpdm.trackers import check_trackers
 from fedpdm.training import select_device
 
 __all__ = ["check_run"]
@@ -60,37 +55,18 @@ def check_run(
     """
     if not config.run.simulation:
         raise ConfigError("run.simulation: false needs a deployed federation, not fedpdm run")
-    wanted, there = config.aggregation.min_clients or 1, config.partition.num_clients
-    if wanted > there:
-        raise ConfigError(
-            f"aggregation.min_clients: must be at most partition.num_clients = {there}, "
-            f"got {wanted}"
-        )
-    check_trackers(config)
-    RunDirectory(out).check(config, resume=resume)
-    _check_writable(out)
+    schedule = check_place(config, out, resume=resume)
     device = select_device(config.run.device)
-    schedule = build_schedule(config)
-    make_scheduler(config.sampling.scheduler, schedule.betas)
     images = load_split(config, "train")
     test = load_split(config, "test")
     partitions = build_partitions(config, images)
     _check_reference(config, test, partitions)
     spec = build_image_spec(config, images)
     _check_groups(config, images, partitions)
-    plan = build_release_plan(config, schedule, spec)
-    _check_sampler(config, schedule, plan)
-    sizes = {
-        role: sum(
-            p.numel()
-            for p in build_denoiser(config, role, spec=spec, schedule=schedule).parameters()
-        )
-        for role in ("coarse", "fine")
-    }
-    build_optimizer_settings(config, "coarse")
-    _check_space(config, out, sizes, num_bytes=4 * images.images.size)
+    models = check_models(config, schedule, spec)
+    _check_space(config, out, models.sizes, num_bytes=4 * images.images.size)
     if releases is not None:
-        _check_writable(releases)
+        check_writable(releases)
     again = []
     if config.has_release:
         again = _check_releases(
@@ -98,39 +74,22 @@ def check_run(
             images,
             partitions,
             {part.client_id: _release_root(out, releases, part.client_id) for part in partitions},
-            plan=plan,
+            plan=models.plan,
             schedule=schedule,
             allow_new_release=allow_new_release,
         )
     counts = [len(part.indices) for part in partitions]
     left_out = len(images) - sum(counts)
-    rounds = config.run.rounds
     return [
         f"{config.name}: {len(images)} images of {config.data.name} "
         f"({spec.channels}x{spec.resolution}x{spec.resolution}, {spec.num_classes} classes), "
         f"{len(counts)} clients with {min(counts)} to {max(counts)} images"
         + (f", {left_out} left out to balance the classes" if left_out else ""),
-        _what_leaves(config, plan),
-        f"models: coarse {config.coarse.preset} {sizes['coarse'] / 1e6:.2f} M, fine "
-        f"{config.fine.preset} {sizes['fine'] / 1e6:.2f} M parameters, on {device}; "
-        f"{rounds} rounds of {config.coarse.steps_per_round} coarse and "
-        f"{config.fine.steps_per_round} fine steps",
+        *models.lines(config, where=f", on {device}"),
         f"run directory: {out}",
         *_notes(config, spec.resolution),
         *again,
     ]
-
-
-def _what_leaves(config: RunConfig, plan: ReleasePlan) -> str:
-    """The line that says what clients send and at which epsilon."""
-    if not config.has_release:
-        statement = baseline_statement(config)
-        epsilon = statement["epsilon"]
-        return f"baseline: {statement['guarantee']}" + (f", epsilon {epsilon:g}" if epsilon else "")
-    return (
-        f"release: t0 = {plan.t0} of {config.schedule.num_steps}, clip norm {plan.clip_norm:g} "
-        f"around {plan.shift:g}, epsilon {plan.epsilon_exact:.4g} at delta {config.privacy.delta:g}"
-    )
 
 
 def _release_root(out: Path, releases: Path | None, client: int) -> Path:
@@ -173,51 +132,6 @@ def _check_releases(
         f"{worst.epsilon_after:.4g} (from {worst.epsilon_before:.4g}) at delta "
         f"{config.privacy.delta:g}"
     ]
-
-
-def _nearest_folder(out: Path) -> Path:
-    """`out`, or what exists of the path to it."""
-    folder = out
-    while not folder.exists():
-        folder = folder.parent
-    return folder
-
-
-def _check_writable(out: Path) -> None:
-    """Refuse a run directory that cannot be made or written."""
-    folder = _nearest_folder(out)
-    if not folder.is_dir():
-        raise ConfigError(f"{out}: cannot be made, {folder} is not a directory")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise ConfigError(f"{out}: cannot be written, no permission in {folder}")
-
-
-def _check_sampler(config: RunConfig, schedule: NoiseSchedule, plan: ReleasePlan) -> None:
-    """Sample one pixel with denoisers that answer 0: whatever goes from noise to images ends there.
-
-    Some diffusers schedulers can be made but not stepped, or run from image to noise.
-    """
-
-    def black(
-        x_t: torch.Tensor, t: torch.Tensor, *, labels: torch.Tensor, clipped: Any = None
-    ) -> torch.Tensor:
-        return torch.zeros_like(x_t)
-
-    name = config.sampling.scheduler
-    try:
-        output = sample(
-            black,
-            black,
-            torch.ones(1, 1, 1, 1),
-            labels=torch.zeros(1, dtype=torch.int64),
-            generator=torch.Generator().manual_seed(0),
-            **sampler_options(config, schedule, plan),
-        )
-    except Exception as error:  # third-party schedulers raise anything
-        line = " ".join(str(error).split())[:200]
-        raise ConfigError(f"sampling.scheduler: {name!r} cannot run here: {line}") from None
-    if not float(output.images.abs().max()) < 0.1:
-        raise ConfigError(f"sampling.scheduler: {name!r} does not lead from noise to images")
 
 
 def _check_groups(
@@ -283,7 +197,7 @@ def _check_space(config: RunConfig, out: Path, sizes: dict[str, int], *, num_byt
     """Refuse a run whose stores would not fit on the disk."""
     per_client = 4 * (3 * (3 * sizes["fine"] + sizes["fine"]) + 3 * 3 * sizes["coarse"])
     needed = config.partition.num_clients * per_client + 16 * sizes["coarse"] + 2 * num_bytes
-    free = shutil.disk_usage(_nearest_folder(out)).free
+    free = shutil.disk_usage(nearest_folder(out)).free
     if free < needed:
         raise ConfigError(
             f"{out}: the run needs about {needed / 1e9:.1f} GB of disk space, "

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedpdm.certificates.making import load_certificates
+from fedpdm.certificates.files import load_certificates
 from fedpdm.config import ConfigError
 
 __all__ = [

@@ -12,7 +12,6 @@ import signal
 import socket
 import subprocess
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +20,10 @@ from fedpdm.config import ConfigError
 
 __all__ = ["NodeCommand", "run_node"]
 
-SHORTEST, LONGEST = 15.0, 60.0  # seconds before a new start; a lost node is known for about 60 s
-LONG_ENOUGH = 300.0  # after so many seconds of running the wait is the shortest again
+# Seconds before a new start. A node is known to be lost a minute after its last sign of life. A key
+# that is let in just then, before Flower has looked (every 3 s), hides the loss: the message that
+# the node was working on would be waited for without end.
+PAUSE = 70.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,21 +45,16 @@ def run_node(node: NodeCommand, *, port: int | None = None) -> int:
     """
     stop = threading.Event()
     with _alone(node.lock), _signals(stop):
-        wait = SHORTEST
         while not stop.is_set():
-            started = time.monotonic()
             code = _run_once(node, port or _free_port(), stop)
             if stop.is_set():
                 break
-            if time.monotonic() - started > LONG_ENOUGH:
-                wait = SHORTEST
             print(
                 f"node {node.client_id}: the SuperNode ended with exit code {code}; it is started "
-                f"again in {wait:.0f} s",
+                f"again in {PAUSE:.0f} s",
                 flush=True,
             )
-            stop.wait(wait)
-            wait = min(LONGEST, 2 * wait)
+            stop.wait(PAUSE)
     print(f"node {node.client_id}: stopped", flush=True)
     return 0
 

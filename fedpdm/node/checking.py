@@ -5,10 +5,8 @@ from __future__ import annotations
 import datetime
 import functools
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from typing import Any, TypeVar
-
-import numpy as np
+from dataclasses import asdict
+from typing import TypeVar
 
 from fedpdm.acceptance import acceptance_of
 from fedpdm.build import (
@@ -20,12 +18,12 @@ from fedpdm.build import (
     build_schedule,
     load_split,
 )
-from fedpdm.certificates import NodeCertificate, read_node_certificate
+from fedpdm.certificates import read_node_certificate
 from fedpdm.config import ConfigError
-from fedpdm.data import ImageSet
 from fedpdm.files import StoreError
-from fedpdm.invitation import Invitation, Software, installed_software, read_invitation
+from fedpdm.invitation import Software, installed_software, read_invitation
 from fedpdm.node.network import shake_hands
+from fedpdm.node.report import Check, NodeReport
 from fedpdm.node.resources import (
     check_clock,
     check_store,
@@ -36,55 +34,15 @@ from fedpdm.node.resources import (
 )
 from fedpdm.node.settings import NodeSettings
 from fedpdm.node.statement import check_spending, images_sha256, node_statement, statement_text
-from fedpdm.policy import NodePolicy, check_config
+from fedpdm.policy import check_config
 from fedpdm.releases import ReleaseStore
 from fedpdm.schedule import NoiseSchedule
 from fedpdm.statement import baseline_statement
 
-__all__ = ["Check", "NodeReport", "check_node"]
+__all__ = ["check_node"]
 
 SOON = 30.0  # days; a certificate that ends sooner is pointed out
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Check:
-    """One line: what was looked at, whether it is fine, and what was found or is wrong."""
-
-    name: str
-    ok: bool
-    detail: str
-
-
-@dataclass(kw_only=True)
-class NodeReport:
-    """All checks, and what they found; a part is None where its check failed.
-
-    `statement` is the privacy statement in numbers, `text` in words. `accepted` says whether the
-    ledger holds the operator's acceptance of exactly this config.
-    """
-
-    settings: NodeSettings
-    checks: list[Check] = field(default_factory=list)
-    certificate: NodeCertificate | None = None
-    policy: NodePolicy | None = None
-    invitation: Invitation | None = None
-    images: ImageSet | None = None
-    store: ReleaseStore | None = None
-    statement: dict[str, Any] | None = None
-    text: str = ""
-    accepted: bool = False
-
-    @property
-    def ok(self) -> bool:
-        """Whether every check is fine."""
-        return all(check.ok for check in self.checks)
-
-    def counts(self) -> dict[str, int]:
-        """Distinct images per class, by name; classes without an image count 0."""
-        assert self.images is not None
-        numbers = np.bincount(self.images.labels, minlength=self.images.num_classes)
-        return dict(zip(self.images.class_names, numbers.tolist(), strict=True))
 
 
 class _Missing(ValueError):

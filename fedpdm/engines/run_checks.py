@@ -1,0 +1,135 @@
+"""What is checked before any run starts, simulated or deployed."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedpdm.build import (
+    ImageSpec,
+    ReleasePlan,
+    build_denoiser,
+    build_optimizer_settings,
+    build_release_plan,
+    build_schedule,
+    sampler_options,
+)
+from fedpdm.config import ConfigError, RunConfig
+from fedpdm.runs import RunDirectory
+from fedpdm.sampling import make_scheduler, sample
+from fedpdm.schedule import NoiseSchedule
+from fedpdm.statement import baseline_statement
+from fedpdm.trackers import check_trackers
+
+__all__ = ["RunModels", "check_models", "check_place", "check_writable", "nearest_folder"]
+
+
+def check_place(config: RunConfig, out: Path, *, resume: bool) -> NoiseSchedule:
+    """Refuse what needs no images to be refused, by `ConfigError`; the noise schedule."""
+    wanted, there = config.aggregation.min_clients or 1, config.partition.num_clients
+    if wanted > there:
+        raise ConfigError(
+            f"aggregation.min_clients: must be at most partition.num_clients = {there}, "
+            f"got {wanted}"
+        )
+    check_trackers(config)
+    RunDirectory(out).check(config, resume=resume)
+    check_writable(out)
+    schedule = build_schedule(config)
+    make_scheduler(config.sampling.scheduler, schedule.betas)
+    return schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunModels:
+    """The release that is planned and the parameters of the two models, by role."""
+
+    plan: ReleasePlan
+    sizes: dict[str, int]
+
+    def lines(self, config: RunConfig, *, where: str = "") -> list[str]:
+        """What clients send at which epsilon, and what is trained; `where` says on what."""
+        coarse, fine = config.coarse, config.fine
+        return [
+            _what_leaves(config, self.plan),
+            f"models: coarse {coarse.preset} {self.sizes['coarse'] / 1e6:.2f} M, fine "
+            f"{fine.preset} {self.sizes['fine'] / 1e6:.2f} M parameters{where}; "
+            f"{config.run.rounds} rounds of {coarse.steps_per_round} coarse and "
+            f"{fine.steps_per_round} fine steps",
+        ]
+
+
+def check_models(config: RunConfig, schedule: NoiseSchedule, spec: ImageSpec) -> RunModels:
+    """Calibrate, build the models, and sample once; `ConfigError` or `ValueError`."""
+    plan = build_release_plan(config, schedule, spec)
+    _check_sampler(config, schedule, plan)
+    sizes = {
+        role: sum(
+            p.numel()
+            for p in build_denoiser(config, role, spec=spec, schedule=schedule).parameters()
+        )
+        for role in ("coarse", "fine")
+    }
+    build_optimizer_settings(config, "coarse")
+    return RunModels(plan=plan, sizes=sizes)
+
+
+def _what_leaves(config: RunConfig, plan: ReleasePlan) -> str:
+    """The line that says what clients send and at which epsilon."""
+    if not config.has_release:
+        statement = baseline_statement(config)
+        epsilon = statement["epsilon"]
+        return f"baseline: {statement['guarantee']}" + (f", epsilon {epsilon:g}" if epsilon else "")
+    return (
+        f"release: t0 = {plan.t0} of {config.schedule.num_steps}, clip norm {plan.clip_norm:g} "
+        f"around {plan.shift:g}, epsilon {plan.epsilon_exact:.4g} at delta {config.privacy.delta:g}"
+    )
+
+
+def nearest_folder(out: Path) -> Path:
+    """`out`, or what exists of the path to it."""
+    folder = out
+    while not folder.exists():
+        folder = folder.parent
+    return folder
+
+
+def check_writable(out: Path) -> None:
+    """Refuse a run directory that cannot be made or written."""
+    folder = nearest_folder(out)
+    if not folder.is_dir():
+        raise ConfigError(f"{out}: cannot be made, {folder} is not a directory")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError(f"{out}: cannot be written, no permission in {folder}")
+
+
+def _check_sampler(config: RunConfig, schedule: NoiseSchedule, plan: ReleasePlan) -> None:
+    """Sample one pixel with denoisers that answer 0: whatever goes from noise to images ends there.
+
+    Some diffusers schedulers can be made but not stepped, or run from image to noise.
+    """
+
+    def black(
+        x_t: torch.Tensor, t: torch.Tensor, *, labels: torch.Tensor, clipped: Any = None
+    ) -> torch.Tensor:
+        return torch.zeros_like(x_t)
+
+    name = config.sampling.scheduler
+    try:
+        output = sample(
+            black,
+            black,
+            torch.ones(1, 1, 1, 1),
+            labels=torch.zeros(1, dtype=torch.int64),
+            generator=torch.Generator().manual_seed(0),
+            **sampler_options(config, schedule, plan),
+        )
+    except Exception as error:  # third-party schedulers raise anything
+        line = " ".join(str(error).split())[:200]
+        raise ConfigError(f"sampling.scheduler: {name!r} cannot run here: {line}") from None
+    if not float(output.images.abs().max()) < 0.1:
+        raise ConfigError(f"sampling.scheduler: {name!r} does not lead from noise to images")

@@ -1,0 +1,121 @@
+"""A run's rounds in figures: who answered, what failed, bytes and seconds, and lines about them.
+
+Nothing here knows weights or Flower's interface: a `CoarseStrategy` says what happens, and finds
+what `metrics.json` will hold in `history`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from fedpdm.trackers import RunTrackers
+from strategies.answers import ClientAnswer, mean_metrics, round_line
+from strategies.roster import ClientFailure, ServerSettings
+
+__all__ = ["RoundAccount", "RunAccount"]
+
+
+class RoundAccount:
+    """One round of training, from its requests on.
+
+    `seen` are Flower's names of the nodes that answered, `answers` the good ones, `problems` lines
+    about the others; `sent` and `received` are bytes.
+    """
+
+    def __init__(self, problems: Sequence[str] = ()) -> None:
+        self.seen: set[str] = set()
+        self.answers: list[ClientAnswer] = []
+        self.problems = list(problems)
+        self.sent = self.received = 0
+        self._started = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Since the round was begun."""
+        return time.perf_counter() - self._started
+
+
+class RunAccount:
+    """The rounds of a run, those of earlier processes included.
+
+    `history` is what `metrics.json` holds: a record for each round, and the final evaluation.
+    """
+
+    def __init__(self, settings: ServerSettings, announce: Callable[[str], None]) -> None:
+        self.history: dict[str, Any] = {"rounds": []}
+        self.rounds_done = 0
+        self.now = RoundAccount()
+        self.trackers: RunTrackers | None = None
+        self._settings = settings
+        self._announce = announce
+        self._first_round = 1  # of this process
+        self._started = time.perf_counter()
+
+    def go_on(self, rounds_done: int, history: dict[str, Any]) -> None:
+        """Take over what an earlier process did."""
+        self.rounds_done, self.history = rounds_done, history
+        if rounds_done:
+            self._announce(f"resumed after round {rounds_done} of {self._settings.rounds}")
+            self._first_round = rounds_done + 1
+
+    def number(self, server_round: int) -> int:
+        """Flower counts rounds of this process; the run's rounds go on from the checkpoint."""
+        return self._first_round - 1 + server_round
+
+    def begin(self, problems: Sequence[str] = ()) -> None:
+        """A round begins; `problems` are about nodes that are not asked."""
+        self.now = RoundAccount(problems)
+
+    def report(self, round: int, what: str, problems: Sequence[str], *, num_good: int) -> None:
+        """Say what failed; `ClientFailure` if the run is to stop, or nobody is left."""
+        for problem in problems:
+            self._announce(f"round {round} {what} failed: {problem}")
+        if problems and (self._settings.on_failure == "raise" or num_good == 0):
+            raise ClientFailure(f"round {round} {what}: {'; '.join(problems)}")
+
+    def close(
+        self,
+        round: int,
+        answers: Sequence[ClientAnswer],
+        problems: Sequence[str],
+        metrics: Mapping[str, float],
+    ) -> None:
+        """The round has given new weights."""
+        now = self.now
+        self.rounds_done = round
+        self.history["rounds"].append(
+            {
+                "round": round,
+                **mean_metrics(answers, seconds=now.seconds),
+                **metrics,
+                "seconds": now.seconds,
+                "bytes_down": now.sent,
+                "bytes_up": now.received,
+                "clients": [dict(answer.metrics) for answer in answers],
+                "failed": list(problems),
+            }
+        )
+
+    def sent_to_evaluate(self, size: int) -> None:
+        """So many bytes went to clients to be evaluated."""
+        if self.history["rounds"]:
+            self.history["rounds"][-1]["bytes_down"] += size
+
+    def evaluated(self, measured: Mapping[str, float]) -> None:
+        """The last round's evaluation, which counts to its seconds."""
+        record = self.history["rounds"][-1]
+        record |= measured
+        record["seconds"] = self.now.seconds
+        self.tell()
+
+    def tell(self) -> None:
+        """Show the last round, with the time that the rest will take at the pace so far."""
+        record = self.history["rounds"][-1]
+        rounds_here = self.rounds_done - self._first_round + 1
+        pace = (time.perf_counter() - self._started) / max(1, rounds_here)
+        left = pace * (self._settings.rounds - self.rounds_done)
+        self._announce(round_line(record, rounds=self._settings.rounds, seconds_left=left))
+        if self.trackers is not None:
+            self.trackers.round(record)
