@@ -15,8 +15,9 @@ import pytest
 import torch
 from torch import nn
 
-from fedpdm.attacking.controls import control_images, train_control
+from fedpdm.attacking.controls import as_it_must_be, control_images, train_control
 from fedpdm.attacking.models import ModelTarget
+from fedpdm.attacking.running import Work, WorkDone
 from fedpdm.attacking.works import membership_work, memorisation_work
 from fedpdm.attacks.denoising import Reconstructor
 from fedpdm.attacks.membership import ATTACKS, AttackTarget
@@ -167,6 +168,31 @@ def test_uploads_with_next_to_no_noise_are_reconstructed(controls: Any) -> None:
         assert (none.recovery_blind < 0.05) == near
         assert (none.identification.rate > 0.99) == near
         assert (none.ssim is not None and none.ssim > 0.99) == near
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "found", "right"),
+    [
+        ("loss on x", "overfitted", {"value": 0.91, "low": 0.6}, True),
+        ("loss on x", "overfitted", {"value": 0.89, "low": 0.88}, False),
+        ("pian on x", "overfitted", {"value": 0.6, "low": 0.51}, True),
+        ("pian on x", "overfitted", {"value": 0.95, "low": 0.5}, False),
+        ("gsa on x", "never saw them", {"value": 0.55, "low": 0.5}, True),
+        ("pian on x", "never saw them", {"value": 0.55, "low": 0.51}, False),
+        ("memorisation by x", "overfitted", 0.5, True),
+        ("memorisation by x", "overfitted", 0.49, False),
+        ("memorisation by x", "never saw them", 0.49, True),
+        ("memorisation by x", "never saw them", 0.5, False),
+    ],
+)
+def test_verdicts(name: str, target: str, found: Any, right: bool) -> None:
+    copies = isinstance(found, float)
+    result = {"pixels": {"flagged_fraction": found}} if copies else {"scores": {"auc": found}}
+    work = Work(
+        name=name, group="memorisation" if copies else "membership", target=target, settings={},
+        attack=lambda count: {},
+    )  # fmt: skip
+    assert as_it_must_be(WorkDone(work=work, result=result, seconds=0.0, reused=False)) == right
 
 
 def test_bad_controls_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from fedpdm.attacking.models import ModelTarget
-from fedpdm.attacking.running import Work
+from fedpdm.attacking.running import Work, WorkDone
 from fedpdm.attacking.subjects import Subjects, matched_pairs
 from fedpdm.attacking.works import membership_work, memorisation_work, seed_of
 from fedpdm.attacks.membership import AttackTarget
@@ -29,7 +29,9 @@ from fedpdm.sampling import sample_in_batches
 from fedpdm.schedule import make_schedule
 from fedpdm.training import OptimizerSettings, Progress, Trainer, load_named, select_device
 
-__all__ = ["control_images", "plan_controls", "train_control"]
+__all__ = ["as_it_must_be", "control_images", "plan_controls", "train_control"]
+
+OVERFITTED, UNSEEN = "overfitted", "never saw them"  # the models, by what they know of the members
 
 
 def control_images(num_images: int, *, seed: int) -> tuple[ImageSet, Subjects, ImageSet]:
@@ -79,8 +81,10 @@ def train_control(
 ) -> ModelTarget:
     """A denoiser trained on `images` for `num_steps`, long for few images; its EMA weights.
 
-    Uniform t in [1, T], and the loss weights of this project's models (v). The weights are written
-    to `kept`, or read from there where they were trained from the same arguments.
+    The target that the attacks were published for (DDPM): it predicts the noise, t is uniform in
+    [1, T], every error in the noise counts alike. That weighs low noise, where models differ by what
+    they know by heart. The weights are written to `kept`, or read from there where they were trained
+    from the same arguments.
     """
     schedule, where = make_schedule("linear"), torch.device(device)
     spec = DenoiserSpec(
@@ -88,7 +92,7 @@ def train_control(
         resolution=images.images.shape[-1],
         channels=images.images.shape[1],
         num_classes=images.num_classes,
-        prediction="v",
+        prediction="epsilon",
         knows_clipping=False,
     )
     stream = seed_of(seed, "control training").generate_state(2)
@@ -114,7 +118,7 @@ def train_control(
         return denoising_loss(
             trainer.model, schedule, pixels[indices],
             labels=drop_labels(labels[indices], probability=0.1, generator=generator),
-            t_max=schedule.num_steps, weighting="v", generator=generator,
+            t_max=schedule.num_steps, weighting="snr", generator=generator,
         )  # fmt: skip
 
     if weights is None:
@@ -148,6 +152,24 @@ def _kept_weights(path: Path, recipe: Mapping[str, str]) -> dict[str, torch.Tens
         return None  # damaged: train again
     same = all(metadata.get(name) == value for name, value in recipe.items())
     return weights if weights and same else None
+
+
+def as_it_must_be(done: WorkDone) -> bool:
+    """Whether an attack succeeded on the overfitted model, or failed on the other one.
+
+    Membership: an AUC of at least 0.9, against an interval that does not lie above 0.5. PIAN need
+    only be above chance: it rescales what a network that knows an image answers to it without
+    noise, and the better it knows the image, the less there is to rescale. Memorisation: at least
+    half of the samples are flagged, against fewer than half.
+    """
+    overfitted = done.work.target == OVERFITTED
+    if done.work.group == "memorisation":
+        return bool((done.result["pixels"]["flagged_fraction"] >= 0.5) == overfitted)
+    auc = done.result["scores"]["auc"]
+    if not overfitted:
+        return bool(auc["low"] <= 0.5)
+    weak = done.work.name.startswith("pian ")
+    return bool(auc["low"] > 0.5 if weak else auc["value"] >= 0.9)
 
 
 def draw_samples(
@@ -190,7 +212,7 @@ def plan_controls(
     trained, subjects, unseen = control_images(num_images, seed=seed)
     where = select_device(device)
     works = []
-    for label, images in (("overfitted", trained), ("never saw them", unseen)):
+    for label, images in ((OVERFITTED, trained), (UNSEEN, unseen)):
         model = train_control(
             images,
             num_steps=num_steps,

@@ -38,7 +38,7 @@ def run_controls(options: argparse.Namespace) -> int:
     """The action of `attack controls`: 0 if every attack is as it must be, else 1."""
     check_numbers(options, "seed", "images", "steps", "samples")
     from clients.progress import work_progress
-    from fedpdm.attacking.controls import plan_controls
+    from fedpdm.attacking.controls import as_it_must_be, plan_controls
     from fedpdm.attacking.plan import chosen_attacks
 
     names, groups = chosen_attacks(options.attacks)
@@ -55,16 +55,13 @@ def run_controls(options: argparse.Namespace) -> int:
     )
     what = (
         f"Two models, each trained on {options.images} 8x8 digits for {options.steps} steps: one "
-        "on the members, overfitted on purpose, where every attack must reach an AUC of 0.9, and "
-        "one on other digits, where the 95% interval of the AUC must not lie above 0.5."
+        "on the members, overfitted on purpose, where every attack must reach an AUC of 0.9 (PIAN: "
+        "be above chance) and half of the samples be flagged as copies, and one on other digits, "
+        "where no 95% interval of an AUC may lie above 0.5 and fewer may be flagged."
     )
     failed = 0
     for each in finish_attacks(options, works, "Controls of the attacks", {"what": what}):
-        if each.work.group != "membership":
-            continue
-        auc = each.result["scores"]["auc"]
-        overfitted = each.work.target == "overfitted"
-        right = auc["value"] >= 0.9 if overfitted else auc["low"] <= 0.5 + 1e-9
+        right = as_it_must_be(each)
         failed += not right
         print(f"{'ok  ' if right else 'FAIL'} {each.work.name}: {each.result['headline']}")
     return 1 if failed else 0
