@@ -82,9 +82,9 @@ def train_control(
     """A denoiser trained on `images` for `num_steps`, long for few images; its EMA weights.
 
     The target that the attacks were published for (DDPM): it predicts the noise, t is uniform in
-    [1, T], every error in the noise counts alike. That weighs low noise, where models differ by what
-    they know by heart. The weights are written to `kept`, or read from there where they were trained
-    from the same arguments.
+    [1, T], every error in the noise counts alike. That weighs low noise, where models differ by
+    what they know by heart. The weights are written to `kept`, or read from there where they were
+    trained from the same arguments.
     """
     schedule, where = make_schedule("linear"), torch.device(device)
     spec = DenoiserSpec(
