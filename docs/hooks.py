@@ -1,5 +1,7 @@
 """What mkdocs fills in when it builds the site: the configuration table and the commands' help.
 
+In tables, numbers of a cell stay on one line, and keys break where their parts meet.
+
 A page says where with `<!-- configuration -->`, `<!-- toy configuration -->` or
 `<!-- command line -->` on a line of its own.
 """
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -15,7 +18,7 @@ from unittest import mock
 from fedpdm.cli import main
 from fedpdm.config import ToyConfig, config_reference
 
-__all__ = ["command_line", "on_page_markdown"]
+__all__ = ["command_line", "on_page_content", "on_page_markdown"]
 
 
 class _Found(BaseException):
@@ -62,3 +65,17 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
         if f"\n{mark}\n" in markdown:
             markdown = markdown.replace(mark, make())
     return markdown
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """mkdocs calls this with every page's HTML."""
+    html = re.sub(r"(?<=<td>)[\d.]+( [±/] [\d.]+)+(?=</td>)", _together, html)
+    return re.sub(r"(?<=<td><code>)[\w.]+(?=</code></td>)", _breakable, html)
+
+
+def _together(numbers: re.Match[str]) -> str:
+    return numbers[0].replace(" ", "&nbsp;")
+
+
+def _breakable(key: re.Match[str]) -> str:
+    return re.sub(r"[._](?=\w)", r"\g<0><wbr>", key[0])

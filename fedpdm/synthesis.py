@@ -1,4 +1,4 @@
-"""Images of a finished run, as each of its clients would draw them.
+"""Images of a run, as each of its clients would draw them.
 
 What a client samples with depends on the run: coarse then fine model, the shared model of a
 baseline alone, or the client's own model alone. Only EMA weights are used.
@@ -6,6 +6,7 @@ baseline alone, or the client's own model alone. Only EMA weights are used.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -76,15 +77,20 @@ class Synthesizer:
 
 
 def open_synthesizer(
-    run: RunDirectory, client_id: int, *, images: ImageSet | None = None
+    run: RunDirectory,
+    client_id: int,
+    *,
+    images: ImageSet | None = None,
+    coarse: Mapping[str, torch.Tensor] | None = None,
 ) -> Synthesizer:
     """Load a client's models of a finished run; `ValueError`, one line, if it has none.
 
-    `images` is the run's `train` split where it is at hand already.
+    `images` is the run's `train` split where it is at hand already; `coarse` are the shared
+    model's weights in a run that has not finished.
     """
     config = run.config()
     names = ("coarse.safetensors", "privacy.json")  # written when the last round is over
-    for name in names[config.coarse.training == "none" :]:
+    for name in names[config.coarse.training == "none" :] if coarse is None else ():
         if not (run.root / name).exists():
             raise ValueError(f"{run.root}: this run has not finished ({name} is missing)")
     images = load_split(config, "train") if images is None else images
@@ -92,9 +98,10 @@ def open_synthesizer(
     spec, schedule = build_image_spec(config, images), build_schedule(config)
     plan = build_release_plan(config, schedule, spec)
     device = select_device(config.run.device)
-    weights: dict[str, dict[str, torch.Tensor]] = {}
+    weights: dict[str, Mapping[str, torch.Tensor]] = {}
     if config.coarse.training != "none":
-        weights["coarse"] = read_tensors(run.root / "coarse.safetensors")[0]
+        path = run.root / "coarse.safetensors"
+        weights["coarse"] = read_tensors(path)[0] if coarse is None else coarse
     if config.has_fine_model:
         store = ClientStore(run.client_path(client_id))
         state = store.load_state(store.last_round(), "fine")

@@ -32,6 +32,13 @@ def call(*arguments: Any) -> int:
     return main([str(argument) for argument in arguments])
 
 
+def without_advice(errors: str) -> str:
+    """Standard error of a refused or failed command, without its last line: what to do next."""
+    lines = errors.splitlines(keepends=True)
+    assert lines[-1].startswith("Next: "), errors
+    return "".join(lines[:-1])
+
+
 def in_process(*arguments: Any) -> int:
     """Exit code of `fedpdm run ARGUMENTS --engine inprocess`."""
     return call("run", *arguments, "--engine", "inprocess")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fedpdm.config import config_to_yaml
-from tests.command_line import call, forget_surroundings
+from tests.command_line import call, forget_surroundings, without_advice
 from tests.federations import small_config
 
 CONFIG = small_config(data={"max_images": None})
@@ -35,17 +35,18 @@ class Refuser:
         self._capsys = capsys
 
     def line(self, *arguments: Any) -> str:
-        """The one line of a refusal: exit code 2, no other output, nothing written."""
+        """The line of a refusal, before advice: exit code 2, no other output, nothing written."""
         before = tree(self.folder)
         self._capsys.readouterr()
         assert call(*arguments) == 2
         printed = self._capsys.readouterr()
         assert printed.out == ""
-        assert printed.err.startswith("fedpdm: ")
-        assert printed.err.endswith("\n")
-        assert printed.err.count("\n") == 1
+        said = without_advice(printed.err)
+        assert said.startswith("fedpdm: ")
+        assert said.endswith("\n")
+        assert said.count("\n") == 1
         assert tree(self.folder) == before
-        return printed.err.strip()
+        return said.strip()
 
     def run_line(self, *settings: str, flags: tuple[str, ...] = ()) -> str:
         """`line` of a run of the experiment with some keys set."""

@@ -20,7 +20,7 @@ from fedpdm.data import ImageSet
 from fedpdm.engines.inprocess import run_in_process
 from fedpdm.features import TrainedFeatures, train_feature_network
 from fedpdm.runs import RunDirectory
-from tests.command_line import call, forget_surroundings
+from tests.command_line import call, forget_surroundings, without_advice
 from tests.federations import small_config
 
 NUM = 40
@@ -229,7 +229,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
     """The line on standard error of an evaluation that is refused."""
     capsys.readouterr()
     assert call("evaluate", *arguments) == 2
-    error = capsys.readouterr().err
+    error = without_advice(capsys.readouterr().err)
     assert error.startswith("fedpdm: ")
     assert error.count("\n") == 1
     return error.removeprefix("fedpdm: ").strip()

@@ -27,6 +27,7 @@ from fedpdm.schedule import make_schedule
 from fedpdm.store import ClientStore
 from fedpdm.synthesis import open_synthesizer
 from tests.baselines import baseline, local_of
+from tests.command_line import without_advice
 
 KINDS = ("pfdm", "centralised", "fedavg")
 
@@ -264,7 +265,7 @@ def test_stored_releases_are_read_not_made(finished: dict[str, Path], copied: Pa
 def refused(arguments: list[str], line: str, capsys: pytest.CaptureFixture[str]) -> bool:
     """Whether the command ends with code 2 and one line that holds `line`."""
     assert main(arguments) == 2
-    said = capsys.readouterr().err.strip().splitlines()
+    said = without_advice(capsys.readouterr().err).strip().splitlines()
     assert len([each for each in said if each.startswith("fedpdm: ")]) == 1
     return line in said[-1]
 

@@ -62,7 +62,7 @@ RANKS: dict[str, int] = {
     "fedpdm.policy": 8,  # a node's own bounds
     "fedpdm.acceptance": 8,
     "fedpdm.invitation": 8,
-    "fedpdm.runs": 8,
+    "fedpdm.runs": 6,
     "fedpdm.trajectory": 8,  # states between noise and image
     "fedpdm.trackers": 9,  # TensorBoard and others
     "fedpdm.htmlreport": 10,
@@ -70,7 +70,7 @@ RANKS: dict[str, int] = {
     "fedpdm.reporting": 9,
     "fedpdm.export": 9,
     "fedpdm.results": 9,  # of experiments, and tables
-    "fedpdm.synthesis": 9,
+    "fedpdm.synthesis": 8,
     "fedpdm.assessment": 10,
     "fedpdm.node": 10,  # what a participant checks before it joins
     "clients": 10,

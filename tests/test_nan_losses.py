@@ -15,7 +15,7 @@ from fedpdm.config import config_to_yaml
 from fedpdm.files import read_tensors
 from fedpdm.runs import RunDirectory
 from fedpdm.store import ClientStore
-from tests.command_line import CONFIG, call, forget_surroundings, in_process
+from tests.command_line import CONFIG, call, forget_surroundings, in_process, without_advice
 from tests.federations import small_config
 
 TWO_ROUNDS = small_config(
@@ -54,7 +54,7 @@ def test_divergence_names_client_round_model_and_step(
 ) -> None:
     sets = [word for setting in settings for word in ("--set", setting)]
     assert in_process(write(folder, CONFIG), "--out", folder / "out", *sets) == 2
-    last = capsys.readouterr().err.splitlines()[-1]
+    last = without_advice(capsys.readouterr().err).splitlines()[-1]
     what = rf"round 1 {model}: (loss|gradient) is (nan|inf) at step \d+"
     failed = [f"client {client}: client {client} {what}" for client in range(2)]
     assert re.fullmatch(f"fedpdm: round 1 fit: {'; '.join(failed)}", last), last
@@ -95,7 +95,7 @@ def test_last_good_state_is_kept_and_the_run_resumes_from_it(
         real = clients.training.fine_batch_loss
         patch.setattr(clients.training, "fine_batch_loss", fail_in_round_2(real))
         assert in_process(experiment, "--out", out) == 2
-    last = capsys.readouterr().err.splitlines()[-1]
+    last = without_advice(capsys.readouterr().err).splitlines()[-1]
     assert last == "fedpdm: round 2 fit: client 0: client 0 round 2 fine: loss is nan at step 7"
 
     checkpoint = RunDirectory(out).load_checkpoint()

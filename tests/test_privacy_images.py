@@ -17,7 +17,7 @@ from fedpdm.commands.public_images import open_public_images, sorted_norms
 from fedpdm.data import load_image_set, normalize
 from fedpdm.mechanism import SeededNoise, clip_l2, release
 from fedpdm.schedule import make_schedule
-from tests.command_line import call, forget_surroundings
+from tests.command_line import call, forget_surroundings, without_advice
 
 GENERATOR = np.random.default_rng(0)
 PIXELS = GENERATOR.integers(0, 256, size=(60, 1, 6, 6), dtype=np.uint8)
@@ -159,7 +159,7 @@ def test_bad_sources(source: str, message: str, capsys: pytest.CaptureFixture[st
     Path("empty").mkdir()
     Path("void/one").mkdir(parents=True)
     assert call("privacy", "--public-sample", source) == 2
-    warning, line = capsys.readouterr().err.splitlines()
+    warning, line = without_advice(capsys.readouterr().err).splitlines()
     assert warning.startswith("WARNING: ")
     assert line.startswith("fedpdm: ")
     assert re.search(message, line)
@@ -171,7 +171,7 @@ def test_parts_of_different_shapes(tmp_path: Path, capsys: pytest.CaptureFixture
         path, images=PIXELS, labels=LABELS, images_test=PIXELS[:, :, :4, :4], labels_test=LABELS
     )
     assert call("privacy", "--public-sample", path) == 2
-    line = capsys.readouterr().err.splitlines()[-1]
+    line = without_advice(capsys.readouterr().err).splitlines()[-1]
     assert "--public-sample: images must have one shape, got (1, 4, 4) and (1, 6, 6)" in line
     assert call("privacy", "--public-sample", path, "--resolution", 4) == 0
 
@@ -267,6 +267,6 @@ def test_pictures_that_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture
         assert call("privacy", *common, *options) == 2
         printed = capsys.readouterr()
         assert printed.out == ""
-        assert message in printed.err.splitlines()[-1]
+        assert message in without_advice(printed.err).splitlines()[-1]
         assert not Path("a.png").exists()
     assert call("privacy", *common, "--data", large, "--resolution", 16) == 0

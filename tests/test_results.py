@@ -24,6 +24,7 @@ from fedpdm.results import (
     load_results,
     rows,
 )
+from tests.command_line import without_advice
 
 FID = "inception-2048"
 DISTANCE = Column(title="distance", path=("clients", "groups", "minority", "scores", "d"))
@@ -391,7 +392,7 @@ def test_no_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr()
     assert printed.out == ""
     words = r"fedpdm: .*results: there are no results; run fedpdm experiment first\n"
-    assert re.fullmatch(words, printed.err)
+    assert re.fullmatch(words, without_advice(printed.err))
     assert not (tmp_path / "x.md").exists()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import pty
@@ -20,21 +21,12 @@ from fedpdm.accountant import epsilon_spent
 from fedpdm.cli import _parser
 from fedpdm.commands.attack_models import route_attack
 from fedpdm.commands.examples import EXAMPLES
-from fedpdm.commands.terminal import SILENCED, next_step, quiet
+from fedpdm.commands.terminal import RESULTS, next_step, quiet
 from fedpdm.config import ConfigError, config_to_yaml
 from fedpdm.engines import flowercli
 from fedpdm.files import StoreError
 from fedpdm.types import GaussianEvent
 from tests.command_line import CONFIG, call, forget_surroundings, in_process
-
-JSON = (
-    "run", "show", "export", "sample", "evaluate", "tables", "experiment", "ledger", "privacy",
-    "attack linkage", "attack audit", "report", "toy", "federation status", "node check",
-)  # fmt: skip
-LONG = (
-    "run", "experiment", "evaluate", "sample", "report", "toy", "federation run", "attack linkage",
-    "attack audit", "attack models", "attack controls",
-)  # fmt: skip
 
 
 def commands(
@@ -79,14 +71,7 @@ def test_every_command_shows_examples_that_parse(name: str) -> None:
 
 def test_no_example_is_of_a_command_that_is_gone() -> None:
     assert EXAMPLES.keys() <= COMMANDS.keys()
-    assert SILENCED.keys() <= COMMANDS.keys()
-
-
-@pytest.mark.parametrize(("names", "option"), [(JSON, "--json"), (LONG, "--quiet")])
-def test_options_are_where_they_are_promised(names: tuple[str, ...], option: str) -> None:
-    for name in names:
-        known = {word for action in COMMANDS[name]._actions for word in action.option_strings}
-        assert option in known, name
+    assert {*RESULTS} <= COMMANDS.keys()
 
 
 def test_no_colours_without_a_terminal(finished: Path) -> None:
@@ -270,12 +255,30 @@ def at_a_terminal(arguments: list[str], folder: Path) -> str:
         (["run", "--engine", "grpc"], "Next: fedpdm run --help shows examples"),
     ],
 )  # fmt: skip
-def test_at_a_terminal_errors_end_with_what_to_do(
-    arguments: list[str], step: str, tmp_path: Path
+def test_errors_end_with_what_to_do(
+    arguments: list[str],
+    step: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """At a terminal and in a log, but not where --quiet asks for the error alone."""
     (tmp_path / "small.yaml").write_text("data: {name: digits}\n")
-    last = at_a_terminal(arguments, tmp_path).strip().splitlines()[-1]
-    assert last.startswith(step)
+    shown = at_a_terminal(arguments, tmp_path).strip().splitlines()
+    assert shown[-1].startswith(step)
+    forget_surroundings(monkeypatch, tmp_path)
+    capsys.readouterr()
+    with contextlib.suppress(SystemExit):  # arguments that argparse refuses
+        assert call(*arguments) == 2
+    logged = capsys.readouterr()
+    assert logged.out == ""
+    assert logged.err.splitlines()[-1] == shown[-1]
+
+
+def test_quiet_errors_stand_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("show", tmp_path / "nowhere", "--quiet") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("fedpdm: ")
 
 
 def test_each_kind_of_error_has_its_advice() -> None:
@@ -285,6 +288,7 @@ def test_each_kind_of_error_has_its_advice() -> None:
         for error in (
             RuntimeError("the run ended"), StoreError("s: damaged"), MemoryError(),
             FileNotFoundError(2, "no"), ConfigError("run.rounds: must be"), ValueError("num must"),
+            RuntimeError("round 1 fit: client 0: loss is nan at step 7"),
         )
     ]  # fmt: skip
     assert len(set(steps)) == len(steps)

@@ -28,6 +28,7 @@ from fedpdm.config import (
 )
 from fedpdm.pictures import Panel, Series, draw_panels
 from fedpdm.schedule import make_schedule
+from tests.command_line import without_advice
 
 ROOT = Path(__file__).parent.parent
 SMALL = [
@@ -106,7 +107,7 @@ def test_bad_settings_are_one_line(
     override: str, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["toy", "--out", str(tmp_path / "out"), "--set", override]) == 2
-    error = capsys.readouterr().err
+    error = without_advice(capsys.readouterr().err)
     assert line in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
@@ -114,7 +115,7 @@ def test_bad_settings_are_one_line(
 
 def test_jobs_must_be_positive(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["toy", "--jobs", "0"]) == 2
-    assert capsys.readouterr().err == "fedpdm: --jobs: must be at least 1, got 0\n"
+    assert without_advice(capsys.readouterr().err) == "fedpdm: --jobs: must be at least 1, got 0\n"
 
 
 def test_the_experiment_file_is_the_default_experiment() -> None:

@@ -21,9 +21,13 @@ from fedpdm.build import build_denoiser, build_image_spec, build_schedule
 from fedpdm.config import ConfigError, RunConfig
 from fedpdm.engines.inprocess import run_in_process
 from fedpdm.engines.preflight import check_run
+from fedpdm.pictures.tiles import tile_images
+from fedpdm.runs import RunDirectory
+from fedpdm.synthesis import open_synthesizer
 from fedpdm.trackers import RunTrackers, check_trackers, open_trackers
-from fedpdm.trackers.following import final_pictures, flat_record
-from strategies.coarse import CoarseStrategy
+from fedpdm.trackers.following import flat_record
+from fedpdm.trackers.pictures import final_pictures, round_pictures
+from strategies.rounds import RunAccount
 from tests.command_line import CONFIG
 from tests.federations import small_config
 
@@ -69,6 +73,19 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     }
 
 
+def shown_pictures(out: Path) -> dict[str, dict[int, np.ndarray]]:
+    """Pixels by name and round, from the run's event files."""
+    found = events(out / "trackers" / "tensorboard")
+
+    def pixels(data: bytes) -> np.ndarray:
+        return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+    return {
+        tag: {event.step: pixels(event.encoded_image_string) for event in found.Images(tag)}
+        for tag in found.Tags()["images"]
+    }
+
+
 # What is shown.
 
 
@@ -98,13 +115,93 @@ def test_a_run_in_tensorboard_is_its_metrics(out: Path) -> None:
     name = next(name for name in final if name.endswith("_frechet"))
     assert found[f"final/client_0/{name}"] == [(2, pytest.approx(final[name], rel=1e-6))]
     accumulator = events(out / "trackers" / "tensorboard")
-    assert accumulator.Tags()["images"] == ["samples"]
-    picture = Image.open(io.BytesIO(accumulator.Images("samples")[0].encoded_image_string))
     drawn = Image.open(out / "samples.png").convert("RGB")
-    assert np.array_equal(np.asarray(picture.convert("RGB")), np.asarray(drawn))
+    assert np.array_equal(shown_pictures(out)["samples"][2], np.asarray(drawn))
     (text,) = [tag for tag in accumulator.Tags()["tensors"] if tag.startswith("config")]
     shown = accumulator.Tensors(text)[0].tensor_proto.string_val[0].decode()
     assert '"privacy.clip_norm": 8.0' in shown
+
+
+def test_samples_of_every_evaluated_round_are_shown(out: Path) -> None:
+    """Oracle: the run's own synthesizer, with the models as the last round has left them."""
+    shown = shown_pictures(out)
+    assert {name: sorted(rounds) for name, rounds in shown.items()} == {
+        "coarse_samples": [1, 2],
+        "client_0_samples": [1, 2],
+        "client_1_samples": [1, 2],
+        "samples": [2],
+    }
+    for name in ("coarse_samples", "client_0_samples"):
+        assert not np.array_equal(shown[name][1], shown[name][2])  # the models have learnt
+    labels = np.tile(np.arange(10), 2)
+    for client in (0, 1):
+        one = open_synthesizer(RunDirectory(out), client)
+        wanted = tile_images(one.sample(labels, seed=CONFIG.run.seed), columns=10)
+        assert np.array_equal(shown[f"client_{client}_samples"][2], wanted)
+
+
+def every_file(out: Path) -> dict[str, bytes]:
+    """What a run has computed: models, moments, samples and statements, by place."""
+    kept = (".safetensors", ".npz", ".png")
+    skipped = ("trackers/", "server/checkpoint")  # the latter has seconds in its header
+    found = {path.relative_to(out).as_posix(): path for path in out.rglob("*") if path.is_file()}
+    return {
+        name: path.read_bytes()
+        for name, path in found.items()
+        if name.endswith(kept) and not name.startswith(skipped)
+    }
+
+
+def test_a_tracked_run_computes_the_same_bit_for_bit(out: Path, tmp_path: Path) -> None:
+    run_in_process(tracked(rounds=2), tmp_path / "run")
+    tracked_files, files = every_file(out), every_file(tmp_path / "run")
+    assert tracked_files.keys() == files.keys()
+    assert {"coarse.safetensors", "samples.png", "clients/1/samples.npz"} <= files.keys()
+    assert [name for name in files if files[name] != tracked_files[name]] == []
+
+
+def test_rounds_without_evaluation_have_no_pictures(tmp_path: Path) -> None:
+    config = tracked("tensorboard", rounds=3)
+    config = dataclasses.replace(config, evaluation=dataclasses.replace(CONFIG.evaluation, every=2))
+    run_in_process(config, tmp_path / "run")
+    shown = shown_pictures(tmp_path / "run")
+    assert sorted(shown["coarse_samples"]) == [2, 3]  # the last round is always evaluated
+    assert sorted(shown["samples"]) == [3]
+
+
+def test_a_baselines_rounds_show_the_models_that_it_has(tmp_path: Path) -> None:
+    config = tracked("tensorboard", rounds=1)
+    alone = dataclasses.replace(config.coarse, training="none")
+    run_in_process(dataclasses.replace(config, coarse=alone), tmp_path / "run")
+    assert sorted(shown_pictures(tmp_path / "run")) == [
+        "client_0_samples",
+        "client_1_samples",
+        "samples",
+    ]
+
+
+def test_another_rounds_checkpoint_is_not_drawn(out: Path, tmp_path: Path) -> None:
+    config = tracked("tensorboard", rounds=2)
+    assert round_pictures(RunDirectory(out), config, 1) == {}
+    assert round_pictures(RunDirectory(tmp_path), config, 1) == {}
+
+
+def test_pictures_that_cannot_be_drawn_are_said_once(out: Path, tmp_path: Path) -> None:
+    """Planted fault: half of the checkpoint is gone."""
+    damaged = tmp_path / "server" / "checkpoint.safetensors"
+    damaged.parent.mkdir()
+    whole = (out / "server" / "checkpoint.safetensors").read_bytes()
+    damaged.write_bytes(whole[: len(whole) // 2])
+    said: list[str] = []
+    opened = open_trackers(tracked("tensorboard"), tmp_path, first_round=1, say=said.append)
+    for round in (1, 2):
+        opened.round({**RECORD, "round": round})
+    opened.finish({}, HISTORY)
+    (line,) = said
+    assert line.startswith("trackers get no pictures: ")
+    assert "checkpoint.safetensors" in line
+    found = scalars(tmp_path / "trackers" / "tensorboard")
+    assert [step for step, _ in found["coarse_loss"]] == [1, 2]
 
 
 def test_nothing_but_what_metrics_json_holds_is_shown(out: Path) -> None:
@@ -133,15 +230,15 @@ def test_a_resumed_run_goes_on_where_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, config = tmp_path / "run", tracked("tensorboard", rounds=3)
-    told = CoarseStrategy._tell
+    told = RunAccount.tell
 
-    def break_after_round_2(self: CoarseStrategy, record: Any) -> None:
-        told(self, record)
-        if record["round"] == 2:
+    def break_after_round_2(self: RunAccount) -> None:
+        told(self)
+        if self.rounds_done == 2:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(CoarseStrategy, "_tell", break_after_round_2)
+        patch.setattr(RunAccount, "tell", break_after_round_2)
         with pytest.raises(KeyboardInterrupt):
             run_in_process(config, out)
     assert [step for step, _ in scalars(out / "trackers" / "tensorboard")["coarse_loss"]] == [1, 2]
@@ -157,10 +254,18 @@ def test_a_deployed_server_shows_samples_of_the_shared_model_alone(tmp_path: Pat
     weights = {name: value.detach() for name, value in model.network.named_parameters()}
     deployed = dataclasses.replace(config, run=dataclasses.replace(config.run, simulation=False))
     Image.new("RGB", (4, 4)).save(tmp_path / "samples.png")  # of somebody else
-    pictures = final_pictures(deployed, tmp_path, weights)
+    run = RunDirectory(tmp_path)
+    pictures = final_pictures(deployed, run, weights)
     assert list(pictures) == ["coarse_samples"]
-    assert pictures["coarse_samples"].shape == (4 * 8 + 3, 10 * 8 + 9, 3)
+    assert pictures["coarse_samples"].shape == (2 * 8 + 1, 10 * 8 + 9, 3)
     assert pictures["coarse_samples"].std() > 5
+    state = {
+        f"{part}.{name}": value for part in ("weights", "ema") for name, value in weights.items()
+    }
+    run.save_checkpoint(4, state, {})
+    after_round = round_pictures(run, deployed, 4)
+    assert list(after_round) == ["coarse_samples"]
+    assert np.array_equal(after_round["coarse_samples"], pictures["coarse_samples"])
 
 
 # What goes wrong.

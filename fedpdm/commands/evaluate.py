@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedpdm.commands.terminal import add_telling, progress_aside
+from fedpdm.commands.terminal import progress_aside
 from fedpdm.config import ConfigError
 
 __all__ = ["add_evaluate_parser"]
@@ -35,7 +35,6 @@ def add_evaluate_parser(commands: Any) -> None:
     parser.add_argument("--method", choices=("run", "alone"), default="run")
     parser.add_argument("--handover", metavar="T,T,...", help="noise real images to t and refine")
     parser.add_argument("--out", type=Path, help="write the scores as JSON")
-    add_telling(parser)
     parser.set_defaults(action=run_evaluate)
 
 

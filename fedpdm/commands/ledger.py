@@ -33,7 +33,6 @@ def add_ledger_parser(commands: Any) -> None:
     parser.add_argument("directory", type=Path, help="a client's store, a run or a --releases DIR")
     parser.add_argument("--delta", type=float, help="default: that of each latest release")
     parser.add_argument("--head", help="fail unless the (one) ledger has been at this head")
-    parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(action=run_ledger)
 
 

@@ -78,7 +78,6 @@ def add_privacy_parser(commands: Any) -> None:
         help="images of one person in one client; default: %(default)s",
     )  # fmt: skip
     parser.add_argument("--curve", action="store_true", help="also epsilon against delta")
-    parser.add_argument("--json", action="store_true", help="print JSON")
     public = parser.add_argument_group(
         "public images",
         "IMAGES is a data set by name, a folder with one folder per class, or a .npz file.\n"

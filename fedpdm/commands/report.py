@@ -45,8 +45,6 @@ def add_report_parser(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of that noise; default: %(default)s")
     parser.add_argument("--no-film", action="store_true", help="sample nothing")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
     parser.set_defaults(action=run_report)
 
 

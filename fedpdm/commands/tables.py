@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedpdm.commands.terminal import add_telling, tell
+from fedpdm.commands.terminal import tell
 from fedpdm.config import ConfigError, Suite, load_paper_values, load_suite
 from fedpdm.config.reading import read_mapping
 from fedpdm.results import Column, Row, cell_text, gap_closed, load_results, rows
@@ -29,7 +29,6 @@ def add_tables_parser(commands: Any) -> None:
     parser = commands.add_parser("tables", help="write docs/results.md from experiments/results")
     parser.add_argument("--experiments", type=Path, default=Path("experiments"), metavar="DIR")
     parser.add_argument("--out", type=Path, default=Path("docs/results.md"))
-    add_telling(parser)
     parser.set_defaults(action=write_tables)
 
 

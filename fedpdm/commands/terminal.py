@@ -6,7 +6,9 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import sys
+import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,9 +17,9 @@ from fedpdm.commands.examples import EXAMPLES
 from fedpdm.config import ConfigError
 
 __all__ = [
+    "DIVERGED",
     "Parser",
     "add_completion_parser",
-    "add_telling",
     "advise",
     "equip",
     "progress_aside",
@@ -25,15 +27,21 @@ __all__ = [
     "tell",
 ]
 
-# Commands whose progress is silenced as a whole by --quiet, and the stream that it goes to. Others
-# with --quiet do it themselves, by `progress_aside`.
-SILENCED = {
-    "attack linkage": "stderr",
-    "attack audit": "stderr",
-    "attack models": "stderr",
-    "attack controls": "stderr",
-    "federation run": "stdout",
-    "toy": "stderr",
+# What trainers say (fedpdm.training); it comes through Flower as text.
+DIVERGED = re.compile(r"(loss|gradient) is (nan|-?inf) at step \d+")
+# Commands that print results even with --quiet: it silences their progress, on standard error.
+RESULTS = ("attack linkage", "attack audit", "attack models", "attack controls", "toy")
+# Commands without an option that the others have, and why.
+WITHOUT = {
+    "--json": {
+        "completion": "prints a script for a shell",
+        "attack controls": "writes attacks.json",
+    },
+    "--quiet": {"completion": "prints nothing but its script"},
+}
+HELP = {
+    "--json": "print JSON on standard output, all else on standard error",
+    "--quiet": "print nothing but errors, and what --json asks for",
 }
 
 
@@ -46,15 +54,36 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\nNext: {self.prog} --help shows examples\n")
 
 
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Descriptions are filled to the terminal's width; examples stay as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if text.startswith("examples:"):
+            return super()._fill_text(text, width, indent)
+        paragraphs = (" ".join(part.split()) for part in text.strip().split("\n\n"))
+        filled = (
+            textwrap.fill(part, width, initial_indent=indent, subsequent_indent=indent)
+            for part in paragraphs
+        )
+        return "\n\n".join(filled)
+
+
 def equip(parser: argparse.ArgumentParser) -> None:
-    """Give every command below `parser` its examples, its name, and --quiet where it is long."""
+    """Give every command below `parser` its examples and its name; --json and --quiet to each that
+    does something, if it has them not yet."""
     for name, command in _commands(parser):
         if "examples:" not in (command.epilog or "") and name in EXAMPLES:
             command.epilog = f"examples:\n{EXAMPLES[name]}"
-            command.formatter_class = argparse.RawDescriptionHelpFormatter
+        command.formatter_class = _HelpFormatter
         command.set_defaults(command=name)
-        if name in SILENCED:
-            command.add_argument("--quiet", action="store_true", help="no progress lines")
+        if any(isinstance(action, argparse._SubParsersAction) for action in command._actions):
+            continue
+        for option, words in HELP.items():
+            if option in command._option_string_actions or name in WITHOUT[option]:
+                continue
+            if option == "--quiet" and name in RESULTS:
+                words = "no progress lines"
+            command.add_argument(option, action="store_true", help=words)
 
 
 def _commands(
@@ -70,12 +99,13 @@ def _commands(
 
 @contextlib.contextmanager
 def quiet(options: argparse.Namespace) -> Iterator[None]:
-    """Silence the progress of the commands in `SILENCED`, where --quiet asks for it."""
-    stream = SILENCED.get(getattr(options, "command", ""))
-    if stream is None or not options.quiet:
+    """Where --quiet asks for it, silence the progress of the commands in `RESULTS`, and all that
+    others print; not their JSON."""
+    results = getattr(options, "command", "") in RESULTS
+    if not getattr(options, "quiet", False) or (not results and getattr(options, "json", False)):
         yield
         return
-    redirect: Any = contextlib.redirect_stdout if stream == "stdout" else contextlib.redirect_stderr
+    redirect: Any = contextlib.redirect_stderr if results else contextlib.redirect_stdout
     with open(os.devnull, "w") as nowhere, redirect(nowhere):
         yield
 
@@ -92,23 +122,17 @@ def progress_aside(options: argparse.Namespace) -> Iterator[None]:
         yield
 
 
-def add_telling(command: argparse.ArgumentParser) -> None:
-    """Add the options that `tell` reads."""
-    command.add_argument("--json", action="store_true", help="print JSON")
-    command.add_argument("--quiet", action="store_true", help="print nothing but errors")
-
-
 def tell(options: argparse.Namespace, line: str, facts: Mapping[str, Any]) -> None:
     """The outcome of a command: a line, or JSON with --json; nothing else with --quiet."""
     if options.json:
-        print(json.dumps(dict(facts), indent=1))
+        print(json.dumps(dict(facts), indent=1), flush=True)
     elif not options.quiet:
-        print(line)
+        print(line, flush=True)
 
 
 def advise(error: BaseException, options: argparse.Namespace) -> None:
-    """At a terminal, a line after the error that says what to do next."""
-    if sys.stderr.isatty():
+    """A line after the error that says what to do next; with --quiet the error stands alone."""
+    if not getattr(options, "quiet", False):
         print(f"Next: {next_step(error, options)}", file=sys.stderr)
 
 
@@ -117,6 +141,8 @@ def next_step(error: BaseException, options: argparse.Namespace) -> str:
     name = getattr(options, "command", "")
     if isinstance(error, MemoryError):
         return "lower coarse.batch_size, fine.batch_size or sampling.batch_size (--set KEY=VALUE)"
+    if DIVERGED.search(str(error)):
+        return "lower coarse.lr or fine.lr, or raise their warmup_steps (--set KEY=VALUE)"
     if isinstance(error, ConfigError) and _is_key(str(error)):
         return "fedpdm config lists every key, its default and meaning; --set KEY=VALUE changes one"
     if isinstance(error, RuntimeError) and name in ("run", "federation run"):

@@ -70,6 +70,7 @@ def run_toy(options: argparse.Namespace) -> int:
     """The action: 0 if theory holds, 1 if a value contradicts it."""
     from fedpdm.config import (
         ToyConfig,
+        config_keys,
         config_reference,
         config_to_yaml,
         load_toy_config,
@@ -77,7 +78,8 @@ def run_toy(options: argparse.Namespace) -> int:
     )
 
     if options.keys:
-        print(config_reference(ToyConfig))
+        keys = json.dumps(config_keys(ToyConfig), indent=1) if options.json else None
+        print(keys or config_reference(ToyConfig))
         return 0
     if options.jobs is not None and options.jobs < 1:
         raise ValueError(f"--jobs: must be at least 1, got {options.jobs}")

@@ -25,6 +25,7 @@ __all__ = [
     "build_section",
     "config_from_json",
     "config_from_mapping",
+    "config_keys",
     "config_reference",
     "config_to_json",
     "config_to_yaml",
@@ -234,17 +235,31 @@ def config_to_yaml(config: RunConfig | ToyConfig) -> str:
     return yaml.safe_dump(plain, sort_keys=False)
 
 
-def config_reference(kind: type[RunConfig] | type[ToyConfig] = RunConfig) -> str:
-    """Every key with its default and meaning, as a Markdown table (docs are made from it)."""
-    lines = ["| key | default | meaning |", "|---|---|---|", "| `name` | file name | of the run |"]
+def config_keys(kind: type[RunConfig] | type[ToyConfig] = RunConfig) -> list[dict[str, Any]]:
+    """Every key of a section in order: `key`, `default`, `meaning`, and `choices` or None."""
+    keys = []
     for section in dataclasses.fields(kind):
         default = section.default
         if not dataclasses.is_dataclass(default):
             continue
         for key in dataclasses.fields(default):
-            value = json.dumps(getattr(default, key.name))
-            meaning = key.metadata["doc"]
-            if choices := key.metadata.get("choices"):
-                meaning += f" ({', '.join(choices)})"
-            lines.append(f"| `{section.name}.{key.name}` | `{value}` | {meaning} |")
+            choices = key.metadata.get("choices")
+            keys.append(
+                {
+                    "key": f"{section.name}.{key.name}",
+                    "default": getattr(default, key.name),
+                    "meaning": key.metadata["doc"],
+                    "choices": list(choices) if choices else None,
+                }
+            )
+    return keys
+
+
+def config_reference(kind: type[RunConfig] | type[ToyConfig] = RunConfig) -> str:
+    """Every key with its default and meaning, as a Markdown table (docs are made from it)."""
+    lines = ["| key | default | meaning |", "|---|---|---|", "| `name` | file name | of the run |"]
+    for key in config_keys(kind):
+        choices = f" ({', '.join(key['choices'])})" if key["choices"] else ""
+        value = json.dumps(key["default"])
+        lines.append(f"| `{key['key']}` | `{value}` | {key['meaning']}{choices} |")
     return "\n".join(lines)

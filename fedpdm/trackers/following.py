@@ -1,7 +1,7 @@
 """Trackers that follow a run: checked before it starts, fed by the server, never in its way.
 
-What they get is what the server knows: each round's record of `metrics.json` and, at the end, the
-picture of samples that the server drew (simulation) or samples of the shared model (deployment).
+What they get is what the server knows: each round's record of `metrics.json`, samples of the models
+after each evaluated round and, in simulation, the picture of samples that was drawn at the end.
 """
 
 from __future__ import annotations
@@ -17,18 +17,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from fedpdm.config import ConfigError, RunConfig, config_to_json
-from fedpdm.pictures.tiles import tile_images
+from fedpdm.runs import RunDirectory
 from fedpdm.trackers.interface import TrackedRun, Tracker
-from fedpdm.trajectory import coarse_chain, record_states
+from fedpdm.trackers.pictures import final_pictures, round_pictures
 
-__all__ = ["RunTrackers", "check_trackers", "final_pictures", "flat_record", "open_trackers"]
+__all__ = ["RunTrackers", "check_trackers", "flat_record", "open_trackers"]
 
 # What must be installed, by name of the tracker and of the extra that brings it.
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
-MOST_CLASSES = 10
 
 
 def check_trackers(config: RunConfig) -> None:
@@ -94,32 +92,45 @@ class RunTrackers:
         root: Path,
         say: Callable[[str], None],
     ) -> None:
-        self._trackers, self._config, self._root, self._say = dict(trackers), config, root, say
+        self._trackers, self._config, self._say = dict(trackers), config, say
+        self._run = RunDirectory(root)
+        self._draws = True
 
     def round(self, record: Mapping[str, Any]) -> None:
-        """A round's record, as in `metrics.json`."""
-        values = flat_record(record)
-        self._each(lambda tracker: tracker.log(int(record["round"]), values))
+        """A round's record, as in `metrics.json`; samples, if it was one of evaluation.
+
+        The run's checkpoint is that of the round.
+        """
+        round, values = int(record["round"]), flat_record(record)
+        self._each(lambda tracker: tracker.log(round, values))
+        last, every = self._config.run.rounds, self._config.evaluation.every
+        if round == last or round % every == 0:
+            self._show(round, lambda: round_pictures(self._run, self._config, round))
 
     def finish(self, weights: Mapping[str, torch.Tensor], history: Mapping[str, Any]) -> None:
-        """The closing evaluation and the pictures; every tracker is closed.
+        """The closing evaluation and the last picture; every tracker is closed.
 
         `weights` are the shared model's, averaged.
         """
         last = int(history["rounds"][-1]["round"])
         final = {f"final/{k}": v for k, v in flat_record(history["final"]).items()}
         self._each(lambda tracker: tracker.log(last, final))
-        for name, pixels in self._pictures(weights).items():
-            self._each(functools.partial(_show, last, name, pixels))
+        self._show(last, lambda: final_pictures(self._config, self._run, weights))
         self._each(lambda tracker: tracker.close())
         self._trackers.clear()
 
-    def _pictures(self, weights: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    def _show(self, round: int, draw: Callable[[], Mapping[str, np.ndarray]]) -> None:
+        """Pictures to all trackers; once they could not be drawn, no more are."""
+        if not (self._draws and self._trackers):
+            return
         try:
-            return final_pictures(self._config, self._root, weights)
+            pictures = draw()
         except (ValueError, OSError, RuntimeError) as error:
+            self._draws = False
             self._say(f"trackers get no pictures: {' '.join(str(error).split())[:200]}")
-            return {}
+            return
+        for name, pixels in pictures.items():
+            self._each(functools.partial(_show, round, name, pixels))
 
     def _each(self, action: Callable[[Tracker], None]) -> None:
         for name, tracker in list(self._trackers.items()):
@@ -154,26 +165,6 @@ def _numbers(record: Mapping[str, Any]) -> dict[str, float]:
         for name, value in record.items()
         if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     }
-
-
-def final_pictures(
-    config: RunConfig, root: Path, weights: Mapping[str, torch.Tensor]
-) -> dict[str, np.ndarray]:
-    """Pictures that the server may show, uint8 RGB (H, W, 3) by name; `weights` are the shared
-    model's.
-
-    In simulation it has drawn the clients' samples; elsewhere it has the shared model alone.
-    """
-    if config.run.simulation:
-        path = root / "samples.png"
-        if not path.exists():
-            return {}
-        with Image.open(path) as picture:
-            return {"samples": np.asarray(picture.convert("RGB"))}
-    chain = coarse_chain(config, weights)
-    labels = np.tile(np.arange(min(chain.num_classes, MOST_CLASSES), dtype=np.int64), 4)
-    images = record_states(chain, labels, seed=config.run.seed)[-1].noisy
-    return {"coarse_samples": tile_images(images, columns=len(labels) // 4)}
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:

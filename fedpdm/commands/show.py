@@ -1,0 +1,39 @@
+"""`fedpdm show`: the summary of a finished run, which `run` and `federation run` print too."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+__all__ = ["add_show_parser", "show_run", "tell_run"]
+
+
+def add_show_parser(commands: Any) -> None:
+    """Add the command to the subparsers of `fedpdm`."""
+    show = commands.add_parser("show", help="summary of a finished run")
+    show.add_argument("run", type=Path)
+    show.set_defaults(action=lambda options: show_run(options.run, as_json=options.json))
+
+
+def show_run(root: Path, *, as_json: bool) -> None:
+    """Print a finished run's places, privacy and metrics: in words, or `privacy.json` and
+    `metrics.json` in one object. `ConfigError`, one line, if it has not got that far."""
+    from fedpdm.reporting import summarise
+    from fedpdm.runs import RunDirectory
+
+    run = RunDirectory(root)
+    if as_json:
+        facts = {name: run.read_json(f"{name}.json") for name in ("privacy", "metrics")}
+        print(json.dumps({"run": str(run.root), **facts}, indent=1))
+    else:
+        print(summarise(run))
+
+
+def tell_run(options: argparse.Namespace, out: Path) -> None:
+    """The JSON of a command that ran, or with `options.dry_run` only checked, the run in `out`."""
+    if options.dry_run:
+        print(json.dumps({"run": str(out), "dry_run": True}, indent=1))
+    else:
+        show_run(out, as_json=True)
