@@ -73,15 +73,23 @@ class CombinedDenoiser:
         """x0_hat of x_t's shape; t int (B,) in [1, T]."""
         above = t > self.t0
         if not bool(above.any()):
-            return self.fine(x_t, t, labels=labels, clipped=clipped)
+            return self._below(x_t, t, labels, clipped)
         if bool(above.all()):
             return self._above(x_t, t, labels, clipped)
-        return torch.cat(
-            [
-                self(x_t[i : i + 1], t[i : i + 1], labels=labels[i : i + 1], clipped=None)
-                for i in range(len(t))
-            ]
-        )
+        x0_hat = torch.empty_like(x_t)
+        for part, ask in ((above, self._above), (~above, self._below)):
+            flag = None if clipped is None else clipped[part]
+            x0_hat[part] = ask(x_t[part], t[part], labels[part], flag)
+        return x0_hat
+
+    def _below(
+        self,
+        x_t: torch.Tensor,
+        t: torch.Tensor,
+        labels: torch.Tensor,
+        clipped: torch.Tensor | None,
+    ) -> torch.Tensor:
+        return self.fine(x_t, t, labels=labels, clipped=clipped)
 
     def _above(
         self,

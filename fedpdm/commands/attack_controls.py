@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -63,5 +64,6 @@ def run_controls(options: argparse.Namespace) -> int:
     for each in finish_attacks(options, works, "Controls of the attacks", {"what": what}):
         right = as_it_must_be(each)
         failed += not right
-        print(f"{'ok  ' if right else 'FAIL'} {each.work.name}: {each.result['headline']}")
+        line = f"{'ok  ' if right else 'FAIL'} {each.work.name}: {each.result['headline']}"
+        print(line, file=sys.stderr if options.json else sys.stdout)
     return 1 if failed else 0
