@@ -49,6 +49,10 @@ CALLS = {
 }  # fmt: skip
 # Commands that say no and still print JSON.
 REFUSALS = {
+    "attack controls": (
+        "attack controls --images 12 --steps 5 --attacks loss --samples 40 --out {new}",
+        1,
+    ),
     "node check": ("node check --coordinator 127.0.0.1:1 --certificate a.crt --data b", 2),
 }
 # JSON of these is read in another test.
