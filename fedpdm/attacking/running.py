@@ -61,29 +61,28 @@ def run_works(works: Sequence[Work], folder: Path, *, say: Say) -> list[WorkDone
 
     `say` hears a line for each, with about how long the rest will take.
     """
+    paths = [folder / "results" / _file_name(work) for work in works]
+    kept = [
+        _known(path, work_digest(work.settings)) for work, path in zip(works, paths, strict=True)
+    ]
     done: list[WorkDone] = []
-    spent, fresh = 0.0, 0
-    for number, work in enumerate(works, 1):
-        path = folder / "results" / (re.sub(r"[^a-z0-9_-]+", "-", work.name.lower()) + ".json")
-        digest = work_digest(work.settings)
-        known = _known(path, digest)
+    spent = 0.0
+    for number, (work, path, known) in enumerate(zip(works, paths, kept, strict=True), 1):
+        reused = known is not None
         if known is None:
             started = time.perf_counter()
             result = work.attack(count_progress(f"[{number}/{len(works)}] {work.name}", "image"))
             seconds = time.perf_counter() - started
             known = {
-                "digest": digest,
+                "digest": work_digest(work.settings),
                 "name": work.name,
                 "settings": dict(work.settings),
                 "seconds": seconds,
                 "result": result,
             }
             write_atomic(path, (json.dumps(known) + "\n").encode())
-            spent, fresh = spent + seconds, fresh + 1
-            reused = False
-        else:
-            reused = True
-        left = (len(works) - number) * spent / fresh if fresh else 0.0
+        spent += known["seconds"]  # a kept one tells as much of how long an attack takes
+        left = kept[number:].count(None) * spent / number
         rest = f", about {left:.0f} s left" if left >= 1.0 else ""
         again = " (kept from before)" if reused else ""
         say(f"[{number}/{len(works)}] {work.name}: {known['result']['headline']}{again}{rest}")
@@ -91,6 +90,10 @@ def run_works(works: Sequence[Work], folder: Path, *, say: Say) -> list[WorkDone
             WorkDone(work=work, result=known["result"], seconds=known["seconds"], reused=reused)
         )
     return done
+
+
+def _file_name(work: Work) -> str:
+    return re.sub(r"[^a-z0-9_-]+", "-", work.name.lower()) + ".json"
 
 
 def _known(path: Path, digest: str) -> dict[str, Any] | None:
