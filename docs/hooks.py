@@ -11,11 +11,11 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
 from fedpdm.cli import main
+from fedpdm.commands.terminal import walk_commands
 from fedpdm.config import ToyConfig, config_reference
 
 __all__ = ["command_line", "on_page_content", "on_page_markdown"]
@@ -38,19 +38,12 @@ def _parser() -> argparse.ArgumentParser:
     raise RuntimeError("fedpdm has no argparse parser")
 
 
-def _parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
-    """The parser and those of its commands, in order, once each."""
-    yield parser
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for command in dict.fromkeys(action.choices.values()):
-                yield from _parsers(command)
-
-
 def command_line() -> str:
     """Markdown: a heading and the help of every command."""
+    parser = _parser()
+    every = [parser, *(command for _, command in walk_commands(parser))]
     with mock.patch.dict(os.environ, {"COLUMNS": "80", "NO_COLOR": "1"}):
-        parts = [f"## {one.prog}\n\n```text\n{one.format_help()}```" for one in _parsers(_parser())]
+        parts = [f"## {one.prog}\n\n```text\n{one.format_help()}```" for one in every]
     return "\n\n".join(parts)
 
 

@@ -12,17 +12,16 @@ from typing import Any
 import pytest
 
 from fedpdm.cli import _parser
-from fedpdm.commands.terminal import RESULTS, WITHOUT
+from fedpdm.commands.terminal import RESULTS, WITHOUT, walk_commands
 from fedpdm.config import config_from_mapping, config_to_yaml
 from fedpdm.engines.inprocess import run_in_process
 from tests.command_line import CONFIG, call, forget_surroundings
 from tests.federations import small_config
 from tests.real_nodes import free_port, make_certificates, make_node_key
-from tests.test_terminal import commands
 
 LEAVES = {
     name: command
-    for name, command in commands(_parser())
+    for name, command in walk_commands(_parser())
     if not any(isinstance(action, argparse._SubParsersAction) for action in command._actions)
 }
 # What is called here, in a folder with a finished run in `run`, a folder of certificates in `ca`

@@ -11,7 +11,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +20,14 @@ from fedpdm.accountant import epsilon_spent
 from fedpdm.cli import _parser
 from fedpdm.commands.attack_models import route_attack
 from fedpdm.commands.examples import EXAMPLES
-from fedpdm.commands.terminal import RESULTS, next_step, quiet
+from fedpdm.commands.terminal import RESULTS, next_step, quiet, walk_commands
 from fedpdm.config import ConfigError, config_to_yaml
 from fedpdm.engines import flowercli
 from fedpdm.files import StoreError
 from fedpdm.types import GaussianEvent
 from tests.command_line import CONFIG, call, forget_surroundings, in_process
 
-
-def commands(
-    parser: argparse.ArgumentParser, above: str = ""
-) -> Iterator[tuple[str, argparse.ArgumentParser]]:
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for name, command in action.choices.items():
-                yield f"{above}{name}", command
-                yield from commands(command, f"{above}{name} ")
-
-
-COMMANDS = dict(commands(_parser()))
+COMMANDS = dict(walk_commands(_parser()))
 
 
 @pytest.fixture(scope="module")

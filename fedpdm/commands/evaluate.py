@@ -27,7 +27,6 @@ def add_evaluate_parser(commands: Any) -> None:
         "evaluate",
         help="score the samples of a finished simulation: distances, recall, copies, downstream",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", type=Path)
     parser.add_argument("--clients", default="0", help="with commas; default: %(default)s")

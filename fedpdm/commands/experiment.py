@@ -40,7 +40,6 @@ def add_experiment_parser(commands: Any) -> None:
         "experiment",
         help="run the methods of an experiment and print the paper's table beside ours",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("suite", type=Path, help="YAML file of the experiment")
     parser.add_argument("--profile", default="smoke", help="size; default: %(default)s")

@@ -28,7 +28,6 @@ def add_ledger_parser(commands: Any) -> None:
         "ledger",
         help="what clients have released, and what each image has paid",
         description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("directory", type=Path, help="a client's store, a run or a --releases DIR")
     parser.add_argument("--delta", type=float, help="default: that of each latest release")

@@ -49,7 +49,6 @@ def add_privacy_parser(commands: Any) -> None:
         description="Of epsilon, t0 and clip norm give two, get the third, under both "
         "accountings: exact (analytic Gaussian) and the paper's bound.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--epsilon", type=float, help="of all releases of one image")
     parser.add_argument("--t0", type=int, help="noising steps")

@@ -31,7 +31,6 @@ def add_report_parser(commands: Any) -> None:
         help="write one HTML page about a run, or several side by side",
         description=DESCRIPTION,
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directory")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.html")

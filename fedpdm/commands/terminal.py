@@ -25,6 +25,7 @@ __all__ = [
     "progress_aside",
     "quiet",
     "tell",
+    "walk_commands",
 ]
 
 # What trainers say (fedpdm.training); it comes through Flower as text.
@@ -68,7 +69,7 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 def equip(parser: argparse.ArgumentParser) -> None:
     """Give every command below `parser` its examples and its name; --json and --quiet to each that
     does something, if it has them not yet."""
-    for name, command in _commands(parser):
+    for name, command in walk_commands(parser):
         if "examples:" not in (command.epilog or "") and name in EXAMPLES:
             command.epilog = f"examples:\n{EXAMPLES[name]}"
         command.formatter_class = _HelpFormatter
@@ -83,7 +84,7 @@ def equip(parser: argparse.ArgumentParser) -> None:
             command.add_argument(option, action="store_true", help=words)
 
 
-def _commands(
+def walk_commands(
     parser: argparse.ArgumentParser, above: str = ""
 ) -> Iterator[tuple[str, argparse.ArgumentParser]]:
     """(name without fedpdm, parser) of every command and group of commands."""
@@ -91,7 +92,7 @@ def _commands(
         if isinstance(action, argparse._SubParsersAction):
             for name, command in action.choices.items():
                 yield f"{above}{name}", command
-                yield from _commands(command, f"{above}{name} ")
+                yield from walk_commands(command, f"{above}{name} ")
 
 
 @contextlib.contextmanager
@@ -167,7 +168,7 @@ def add_completion_parser(commands: Any, parser: argparse.ArgumentParser) -> Non
 def _print_completion(parser: argparse.ArgumentParser, shell: str) -> None:
     import shtab
 
-    for _, command in _commands(parser):
+    for _, command in walk_commands(parser):
         for action in command._actions:
             if action.type is Path:
                 action.complete = shtab.FILE  # type: ignore[attr-defined]

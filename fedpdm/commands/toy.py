@@ -48,7 +48,6 @@ def add_toy_parser(commands: Any) -> None:
         help="the method on a Gaussian mixture, beside its theory",
         description=DESCRIPTION,
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("experiment", nargs="?", type=Path, help="YAML file; default: defaults")
     parser.add_argument(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpdm.config import ConfigError, RunConfig, config_to_json
-from fedpdm.files import StoreError
+from fedpdm.files import StoreError, read_json
 from fedpdm.releases import ReleaseStore
 from fedpdm.runs import RunDirectory
 from fedpdm.statement import plain_text
@@ -106,15 +106,7 @@ def read_run(root: Path, *, attacks: Path | None = None) -> RunFacts:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    if not path.exists():
-        return None
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise StoreError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
-    if not isinstance(value, dict):
-        raise StoreError(f"{path}: must hold an object, got {type(value).__name__}")
-    return value
+    return read_json(path) if path.exists() else None
 
 
 def _attacks_folder(root: Path, given: Path | None) -> Path | None:
