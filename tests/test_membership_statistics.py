@@ -66,6 +66,19 @@ def test_loss_is_the_norm_of_the_error_in_the_noise(t_range: tuple[int, int], us
     assert np.abs(scores - wrong).max() > 1e-3  # a level off shows
 
 
+def test_loss_is_the_mean_over_draws() -> None:
+    x = images(5, seed=0)
+    generator = torch.Generator().manual_seed(3)
+    scores = score_loss(target(), x, no_labels(5), generator=generator, num_draws=3, batch_size=2)
+    noise = draws(5, 3, *SHAPE, seed=3)
+    each = [
+        -flat_norm(noise[:, k] - noise_of(mix(x.numpy(), noise[:, k], 200), 200)) for k in range(3)
+    ]
+    np.testing.assert_allclose(scores, np.mean(each, axis=0), rtol=1e-9)
+    with pytest.raises(ValueError, match="num_draws must be at least 1, got 0"):
+        score_loss(target(), x, no_labels(5), generator=generator, num_draws=0)
+
+
 def test_loss_has_the_expectation_of_the_posterior() -> None:
     """Over images of the law itself, E error^2 = d a^2 v / (a^2 v + s^2), the DDPM minimum."""
     x = MEAN + np.sqrt(VARIANCE) * images(20_000, seed=1)
@@ -154,8 +167,8 @@ def test_secmi_asks_no_level_outside_the_range() -> None:
         assert t_range[0] <= min(denoiser.asked) <= max(denoiser.asked) <= t_range[1]
 
 
-@pytest.mark.parametrize("t_range", [(1, 1000), COARSE])
-def test_clid_is_what_the_label_saves(t_range: tuple[int, int]) -> None:
+@pytest.mark.parametrize(("t_range", "num_draws"), [((1, 1000), 1), (COARSE, 1), (COARSE, 2)])
+def test_clid_is_what_the_label_saves(t_range: tuple[int, int], num_draws: int) -> None:
     """Classes at -1 and 2; without a label the model says 0.5. Image at 2: its label helps."""
     means = (-1.0, 2.0, 0.5)
     x, labels = images(6, seed=6) + 2.0, torch.tensor([1, 1, 1, 0, 0, 0])
@@ -166,11 +179,12 @@ def test_clid_is_what_the_label_saves(t_range: tuple[int, int]) -> None:
         labels,
         generator=torch.Generator().manual_seed(8),
         num_levels=4,
+        num_draws=num_draws,
         batch_size=4,
     )
     span = t_range[1] - t_range[0]
-    levels = [t_range[0] + (2 * i + 1) * span // 8 for i in range(4)]
-    noise = draws(6, 4, *SHAPE, seed=8)
+    levels = [t_range[0] + (2 * i + 1) * span // 8 for i in range(4)] * num_draws
+    noise = draws(6, len(levels), *SHAPE, seed=8)
     expected = np.zeros(6)
     for i, t in enumerate(levels):
         x_t = mix(x.numpy(), noise[:, i], t)
@@ -179,7 +193,7 @@ def test_clid_is_what_the_label_saves(t_range: tuple[int, int]) -> None:
         )
         without = noise_of(x_t, t, mean=0.5)
         expected += flat_norm(without - noise[:, i]) ** 2 - flat_norm(given - noise[:, i]) ** 2
-    np.testing.assert_allclose(found, expected / 4, rtol=1e-7)
+    np.testing.assert_allclose(found, expected / len(levels), rtol=1e-7)
     if t_range[0] == 1:
         assert found[:3].min() > 0 > found[3:].max()
 

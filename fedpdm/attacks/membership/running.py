@@ -50,7 +50,7 @@ ATTACKS: Mapping[str, AttackSpec] = {
     "loss": AttackSpec(
         title="loss threshold",
         source="Matsumoto et al. 2023",
-        parameters={"t": 200},
+        parameters={"t": 200, "num_draws": 8},
     ),
     "pia": AttackSpec(
         title="PIA",
@@ -76,7 +76,7 @@ ATTACKS: Mapping[str, AttackSpec] = {
     "clid": AttackSpec(
         title="label-conditional (CLiD)",
         source="Zhai et al. 2024",
-        parameters={"num_levels": 10},
+        parameters={"num_levels": 10, "num_draws": 4},
         needs_labels=True,
     ),
     "gsa": AttackSpec(

@@ -2,7 +2,7 @@
 
 With eps_hat(x_t, t) what the model implies (`targets`) and lo the smallest level of the target:
 
-    loss    -|| eps - eps_hat(sqrt(abar_t) x + sqrt(1 - abar_t) eps, t) ||_2
+    loss    mean over draws of -|| eps - eps_hat(sqrt(abar_t) x + sqrt(1 - abar_t) eps, t) ||_2
             (Matsumoto et al. 2023; Yeom et al. 2018 for the idea)
     PIA     e = eps_hat(sqrt(abar_lo) x, lo),
             -|| e - eps_hat(sqrt(abar_t) x + sqrt(1 - abar_t) e, t) ||_p   (Kong et al. 2024)
@@ -53,15 +53,23 @@ def score_loss(
     *,
     generator: torch.Generator,
     t: int = 200,
+    num_draws: int = 1,
     batch_size: int = 256,
     progress: Progress | None = None,
 ) -> Array:
-    """Minus the norm of the error in the noise, one draw per image from `generator` (CPU)."""
+    """Minus the norm of the error in the noise, its mean over draws from `generator` (CPU).
+
+    One draw of a small image is mostly chance: several bring out what the model knows of it.
+    """
+    _check_draws(num_draws)
     level, scores = target.nearest(t), []
     for x, y in rows_in_batches(target, x_0, labels, batch_size=batch_size, progress=progress):
-        noise = noise_like(x, generator=generator)
-        error = noise - target.noise_estimate(target.at_level(x, level, noise), level, y)
-        scores.append(-_norms(error, 2.0))
+        draws = noise_like(x.new_empty((len(x), num_draws, *x.shape[1:])), generator=generator)
+        total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+        for noise in draws.unbind(1):
+            error = noise - target.noise_estimate(target.at_level(x, level, noise), level, y)
+            total -= _norms(error, 2.0)
+        scores.append(total / num_draws)
     return _joined(scores)
 
 
@@ -164,12 +172,13 @@ def score_clid(
     *,
     generator: torch.Generator,
     num_levels: int = 10,
+    num_draws: int = 1,
     batch_size: int = 256,
     progress: Progress | None = None,
 ) -> Array:
     """How much the label helps the model, averaged over `target.levels(num_levels)`.
 
-    Both questions see the same noise, one draw per image and level from `generator` (CPU). It
+    Both questions see the same noise, `num_draws` per image and level from `generator` (CPU). It
     says something only of a model that was also trained without labels. `ValueError` where the
     target's labels are not known or one is `NO_LABEL`.
     """
@@ -177,7 +186,8 @@ def score_clid(
         raise ValueError("the label-conditional attack needs a target whose labels are known")
     if bool((labels < 0).any()):
         raise ValueError("the label-conditional attack needs a label for every image, got NO_LABEL")
-    levels, scores = target.levels(num_levels), []
+    _check_draws(num_draws)
+    levels, scores = target.levels(num_levels) * num_draws, []
     for x, y in rows_in_batches(target, x_0, labels, batch_size=batch_size, progress=progress):
         draws = noise_like(x.new_empty((len(x), len(levels), *x.shape[1:])), generator=generator)
         gain = torch.zeros(len(x), dtype=torch.float64, device=x.device)
@@ -189,6 +199,11 @@ def score_clid(
             gain += _norms(without, 2.0).square() - _norms(given, 2.0).square()
         scores.append(gain / len(levels))
     return _joined(scores)
+
+
+def _check_draws(num_draws: int) -> None:
+    if num_draws < 1:
+        raise ValueError(f"num_draws must be at least 1, got {num_draws}")
 
 
 def _ddim_step(
