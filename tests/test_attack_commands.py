@@ -96,8 +96,8 @@ def test_the_audit_passes_and_proves_a_good_part(
 
 def test_linkage_agrees_with_theory(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     command = ["attack", "linkage", "--data", "digits", "--t0", "690", "--json", "--seed", "5"]
-    code, facts = run([*command, "--out", str(tmp_path)], capsys)
-    assert code == 0
+    code, facts = run([*command, "--seeded", "1", "--out", str(tmp_path)], capsys)
+    assert code == 0  # with the noise of the operating system: in 99 runs of a hundred
     assert facts["auc_low"] <= facts["auc_analytic"] <= facts["auc_high"]
     assert facts["worst_auc"] == pytest.approx(0.898, abs=5e-4)  # METHOD.md section 6
     assert json.loads((tmp_path / "linkage.json").read_text()) == facts
@@ -222,7 +222,8 @@ def test_the_text_says_what_was_found(capsys: pytest.CaptureFixture[str]) -> Non
     text = capsys.readouterr().out
     assert "LEAKS MORE THAN" in text
     assert "FAIL noise known to others" in text
-    assert main(["attack", "linkage", "--data", "digits", "--pairs", "50", "--seed", "5"]) == 0
+    linkage = ["attack", "linkage", "--data", "digits", "--pairs", "50", "--seed", "5"]
+    assert main([*linkage, "--seeded", "1"]) == 0  # else one run in a hundred is outside
     text = capsys.readouterr().out
     assert "worst case" in text
     assert "50 pairs of digits (seed 5)" in text
