@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -16,6 +17,8 @@ import numpy as np
 import pytest
 import yaml
 
+from fedpdm.commands.experiment import add_experiment_parser, plan_cells
+from fedpdm.config import load_suite
 from tests.command_line import call, forget_surroundings, without_advice
 from tests.refusals import tree
 
@@ -97,6 +100,22 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, str, str
         capture_output=True, text=True, cwd=folder, env=environment, timeout=300,
     )  # fmt: skip
     return folder, done.returncode, done.stdout, done.stderr
+
+
+def test_variants_and_methods_asked_for_are_the_only_cells(folder: Path) -> None:
+    variants = {str(value): {"privacy": {"epsilon": value}} for value in (1, 3, 10)}
+    path = write_suite(folder, ablations={"epsilon": {"methods": ["ours"], "variants": variants}})
+    parser = argparse.ArgumentParser()
+    add_experiment_parser(parser.add_subparsers())
+    words = ["experiment", str(path), "--ablation", "epsilon", "--seeds", "0,2"]
+    options = parser.parse_args([*words, "--variant", "10", "--variant", "1", *methods("alone")])
+    cells = plan_cells(load_suite(path), options)
+    assert [(cell.seed, cell.variant, cell.config.privacy.epsilon) for cell in cells] == [
+        (0, "10", 10), (0, "1", 1), (2, "10", 10), (2, "1", 1)
+    ]  # fmt: skip
+    assert {cell.method for cell in cells} == {"alone"}
+    everything = plan_cells(load_suite(path), parser.parse_args(words))
+    assert [cell.variant for cell in everything] == sorted(variants) * 2
 
 
 First = tuple[Path, int, str, str]
@@ -286,6 +305,11 @@ REFUSED = {
         r"profile: small has smoke, got 'cpu'",
     ),
     "ablation": (("--ablation", "clients"), r"ablation: small has epsilon, got 'clients'"),
+    "variant": (
+        ("--ablation", "epsilon", "--variant", "3"),
+        r"variant: must be one of 1, got '3'",
+    ),
+    "variant of nothing": (("--variant", "1"), r"--variant: needs --ablation"),
     "key": (("--set", "fine.lrate=1"), r"fine\.lrate: unknown key"),
     "value": (("--set", "fine.lr=fast"), r"fine\.lr: must be float, got 'fast'"),
     "form": (("--set", "fine.lr"), r"--set 'fine\.lr': must have the form"),

@@ -30,6 +30,7 @@ examples:
   fedpdm experiment experiments/colored-mnist.yaml --profile cpu --jobs 2
   fedpdm experiment experiments/cifar10.yaml --method alone --seeds 0
   fedpdm experiment experiments/colored-mnist.yaml --profile cpu --ablation epsilon
+  fedpdm experiment experiments/colored-mnist.yaml --profile cpu --ablation epsilon --variant 100
 What is done is not repeated; an interrupted experiment goes on where it was.
 """
 
@@ -50,6 +51,9 @@ def add_experiment_parser(commands: Any) -> None:
         "--seeds", help="which, with commas, e.g. 0,1,2; default: as many as the profile says"
     )
     parser.add_argument("--ablation", help="run the variants of this ablation of the suite")
+    parser.add_argument(
+        "--variant", action="append", default=[], help="repeatable; default: all of the ablation"
+    )
     parser.add_argument(
         "--data-dir", type=Path, metavar="DIR", help="torchvision layout; default: FEDPDM_DATA"
     )
@@ -77,6 +81,8 @@ def run_experiment(options: argparse.Namespace) -> int:
         raise ConfigError(f"--jobs: must be at least 1, got {options.jobs}")
     suite = load_suite(options.suite)
     suite.profile(options.profile)
+    if options.variant and not options.ablation:
+        raise ConfigError("--variant: needs --ablation")
     cells = [] if options.table else plan_cells(suite, options)
     from fedpdm.commands.experiment_cell import finished
 
@@ -141,7 +147,8 @@ def plan_cells(suite: Suite, options: argparse.Namespace) -> list[Cell]:
     methods: Sequence[str] = tuple(dict.fromkeys(options.method)) or suite.table
     if options.ablation:
         ablation = suite.ablation(options.ablation)
-        variants = [(name, dict(change)) for name, change in ablation.variants.items()]
+        chosen = tuple(dict.fromkeys(options.variant)) or tuple(ablation.variants)
+        variants = [(name, dict(ablation.variant(name))) for name in chosen]
         methods = tuple(dict.fromkeys(options.method)) or ablation.methods
     cells = []
     for seed in seeds:

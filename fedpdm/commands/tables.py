@@ -188,12 +188,18 @@ def _ablation(suite: Suite, name: str, folder: Path, *, markdown: bool) -> list[
     columns = [c for c in _columns(every) if c.title not in ("minutes",)]
     head = [name, "method", "seeds", *[column.title for column in columns]]
     body: list[list[str]] = []
+    missing = []
     for variant, results in found.items():
         for row in rows(results, ablation.methods, columns):
             values = [cell_text(v, c.digits) for v, c in zip(row.cells, columns, strict=True)]
-            body.append([variant, suite.method(row.method).title, str(len(row.seeds)), *values])
+            if row.seeds:
+                title = suite.method(row.method).title
+                body.append([variant, title, str(len(row.seeds)), *values])
+            else:
+                missing.append(f"{row.method} {variant}")
     title = f"Ablation: {ablation.title}"
-    return [f"### {title}" if markdown else title, "", *_layout(head, body, markdown=markdown), ""]
+    lines = [f"### {title}" if markdown else title, "", *_layout(head, body, markdown=markdown), ""]
+    return [*lines, f"Not run: {', '.join(missing)}.", ""] if missing else lines
 
 
 def _layout(head: Sequence[str], body: Sequence[Sequence[str]], *, markdown: bool) -> list[str]:

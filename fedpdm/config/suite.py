@@ -61,6 +61,14 @@ class Ablation:
     methods: tuple[str, ...] = key((), "which")
     variants: dict[str, Any] = field(default_factory=dict)
 
+    def variant(self, name: str) -> Mapping[str, Any]:
+        """What the variant changes."""
+        if name not in self.variants:
+            known = ", ".join(self.variants) or "none"
+            raise ConfigError(f"variant: must be one of {known}, got {name!r}")
+        changes: Mapping[str, Any] = self.variants[name]
+        return changes
+
 
 @dataclass(frozen=True, kw_only=True)
 class Suite:
