@@ -307,6 +307,58 @@ def test_everything_is_written_and_kept(
     assert (tmp_path / "attacks.json").read_bytes() == before
 
 
+OTHERS: dict[str, tuple[str, dict[str, dict[str, Any]], set[str], set[str]]] = {
+    "noise_to_noise": (
+        "pfdm",
+        {"coarse": {"objective": "noise_to_noise", "training": "server"}},
+        {"membership", "memorisation", "linkage", "reconstruction", "collusion", "publishing"},
+        {"coarse", "fine, client 0", "combined, client 0"},
+    ),
+    "dp_sgd": ("dp_sgd", {}, {"membership", "memorisation"}, {"shared"}),
+    "alone": ("alone", {}, {"membership", "memorisation"}, {"fine, client 0"}),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_every_kind_of_run_can_be_attacked(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, changes, groups, targets = OTHERS[kind]
+    run_in_process(baseline(base, data={"holdout_fraction": 0.5}, **changes), tmp_path / "run")
+    command = ["attack", str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--attacks"]
+    command += ["loss,memorisation,linkage,reconstruction,collusion"]
+    command += ["--samples", "60", "--uploads", "20"]
+    assert main(command) == 0
+    said = capsys.readouterr().err
+    assert ("left out: this baseline releases no images" in said) == (len(groups) == 2)
+    facts = json.loads((tmp_path / "out" / "attacks.json").read_text())
+    assert {each["group"] for each in facts["attacks"]} == groups
+    membership = [each for each in facts["attacks"] if each["group"] == "membership"]
+    assert {each["target"] for each in membership} == targets
+    memorised = [each for each in facts["attacks"] if each["group"] == "memorisation"]
+    assert len(memorised) == 1  # of a noise-to-noise coarse model alone nothing is sampled
+
+
+def test_releases_kept_elsewhere_are_found(
+    copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Moved out of the run they are missed; with --releases the uploads are the same ones."""
+    kept = tmp_path / "elsewhere"
+    command = ["attack", str(copied), "--attacks", "linkage", "--out"]
+    assert main([*command, str(tmp_path / "before")]) == 0
+    for client in ("0", "1"):
+        (kept / client).mkdir(parents=True)
+        for name in ("releases", "ledger.jsonl"):
+            shutil.move(copied / "clients" / client / name, kept / client / name)
+    assert refused([*command, str(tmp_path / "missed")], "have no release there", capsys)
+    assert main([*command, str(tmp_path / "after"), "--releases", str(kept)]) == 0
+    before, after = (
+        json.loads((tmp_path / name / "attacks.json").read_text())["attacks"][0]["linkage"]
+        for name in ("before", "after")
+    )
+    assert before == after
+
+
 def test_an_interrupted_attack_goes_on(finished: dict[str, Path], tmp_path: Path) -> None:
     def works() -> Any:
         return plan_run(
