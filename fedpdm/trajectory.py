@@ -118,7 +118,8 @@ class _Recorder:
         # A coarse model of the paper's chain draws releases, which are images times this.
         self.release_factor = self._abar(chain.options["t0"]) ** 0.5 if two_chains else 1.0
         self._share: torch.Tensor | None = None
-        if (share := chain.options.get("coarse_share")) is not None:
+        share = chain.options.get("coarse_share")
+        if share is not None and chain.coarse is not None and chain.fine is not None:
             place = torch.where(labels == NO_LABEL, len(share) - 1, labels)
             self._share = share.to(chain.device)[place].view(-1, 1, 1, 1)
         self._before: torch.Tensor | None = None  # the other model's answer at this t

@@ -130,6 +130,16 @@ def test_guidance_and_mixture_are_part_of_what_is_expected() -> None:
         assert (image == level(float(share[label]))).all()
 
 
+@pytest.mark.parametrize("role", ["coarse", "fine"])
+def test_one_model_alone_is_not_mixed_whatever_the_share(role: str) -> None:
+    """Baselines of one model are sampled under the same config, which may have a share."""
+    models = {"coarse": None, "fine": None, role: constant(0.5)}
+    share = torch.tensor([0.25, 0.5, 1.0, 0.5])
+    states = record_states(chain(**models, coarse_share=share), LABELS, seed=0)
+    assert [state.stage for state in states] == [role] * 20 + ["image"]
+    assert all((s.estimate == level(0.5)).all() for s in states[:-1] if s.estimate is not None)
+
+
 def test_equal_seeds_draw_equal_noise_and_others_do_not() -> None:
     one = chain(None, constant(0.0))
     first = record_states(one, LABELS, seed=0)[0].noisy
