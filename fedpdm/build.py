@@ -68,7 +68,7 @@ class ImageSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class ReleasePlan:
-    """How each client's images are to be released."""
+    """How each client's images are to be released; of a baseline that releases none, t0 is T."""
 
     t0: int
     clip_norm: float
@@ -183,7 +183,9 @@ def client_images(
 def build_release_plan(config: RunConfig, schedule: NoiseSchedule, spec: ImageSpec) -> ReleasePlan:
     """t0 from the budget, or the budget from t0."""
     section = config.privacy
-    if section.t0 is not None:
+    if not config.has_release:
+        t0 = schedule.num_steps
+    elif section.t0 is not None:
         t0 = section.t0
     else:
         assert section.epsilon is not None
@@ -195,7 +197,8 @@ def build_release_plan(config: RunConfig, schedule: NoiseSchedule, spec: ImageSp
             accounting=section.accounting,
             max_t0=schedule.num_steps - (config.coarse.objective == "truncated"),
         )
-    if config.coarse.objective == "truncated" and t0 >= schedule.num_steps:
+    truncated = config.has_release and config.coarse.objective == "truncated"
+    if truncated and t0 >= schedule.num_steps:
         raise ConfigError(
             f"coarse.objective: truncated needs t0 < T, got t0 = T = {t0}; lower "
             "privacy.clip_norm, raise privacy.epsilon, or use noise_to_noise"

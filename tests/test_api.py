@@ -117,6 +117,15 @@ def test_a_release_is_made_once_and_accounted_for(
         fedpdm.release(config, clients[1], tmp_path / "store", client=1)
 
 
+def test_the_config_of_a_baseline_releases_nothing(
+    clients: tuple[ImageSet, ...], tmp_path: Path
+) -> None:
+    for section in ({"training": "none"}, {"images": "raw"}):
+        with pytest.raises(ConfigError, match=r"coarse: images \w+, training \w+ releases nothing"):
+            fedpdm.release(settings(coarse=section), clients[0], tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+
+
 def test_only_releases_reach_the_coarse_model(
     clients: tuple[ImageSet, ...], tmp_path: Path
 ) -> None:

@@ -12,6 +12,8 @@ import torch
 
 from fedpdm import wire
 from fedpdm.batches import raw_coarse_batch_loss
+from fedpdm.build import build_image_spec, build_release_plan, build_schedule
+from fedpdm.calibration import UnreachableEpsilonError
 from fedpdm.config import RunConfig
 from fedpdm.dpsgd import DpSgdSettings, PrivateTrainer, dp_sgd_noise_multiplier
 from fedpdm.engines.inprocess import run_in_process
@@ -239,6 +241,25 @@ def test_no_baseline_makes_a_release(
     rounds = json.loads((out / "metrics.json").read_text())["rounds"]
     assert [c["num_released"] for record in rounds for c in record["clients"]] == [0] * 4
     assert len(left_over(finished["pfdm"][1])) == 8
+
+
+@pytest.mark.parametrize("kind", BASELINES)
+def test_a_budget_that_no_release_reaches_is_no_matter(
+    monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Only the run with a release is calibrated, and refused."""
+    asked: list[int] = []
+
+    def out_of_reach(*_: Any, **__: Any) -> int:
+        asked.append(1)
+        raise UnreachableEpsilonError("out of reach")
+
+    monkeypatch.setattr("fedpdm.build.calibrate_t0", out_of_reach)
+    config, spec = baseline(kind), build_image_spec(baseline(kind))
+    assert build_release_plan(config, build_schedule(config), spec).t0 == 1000
+    assert not asked
+    with pytest.raises(UnreachableEpsilonError):
+        build_release_plan(baseline("pfdm"), build_schedule(config), spec)
 
 
 # --- What is left behind --------------------------------------------------------------------

@@ -14,7 +14,7 @@ from fedpdm.build import (
     client_images,
     load_split,
 )
-from fedpdm.config import RunConfig, config_from_mapping
+from fedpdm.config import ConfigError, RunConfig, config_from_mapping
 from fedpdm.config.reading import read_mapping
 from fedpdm.config.suite import merge
 from fedpdm.data import ImageSet
@@ -72,9 +72,15 @@ def release(
         allow_new_release: noise known images once more if the settings differ; else refused.
 
     Raises:
+        ConfigError: (a `ValueError`) for the config of a baseline, which releases nothing.
         StoreError: (a `ValueError`) for a store of another client or data set, a damaged one, or a
             second release that is not allowed; the store is as it was.
     """
+    if not config.has_release:
+        raise ConfigError(
+            f"coarse: images {config.coarse.images}, training {config.coarse.training} releases "
+            "nothing; must be released, and trained somewhere"
+        )
     schedule = build_schedule(config)
     plan = build_release_plan(config, schedule, build_image_spec(config, images))
     request = build_release_request(
