@@ -8,6 +8,7 @@ import io
 import json
 import math
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -394,11 +395,15 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened.finish({}, HISTORY)
     assert said == []
     (log,) = (tmp_path / "trackers" / "wandb").rglob("*.wandb")
+    records: list[Any] = []
+    until = time.monotonic() + 60.0  # wandb's own process writes, and may be behind
+    while not any(each.HasField("exit") for each in records) and time.monotonic() < until:
+        time.sleep(0.05)
+        data = leveldb_records(log.read_bytes()[7:], first=7)
+        records = [wandb_internal_pb2.Record.FromString(each) for each in data]
     logged: dict[str, Any] = {}
     name = ""
-    for data in leveldb_records(log.read_bytes()[7:], first=7):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
+    for record in records:
         if record.run.display_name:
             name = record.run.display_name
         for item in record.history.item:
