@@ -281,6 +281,16 @@ def test_a_distance_is_called_fid_for_fids_features_alone(folder: Path) -> None:
     assert cells_of(text, "our own")[2] == "7.00"
 
 
+def test_gaps_are_of_the_seeds_that_all_three_have(folder: Path) -> None:
+    """An easy seed that only two methods ran would otherwise count as a gap closed."""
+    for seed, levels in ((0, {"alone": 10, "ours": 10, "centralised": 6}), (1, {"alone": 30})):
+        for method, level in levels.items():
+            put(folder, result(method, seed, [level], [level]))
+    text = suite_tables(load_suite(folder / "toy.yaml"), "cpu", folder / "results")
+    gaps = [line for line in text.splitlines() if line.startswith("Gap closed")]
+    assert gaps == [f"Gap closed, {g} distance: our own 0.00." for g in ("majority", "minority")]
+
+
 def test_features_are_not_mixed(folder: Path) -> None:
     put(folder, result("ours", 0, [7], [15]))
     put(folder, result("alone", 0, [7], [15], features="pixels-32"))

@@ -127,7 +127,7 @@ def suite_tables(suite: Suite, profile: str, results: Path, *, markdown: bool = 
     if description := suite.profile(profile).description:
         lines += [f"{description}.", ""]
     lines += _layout(head, body, markdown=markdown)
-    lines += ["", *_gaps(suite, table, columns), ""]
+    lines += ["", *_gaps(suite, found, table, columns), ""]
     for name in suite.ablations:
         lines += _ablation(suite, name, folder, markdown=markdown)
     seen = [(suite.method(m).title, suite.method(m).trust) for m in suite.table]
@@ -153,22 +153,28 @@ def _floor(found: Sequence[dict[str, Any]], columns: Sequence[Column]) -> Row:
     return rows(floors, ["floor"], columns)[0]
 
 
-def _gaps(suite: Suite, table: Sequence[Row], columns: Sequence[Column]) -> list[str]:
-    """Share of the gap between training alone and centralised training that each method closes."""
-    cells = {row.method: row.cells for row in table}
-    if "alone" not in cells or "centralised" not in cells:
-        return []
+def _gaps(
+    suite: Suite, found: Sequence[dict[str, Any]], table: Sequence[Row], columns: Sequence[Column]
+) -> list[str]:
+    """Share of the gap between training alone and centralised training that each method closes.
+
+    Seeds differ by more than methods do: of each method, those that all three have are compared.
+    """
+    ran = {row.method: set(row.seeds) for row in table}
     lines = []
     for index, column in enumerate(columns):
         if not column.title.endswith(("distance", "FID")):
             continue
         parts = []
-        for row in table:
-            if row.method in ("alone", "centralised"):
+        for method, seeds in ran.items():
+            if method in ("alone", "centralised"):
                 continue
-            gap = gap_closed(cells["alone"][index], row.cells[index], cells["centralised"][index])
+            common = seeds & ran.get("alone", set()) & ran.get("centralised", set())
+            same = [result for result in found if result["seed"] in common]
+            alone, own, central = rows(same, ("alone", method, "centralised"), columns)
+            gap = gap_closed(alone.cells[index], own.cells[index], central.cells[index])
             if gap is not None:
-                parts.append(f"{suite.method(row.method).title} {gap:.2f}")
+                parts.append(f"{suite.method(method).title} {gap:.2f}")
         if parts:
             lines.append(f"Gap closed, {column.title}: {'; '.join(parts)}.")
             lines.append("")
