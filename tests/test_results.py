@@ -251,7 +251,7 @@ def test_gaps_closed(folder: Path) -> None:
     fill(folder)
     text = suite_tables(load_suite(folder / "toy.yaml"), "cpu", folder / "results")
     gaps = [line for line in text.splitlines() if line.startswith("Gap closed")]
-    majority, minority = (10 - 7.5) / (10 - 6), (21 - 16.5) / (21 - 10)
+    majority, minority = (10 - 7.5) / (10 - 5), (20 - 16.5) / (20 - 10)  # at seed 0
     assert gaps == [
         f"Gap closed, majority distance: our own {majority:.2f}.",
         f"Gap closed, minority distance: our own {minority:.2f}.",
