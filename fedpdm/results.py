@@ -1,7 +1,8 @@
 """Results of experiments: one JSON file per method and seed, and the tables made from them.
 
 `experiments/results/SUITE-PROFILE/METHOD-seedK.json`; of an ablation, one folder deeper,
-`SUITE-PROFILE/ABLATION/VARIANT/`. Beside each lies an .npz with some samples.
+`SUITE-PROFILE/ABLATION/VARIANT/`, unless the variant changes nothing: then it is the table's own.
+Beside each lies an .npz with some samples.
 """
 
 from __future__ import annotations
@@ -16,7 +17,18 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Column", "Row", "cell_text", "describe_machine", "gap_closed", "load_results", "rows"]
+from fedpdm.config.suite import Ablation
+
+__all__ = [
+    "Column",
+    "Row",
+    "cell_text",
+    "describe_machine",
+    "gap_closed",
+    "load_results",
+    "load_variants",
+    "rows",
+]
 
 MISSING = "-"
 
@@ -70,6 +82,15 @@ def load_results(folder: Path) -> list[dict[str, Any]]:
             found.append(json.loads(path.read_text()))
         except ValueError as error:
             raise ValueError(f"{path}: is not JSON: {error}") from None
+    return found
+
+
+def load_variants(folder: Path, name: str, ablation: Ablation) -> dict[str, list[dict[str, Any]]]:
+    """Of each variant, the results of the ablation's methods, in the order of the suite."""
+    found = {}
+    for variant in ablation.variants:
+        where = folder / name / variant if ablation.variant(variant) else folder
+        found[variant] = [r for r in load_results(where) if r["method"] in ablation.methods]
     return found
 
 

@@ -118,6 +118,18 @@ def test_variants_and_methods_asked_for_are_the_only_cells(folder: Path) -> None
     assert [cell.variant for cell in everything] == sorted(variants) * 2
 
 
+def test_a_variant_that_changes_nothing_is_the_tables_own_cell(folder: Path) -> None:
+    variants: dict[str, Any] = {"1": {"privacy": {"epsilon": 1}}, "as it is": {}}
+    path = write_suite(folder, ablations={"epsilon": {"methods": ["ours"], "variants": variants}})
+    parser = argparse.ArgumentParser()
+    add_experiment_parser(parser.add_subparsers())
+    suite, words = load_suite(path), ["experiment", str(path), "--seeds", "0"]
+    own = plan_cells(suite, parser.parse_args([*words, *methods("ours")]))
+    ablation = plan_cells(suite, parser.parse_args([*words, "--ablation", "epsilon"]))
+    assert ablation[1:] == own
+    assert ablation[0].folder == own[0].folder / "epsilon" / "1"
+
+
 First = tuple[Path, int, str, str]
 
 

@@ -307,11 +307,13 @@ def test_ablation_section(folder: Path) -> None:
     suite = load_suite(folder / "toy.yaml")
     text = suite_tables(suite, "cpu", folder / "results")
     section = text[text.index("Ablation: privacy") :].splitlines()
-    table = [re.split(r"\s{2,}", line) for line in section[2:4]]
+    table = [re.split(r"\s{2,}", line) for line in section[2:6]]
     assert table[0][:4] == ["epsilon", "method", "seeds", "majority distance"]
     assert "minutes" not in table[0]
-    assert table[1][:4] == ["10", "our own", "2", f"5.50 ± {statistics.stdev([5, 6]):.2f}"]
-    assert section[4:6] == ["", "Not run: alone 1, ours 1, alone 10."]
+    assert table[1][:4] == ["1", "solo", "3", "10.00 ± 0.00"]  # changes nothing: the table's own
+    assert table[2][:4] == ["1", "our own", "1", "7.50"]
+    assert table[3][:4] == ["10", "our own", "2", f"5.50 ± {statistics.stdev([5, 6]):.2f}"]
+    assert section[6:8] == ["", "Not run: alone 10."]
     assert {len(row) for row in table} == {len(table[0])}
 
 
@@ -321,7 +323,7 @@ def test_ablation_names_its_features_whatever_variant_was_run(folder: Path) -> N
     suite = load_suite(folder / "toy.yaml")
     text = suite_tables(suite, "cpu", folder / "results")
     assert "majority FID" in text[text.index("Ablation: privacy") :]
-    put(folder, result("ours", 0, [5], [6]), "epsilon", "1")
+    put(folder, result("alone", 0, [5], [6]), "epsilon", "10")
     with pytest.raises(ValueError, match=f"different features: {FID}, trained-64"):
         suite_tables(suite, "cpu", folder / "results")
 
@@ -374,7 +376,7 @@ def test_page(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert {len(row) for row in table} == {len(table[0])}
         assert set(table[1]) == {"---"}
     assert len(tables[0]) == 2 + 3 + 1
-    assert len(tables[1]) == 2 + 1  # the rest is named below it
+    assert len(tables[1]) == 2 + 3  # of which two are the table's own; the rest is named below
     assert "Not run: alone 1, ours 1, alone 10." in page
     assert str(folder) not in page
     picture = re.search(r"!\[samples\]\((results/toy-cpu\.png)\)", page)

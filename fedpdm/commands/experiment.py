@@ -102,9 +102,7 @@ def run_experiment(options: argparse.Namespace) -> int:
         failed = _run_all(todo, jobs=options.jobs)
     if options.json:
         folder = options.results / f"{suite.name}-{options.profile}"
-        if options.ablation:
-            folder /= options.ablation
-        _print_json(suite, options.profile, folder, failed)
+        _print_json(suite, options.profile, folder, options.ablation, failed)
     else:
         from fedpdm.commands.tables import suite_tables
 
@@ -115,20 +113,20 @@ def run_experiment(options: argparse.Namespace) -> int:
 
 
 def _print_json(
-    suite: Suite, profile: str, folder: Path, failed: Sequence[tuple[str, str]]
+    suite: Suite,
+    profile: str,
+    folder: Path,
+    ablation: str | None,
+    failed: Sequence[tuple[str, str]],
 ) -> None:
-    """The results in `folder` and, of an ablation, in its variants' folders."""
-    from fedpdm.results import load_results
+    """The results in `folder` or, of an ablation, of its variants."""
+    from fedpdm.results import load_results, load_variants
 
-    folders = [folder, *sorted(path for path in folder.glob("*") if path.is_dir())]
-    results = {
-        str(path.relative_to(folder)): load_results(path) for path in folders if path.is_dir()
-    }
     facts = {
         "suite": suite.name,
         "profile": profile,
-        "results": results.pop(".", []),
-        "variants": results,
+        "results": [] if ablation else load_results(folder),
+        "variants": load_variants(folder, ablation, suite.ablation(ablation)) if ablation else {},
         "failed": [{"cell": title, "error": line} for title, line in failed],
     }
     print(json.dumps(facts, indent=1))
@@ -153,6 +151,8 @@ def plan_cells(suite: Suite, options: argparse.Namespace) -> list[Cell]:
     cells = []
     for seed in seeds:
         for variant, change in variants:
+            if not change:
+                variant = None  # the table's own cell, which need not run twice
             for method in methods:
                 config = suite.compose(
                     options.profile, method, seed=seed, overrides=[change, overrides],
@@ -164,7 +164,7 @@ def plan_cells(suite: Suite, options: argparse.Namespace) -> list[Cell]:
                         profile=options.profile,
                         method=method,
                         seed=seed,
-                        ablation=options.ablation,
+                        ablation=options.ablation if variant else None,
                         variant=variant,
                         clients=size.clients,
                         config=config,

@@ -9,7 +9,7 @@ from typing import Any
 from fedpdm.commands.terminal import tell
 from fedpdm.config import ConfigError, Suite, load_paper_values, load_suite
 from fedpdm.config.reading import read_mapping
-from fedpdm.results import Column, Row, cell_text, gap_closed, load_results, rows
+from fedpdm.results import Column, Row, cell_text, gap_closed, load_results, load_variants, rows
 
 __all__ = ["add_tables_parser", "suite_tables"]
 
@@ -183,13 +183,9 @@ def _gaps(
 
 def _ablation(suite: Suite, name: str, folder: Path, *, markdown: bool) -> list[str]:
     ablation = suite.ablation(name)
-    root = folder / name
-    if not root.is_dir():
+    if not (folder / name).is_dir():
         return []
-    found = {
-        variant: load_results(root / variant) if (root / variant).is_dir() else []
-        for variant in ablation.variants
-    }
+    found = load_variants(folder, name, ablation)
     every = [result for results in found.values() for result in results]
     columns = [c for c in _columns(every) if c.title not in ("minutes",)]
     head = [name, "method", "seeds", *[column.title for column in columns]]
