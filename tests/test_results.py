@@ -41,6 +41,7 @@ SUITE = {
     "ablations": {
         "epsilon": {
             "title": "privacy",
+            "gaps": True,
             "methods": ["alone", "ours"],
             "variants": {"1": {}, "10": {"privacy": {"epsilon": 10}}},
         }
@@ -313,7 +314,11 @@ def test_ablation_section(folder: Path) -> None:
     assert table[1][:4] == ["1", "solo", "3", "10.00 ± 0.00"]  # changes nothing: the table's own
     assert table[2][:4] == ["1", "our own", "1", "7.50"]
     assert table[3][:4] == ["10", "our own", "2", f"5.50 ± {statistics.stdev([5, 6]):.2f}"]
-    assert section[6:8] == ["", "Not run: alone 10."]
+    assert [line for line in section[6:] if line] == [
+        "Gap closed, majority distance: our own, 1: 0.50; our own, 10: 1.00.",
+        f"Gap closed, minority distance: our own, 1: 0.35; our own, 10: {14.5 / 10.5:.2f}.",
+        "Not run: alone 10.",
+    ]
     assert {len(row) for row in table} == {len(table[0])}
 
 

@@ -127,7 +127,11 @@ def suite_tables(suite: Suite, profile: str, results: Path, *, markdown: bool = 
     if description := suite.profile(profile).description:
         lines += [f"{description}.", ""]
     lines += _layout(head, body, markdown=markdown)
-    lines += ["", *_gaps(suite, found, table, columns), ""]
+    compared = [
+        (suite.method(method).title, method, [r for r in found if r["method"] == method])
+        for method in suite.table
+    ]
+    lines += ["", *_gaps(found, compared, columns), ""]
     for name in suite.ablations:
         lines += _ablation(suite, name, folder, markdown=markdown)
     seen = [(suite.method(m).title, suite.method(m).trust) for m in suite.table]
@@ -154,27 +158,31 @@ def _floor(found: Sequence[dict[str, Any]], columns: Sequence[Column]) -> Row:
 
 
 def _gaps(
-    suite: Suite, found: Sequence[dict[str, Any]], table: Sequence[Row], columns: Sequence[Column]
+    found: Sequence[dict[str, Any]],
+    compared: Sequence[tuple[str, str, Sequence[dict[str, Any]]]],
+    columns: Sequence[Column],
 ) -> list[str]:
-    """Share of the gap between training alone and centralised training that each method closes.
+    """Share of the gap between training alone and centralised training that is closed.
 
-    Seeds differ by more than methods do: of each method, those that all three have are compared.
+    `found` holds these two, `compared` (name, method, results) each. Seeds differ by more than
+    methods do: of each method, those that all three have are compared.
     """
-    ran = {row.method: set(row.seeds) for row in table}
+    pair = ("alone", "centralised")
+    ends = [{r["seed"] for r in found if r["method"] == method} for method in pair]
     lines = []
     for index, column in enumerate(columns):
         if not column.title.endswith(("distance", "FID")):
             continue
         parts = []
-        for method, seeds in ran.items():
-            if method in ("alone", "centralised"):
+        for name, method, results in compared:
+            if method in pair:
                 continue
-            common = seeds & ran.get("alone", set()) & ran.get("centralised", set())
-            same = [result for result in found if result["seed"] in common]
-            alone, own, central = rows(same, ("alone", method, "centralised"), columns)
+            common = {r["seed"] for r in results}.intersection(*ends)
+            own = rows([r for r in results if r["seed"] in common], [method], columns)[0]
+            alone, central = rows([r for r in found if r["seed"] in common], pair, columns)
             gap = gap_closed(alone.cells[index], own.cells[index], central.cells[index])
             if gap is not None:
-                parts.append(f"{suite.method(method).title} {gap:.2f}")
+                parts.append(f"{name} {gap:.2f}")
         if parts:
             lines.append(f"Gap closed, {column.title}: {'; '.join(parts)}.")
             lines.append("")
@@ -190,17 +198,21 @@ def _ablation(suite: Suite, name: str, folder: Path, *, markdown: bool) -> list[
     columns = [c for c in _columns(every) if c.title not in ("minutes",)]
     head = [name, "method", "seeds", *[column.title for column in columns]]
     body: list[list[str]] = []
-    missing = []
+    missing, compared = [], []
     for variant, results in found.items():
         for row in rows(results, ablation.methods, columns):
             values = [cell_text(v, c.digits) for v, c in zip(row.cells, columns, strict=True)]
             if row.seeds:
                 title = suite.method(row.method).title
                 body.append([variant, title, str(len(row.seeds)), *values])
+                own = [r for r in results if r["method"] == row.method]
+                compared.append((f"{title}, {variant}:", row.method, own))
             else:
                 missing.append(f"{row.method} {variant}")
     title = f"Ablation: {ablation.title}"
     lines = [f"### {title}" if markdown else title, "", *_layout(head, body, markdown=markdown), ""]
+    if ablation.gaps:
+        lines += _gaps(load_results(folder), compared, columns)
     return [*lines, f"Not run: {', '.join(missing)}.", ""] if missing else lines
 
 

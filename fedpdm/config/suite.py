@@ -60,6 +60,7 @@ class Ablation:
     title: str = key("", "in tables")
     methods: tuple[str, ...] = key((), "which")
     variants: dict[str, Any] = field(default_factory=dict)
+    gaps: bool = key(False, "show gaps closed: variants change neither alone nor centralised")
 
     def variant(self, name: str) -> Mapping[str, Any]:
         """What the variant changes."""
