@@ -175,8 +175,7 @@ def test_uploads_with_next_to_no_noise_are_reconstructed(controls: Any) -> None:
     [
         ("loss on x", "overfitted", {"value": 0.91, "low": 0.6}, True),
         ("loss on x", "overfitted", {"value": 0.89, "low": 0.88}, False),
-        ("pian on x", "overfitted", {"value": 0.6, "low": 0.51}, True),
-        ("pian on x", "overfitted", {"value": 0.95, "low": 0.5}, False),
+        ("pian on x", "overfitted", {"value": 0.6, "low": 0.51}, False),
         ("gsa on x", "never saw them", {"value": 0.55, "low": 0.5}, True),
         ("pian on x", "never saw them", {"value": 0.55, "low": 0.51}, False),
         ("memorisation by x", "overfitted", 0.5, True),

@@ -157,19 +157,14 @@ def _kept_weights(path: Path, recipe: Mapping[str, str]) -> dict[str, torch.Tens
 def as_it_must_be(done: WorkDone) -> bool:
     """Whether an attack succeeded on the overfitted model, or failed on the other one.
 
-    Membership: an AUC of at least 0.9, against an interval that does not lie above 0.5. PIAN need
-    only be above chance: it rescales what a network that knows an image answers to it without
-    noise, and the better it knows the image, the less there is to rescale. Memorisation: at least
-    half of the samples are flagged, against fewer than half.
+    Membership: an AUC of at least 0.9, against an interval that does not lie above 0.5.
+    Memorisation: at least half of the samples are flagged, against fewer than half.
     """
     overfitted = done.work.target == OVERFITTED
     if done.work.group == "memorisation":
         return bool((done.result["pixels"]["flagged_fraction"] >= 0.5) == overfitted)
     auc = done.result["scores"]["auc"]
-    if not overfitted:
-        return bool(auc["low"] <= 0.5)
-    weak = done.work.name.startswith("pian ")
-    return bool(auc["low"] > 0.5 if weak else auc["value"] >= 0.9)
+    return bool(auc["value"] >= 0.9 if overfitted else auc["low"] <= 0.5)
 
 
 def draw_samples(

@@ -56,8 +56,8 @@ def run_controls(options: argparse.Namespace) -> int:
     )
     what = (
         f"Two models, each trained on {options.images} 8x8 digits for {options.steps} steps: one "
-        "on the members, overfitted on purpose, where every attack must reach an AUC of 0.9 (PIAN: "
-        "be above chance) and half of the samples be flagged as copies, and one on other digits, "
+        "on the members, overfitted on purpose, where every attack must reach an AUC of 0.9 "
+        "and half of the samples be flagged as copies, and one on other digits, "
         "where no 95% interval of an AUC may lie above 0.5 and fewer may be flagged."
     )
     failed = 0
