@@ -95,7 +95,7 @@ RULES: tuple[Rule, ...] = (
     Here(r"fedpdm attack audit", ("--canaries", "100", "--shape", "1x8x8", *FIXED)),
     Here(r"fedpdm attack controls", ("--images", "20", "--steps", "5", "--samples", "40",
                                      "--attacks", "loss"), (0, 1)),
-    Never(r"fedpdm attack runs/experiments/", "the run of an experiment: minutes to hours"),
+    Never(r"fedpdm attack '?runs/experiments/", "the run of an experiment: minutes to hours"),
     Here(r"fedpdm attack --unet ", ("--attacks", "loss")),
     Here(r"fedpdm attack .*--public", ("--public", "digits", "--public-steps", "2", "--attacks",
                                        "reconstruction", *ATTACK)),
