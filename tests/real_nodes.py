@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import datetime
 import ipaddress
+import itertools
 import json
 import os
 import signal
@@ -167,11 +168,18 @@ def deployed(config: RunConfig, folder: Path, **sections: dict[str, Any]) -> Run
 # --- Processes ------------------------------------------------------------------------------
 
 
+# Below the range from which the kernel takes the ports of outgoing connections: one that is free
+# now is not taken a moment later by another node's connection. None is handed out twice.
+_FIRST = 20_000 + 11 * os.getpid() % 10_000
+_PORTS = itertools.cycle(range(_FIRST, _FIRST + 2_000))
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    for port in _PORTS:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no free port")
 
 
 def wait_until(
