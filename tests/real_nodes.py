@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import datetime
 import ipaddress
-import itertools
 import json
 import os
 import signal
@@ -171,7 +170,7 @@ def deployed(config: RunConfig, folder: Path, **sections: dict[str, Any]) -> Run
 # Below the range from which the kernel takes the ports of outgoing connections: one that is free
 # now is not taken a moment later by another node's connection. None is handed out twice.
 _FIRST = 20_000 + 11 * os.getpid() % 10_000
-_PORTS = itertools.cycle(range(_FIRST, _FIRST + 2_000))
+_PORTS = iter(range(_FIRST, _FIRST + 2_000))
 
 
 def free_port() -> int:
