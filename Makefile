@@ -58,7 +58,7 @@ audit: install ## attack the release as clients make it: linkage and one-run aud
 	$(BIN)/fedpdm attack audit --canaries 5000
 
 deploy-test: install ## 3 nodes over gRPC with TLS, one killed, one coordinator restart, under 10 minutes
-	$(BIN)/python -m tests.deploy_run
+	$(BIN)/python -m tests.deployment.deploy_run
 
 test-faults: install ## deployed federations with faults, real processes: about half an hour
 	$(BIN)/python -m pytest -m faults

@@ -68,10 +68,11 @@ def client_memory() -> dict[str, Any]:
     from clients.local import LocalClient
     from clients.pfdm_client import PFDMClient
     from fedpdm import wire
-    from fedpdm.build import build_denoiser, build_image_spec
     from fedpdm.data import ImageSet
-    from fedpdm.releases import ReleaseStore
-    from fedpdm.store import ClientStore
+    from fedpdm.data.spec import build_image_spec
+    from fedpdm.privacy.releases import ReleaseStore
+    from fedpdm.setup.build import build_denoiser
+    from fedpdm.storage.client_store import ClientStore
 
     training = {"preset": "paper", "steps_per_round": 2, "batch_size": 1}
     config = fedpdm.config.config_from_mapping(

@@ -121,19 +121,15 @@ def _bare_loop(config: RunConfig, share: float = 1.0) -> float:
     import numpy as np
     import torch
 
-    from fedpdm.batches import coarse_batch_loss, fine_batch_loss
-    from fedpdm.build import (
-        build_denoiser,
-        build_image_spec,
-        build_optimizer_settings,
-        build_release_plan,
-        build_schedule,
-        load_split,
-    )
     from fedpdm.data import normalize
-    from fedpdm.mechanism import release
-    from fedpdm.noise import SeededNoise
-    from fedpdm.training import Trainer
+    from fedpdm.data.loading import load_split
+    from fedpdm.data.spec import build_image_spec
+    from fedpdm.diffusion.training import Trainer
+    from fedpdm.privacy.mechanism import release
+    from fedpdm.privacy.noise import SeededNoise
+    from fedpdm.privacy.planning import build_release_plan
+    from fedpdm.setup.build import build_denoiser, build_optimizer_settings, build_schedule
+    from fedpdm.setup.losses import coarse_batch_loss, fine_batch_loss
 
     images = load_split(config, "train")
     spec, schedule = build_image_spec(config, images), build_schedule(config)

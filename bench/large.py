@@ -48,9 +48,10 @@ def _measure(part: str, encoding: str, folder: Path) -> dict[str, Any]:
 
     from bench.cases import resident
     from fedpdm import wire
-    from fedpdm.build import build_denoiser, build_image_spec, build_schedule
     from fedpdm.config import config_from_mapping
-    from fedpdm.types import CoarseUpdate
+    from fedpdm.data.spec import build_image_spec
+    from fedpdm.setup.build import build_denoiser, build_schedule
+    from fedpdm.wire.types import CoarseUpdate
     from strategies.averaging import OrderedMean
 
     config = config_from_mapping(

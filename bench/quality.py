@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fedpdm.data import ImageSet
-    from fedpdm.evaluation import ImageJudge
+    from fedpdm.evaluation.measures import ImageJudge
 
 __all__ = ["compute_to_quality"]
 
@@ -56,7 +56,7 @@ def compute_to_quality() -> dict[str, Any]:
     pixels. MNIST is left out where FEDPDM_DATA is not set.
     """
     from fedpdm.data import load_image_set
-    from fedpdm.evaluation import ImageJudge
+    from fedpdm.evaluation.measures import ImageJudge
 
     sets: dict[str, dict[str, Any]] = {
         "digits": {
@@ -104,8 +104,8 @@ BATCH = 32
 def _denoiser(recipe: Recipe, images: ImageSet) -> Any:
     import torch
 
-    from fedpdm.denoisers import Denoiser, DenoiserSpec
-    from fedpdm.schedule import make_schedule
+    from fedpdm.diffusion.denoisers import Denoiser, DenoiserSpec
+    from fedpdm.diffusion.schedule import make_schedule
 
     torch.manual_seed(0)
     spec = DenoiserSpec(
@@ -140,11 +140,11 @@ def _train(
     import torch
 
     from fedpdm.data import denormalize, normalize
-    from fedpdm.evaluation import group_labels
-    from fedpdm.objectives import denoising_loss
-    from fedpdm.sampling import sample_in_batches
-    from fedpdm.schedule import make_schedule
-    from fedpdm.training import OptimizerSettings, Trainer, load_named, select_device
+    from fedpdm.diffusion.objectives import denoising_loss
+    from fedpdm.diffusion.sampling import sample_in_batches
+    from fedpdm.diffusion.schedule import make_schedule
+    from fedpdm.diffusion.training import OptimizerSettings, Trainer, load_named, select_device
+    from fedpdm.evaluation.measures import group_labels
 
     train, schedule, device = images["train"], make_schedule("linear"), select_device()
     model = _denoiser(recipe, train)

@@ -17,14 +17,14 @@ def release_seeded() -> dict[str, Any]:
     """MB/s of float32 input that a simulation releases."""
     import numpy as np
 
-    from fedpdm.noise import SeededNoise
+    from fedpdm.privacy.noise import SeededNoise
 
     return _speed(lambda: SeededNoise(np.random.SeedSequence(0)))
 
 
 def release_secure() -> dict[str, Any]:
     """MB/s of float32 input that a deployed client releases."""
-    from fedpdm.noise import SystemNoise
+    from fedpdm.privacy.noise import SystemNoise
 
     return _speed(SystemNoise)
 
@@ -37,8 +37,8 @@ def _speed(noise: Callable[[], Any]) -> dict[str, Any]:
     import numpy as np
     import torch
 
-    from fedpdm.mechanism import release
-    from fedpdm.schedule import make_schedule
+    from fedpdm.diffusion.schedule import make_schedule
+    from fedpdm.privacy.mechanism import release
 
     os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[0]})
     torch.set_num_threads(1)
@@ -71,9 +71,9 @@ def release_memory() -> dict[str, Any]:
     import numpy as np
 
     from fedpdm.data import ImageSet
-    from fedpdm.mechanism import SystemNoise, release_parameters
-    from fedpdm.releases import ReleaseRequest, ReleaseStore
-    from fedpdm.schedule import make_schedule
+    from fedpdm.diffusion.schedule import make_schedule
+    from fedpdm.privacy.mechanism import SystemNoise, release_parameters
+    from fedpdm.privacy.releases import ReleaseRequest, ReleaseStore
 
     rng = np.random.default_rng(0)
     images = ImageSet(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from fedpdm.schedule import NoiseSchedule
+    from fedpdm.diffusion.schedule import NoiseSchedule
 
 __all__ = ["KernelDensity", "sampling"]
 
@@ -51,11 +51,14 @@ def sampling() -> dict[str, Any]:
     import torch
 
     from bench.federation import _config
-    from fedpdm.build import build_image_spec, build_release_plan, build_schedule, load_split
     from fedpdm.data import denormalize, normalize
-    from fedpdm.evaluation import ImageJudge, group_labels
-    from fedpdm.mechanism import clip_l2
-    from fedpdm.sampling import sample
+    from fedpdm.data.loading import load_split
+    from fedpdm.data.spec import build_image_spec
+    from fedpdm.diffusion.sampling import sample
+    from fedpdm.evaluation.measures import ImageJudge, group_labels
+    from fedpdm.privacy.mechanism import clip_l2
+    from fedpdm.privacy.planning import build_release_plan
+    from fedpdm.setup.build import build_schedule
 
     config = _config(num_clients=4, steps=1)
     train, test = load_split(config, "train"), load_split(config, "test")

@@ -26,9 +26,10 @@ def server_memory() -> dict[str, Any]:
     from flwr.server.client_proxy import ClientProxy
 
     from bench.cases import resident
-    from fedpdm.build import build_denoiser, build_image_spec, build_schedule
     from fedpdm.config import AggregationConfig, config_from_mapping
-    from fedpdm.runs import RunDirectory
+    from fedpdm.data.spec import build_image_spec
+    from fedpdm.setup.build import build_denoiser, build_schedule
+    from fedpdm.storage.run_directory import RunDirectory
     from strategies.fedavg import CoarseFedAvg
     from strategies.roster import ServerSettings
     from strategies.streaming import StreamingServer

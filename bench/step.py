@@ -25,10 +25,10 @@ def training_step() -> dict[str, Any]:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from fedpdm.denoisers import Denoiser, DenoiserSpec
-    from fedpdm.objectives import denoising_loss, truncated_loss
-    from fedpdm.schedule import make_schedule
-    from fedpdm.training import OptimizerSettings, Trainer, select_device
+    from fedpdm.diffusion.denoisers import Denoiser, DenoiserSpec
+    from fedpdm.diffusion.objectives import denoising_loss, truncated_loss
+    from fedpdm.diffusion.schedule import make_schedule
+    from fedpdm.diffusion.training import OptimizerSettings, Trainer, select_device
 
     device = select_device()
     on_gpu = device.type == "cuda"

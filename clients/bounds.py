@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from clients.failures import Refusal
-from fedpdm.acceptance import acceptance_of
-from fedpdm.codedigest import code_digest
 from fedpdm.config import ConfigError, RunConfig
 from fedpdm.data import ImageSet
-from fedpdm.policy import NodePolicy, PolicyError, check_config, check_total, load_policy
-from fedpdm.releases import ReleaseRequest, ReleaseStore
+from fedpdm.deployment.acceptance import acceptance_of
+from fedpdm.deployment.code_digest import code_digest
+from fedpdm.deployment.policy import NodePolicy, PolicyError, check_config, check_total, load_policy
+from fedpdm.privacy.releases import ReleaseRequest, ReleaseStore
 
 __all__ = ["check_release", "check_run", "flag", "node_policy"]
 

@@ -7,8 +7,8 @@ from flwr.common import Context
 
 from clients.failures import ClientError, failure_line
 from clients.local import is_deployed, open_local_client
+from clients.masking import secure_mod
 from clients.pfdm_client import PFDMClient
-from clients.secure import secure_mod
 
 __all__ = ["app", "client_fn"]
 

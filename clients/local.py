@@ -12,24 +12,19 @@ import numpy as np
 
 from clients.bounds import check_run, flag, node_policy
 from clients.failures import Refusal
-from fedpdm.acceptance import config_digest
-from fedpdm.build import (
-    ImageSpec,
-    build_image_spec,
-    build_partitions,
-    client_images,
-    load_split,
-    split_heldout,
-)
 from fedpdm.config import ConfigError, RunConfig, config_from_json, config_to_json
 from fedpdm.data import ImageSet
-from fedpdm.members import MemberRecord, record_images
-from fedpdm.partition import ClientPartition
-from fedpdm.policy import NodePolicy
-from fedpdm.releases import ReleaseStore
-from fedpdm.runs import RunDirectory
-from fedpdm.runtime import new_release_allowed, release_path, run_config_of, run_root
-from fedpdm.store import ClientStore
+from fedpdm.data.client_images import client_images, split_heldout
+from fedpdm.data.loading import build_partitions, load_split
+from fedpdm.data.members import MemberRecord, record_images
+from fedpdm.data.partition import ClientPartition
+from fedpdm.data.spec import ImageSpec, build_image_spec
+from fedpdm.deployment.acceptance import config_digest
+from fedpdm.deployment.policy import NodePolicy
+from fedpdm.privacy.releases import ReleaseStore
+from fedpdm.setup.flower_config import new_release_allowed, release_path, run_config_of, run_root
+from fedpdm.storage.client_store import ClientStore
+from fedpdm.storage.run_directory import RunDirectory
 
 __all__ = ["LocalClient", "is_deployed", "open_local_client"]
 

@@ -24,14 +24,14 @@ from clients.samples import measure_images
 from clients.training import LocalTraining
 from clients.workers import WriteBehind
 from fedpdm import wire
-from fedpdm.denoisers import Denoiser
-from fedpdm.evaluation import mean_loss
-from fedpdm.files import StoreError
-from fedpdm.mechanism import select
+from fedpdm.diffusion.denoisers import Denoiser
+from fedpdm.diffusion.training import load_named
+from fedpdm.evaluation.measures import mean_loss
+from fedpdm.privacy.mechanism import select
+from fedpdm.privacy.types import ReleasedDataset
 from fedpdm.rng import Purpose
-from fedpdm.store import Reply
-from fedpdm.training import load_named
-from fedpdm.types import ReleasedDataset
+from fedpdm.storage.client_store import Reply
+from fedpdm.storage.files import StoreError
 
 __all__ = ["PFDMClient"]
 

@@ -8,12 +8,13 @@ import numpy as np
 import torch
 
 from clients.local import LocalClient
-from fedpdm.build import ReleasePlan, coarse_share, sampler_options
 from fedpdm.data import denormalize
-from fedpdm.denoisers import DenoisingFunction
-from fedpdm.evaluation import ImageJudge, group_labels, merge_named
-from fedpdm.sampling import sample_in_batches
-from fedpdm.schedule import NoiseSchedule
+from fedpdm.diffusion.denoisers import DenoisingFunction
+from fedpdm.diffusion.sampling import sample_in_batches
+from fedpdm.diffusion.schedule import NoiseSchedule
+from fedpdm.evaluation.measures import ImageJudge, group_labels, merge_named
+from fedpdm.privacy.planning import ReleasePlan
+from fedpdm.setup.build import coarse_share, sampler_options
 
 __all__ = ["measure_images"]
 

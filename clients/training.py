@@ -18,21 +18,19 @@ from clients.local import LocalClient
 from clients.progress import count_progress, work_progress
 from clients.workers import WriteBehind, borrowed
 from fedpdm import wire
-from fedpdm.batches import coarse_batch_loss, fine_batch_loss, raw_coarse_batch_loss
-from fedpdm.build import (
-    ImageSpec,
-    ReleasePlan,
-    build_release_plan,
-    build_release_request,
-    build_schedule,
-)
 from fedpdm.config import RunConfig
-from fedpdm.denoisers import Denoiser
+from fedpdm.data.members import save_members
+from fedpdm.data.spec import ImageSpec
+from fedpdm.diffusion.denoisers import Denoiser
+from fedpdm.diffusion.schedule import NoiseSchedule
+from fedpdm.diffusion.training import BatchLoss, Progress, Trainer, class_weights, select_device
+from fedpdm.privacy.planning import ReleasePlan, build_release_plan, build_release_request
+from fedpdm.privacy.statement import client_statement, plain_text
+from fedpdm.privacy.types import ReleasedDataset
 from fedpdm.rng import Purpose, torch_generator
-from fedpdm.schedule import NoiseSchedule
-from fedpdm.statement import client_statement, plain_text
-from fedpdm.training import BatchLoss, Progress, Trainer, class_weights, select_device
-from fedpdm.types import CoarseUpdate, ReleasedDataset
+from fedpdm.setup.build import build_schedule
+from fedpdm.setup.losses import coarse_batch_loss, fine_batch_loss, raw_coarse_batch_loss
+from fedpdm.wire.types import CoarseUpdate
 
 __all__ = ["LocalTraining"]
 
@@ -132,7 +130,9 @@ class LocalTraining:
     def record_members(self, role: str, basis: str) -> None:
         """Note in the store that a model is trained on the images at `train`, in this form."""
         if self.local.members is not None:
-            self.local.store.save_members(self.local.members.with_model(role, basis))
+            save_members(
+                self.local.store.root / "members.json", self.local.members.with_model(role, basis)
+            )
 
     def train_coarse(
         self,

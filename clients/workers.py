@@ -18,11 +18,11 @@ from typing import Any, Self
 import torch
 
 from clients.local import LocalClient
-from fedpdm.build import build_denoiser, build_dp_sgd, build_optimizer_settings
-from fedpdm.denoisers import Denoiser
-from fedpdm.dpsgd import PrivateTrainer
-from fedpdm.schedule import NoiseSchedule
-from fedpdm.training import Trainer
+from fedpdm.diffusion.denoisers import Denoiser
+from fedpdm.diffusion.schedule import NoiseSchedule
+from fedpdm.diffusion.training import Trainer
+from fedpdm.privacy.dpsgd import PrivateTrainer
+from fedpdm.setup.build import build_denoiser, build_dp_sgd, build_optimizer_settings
 
 __all__ = ["KEPT_BYTES", "WriteBehind", "borrowed"]
 

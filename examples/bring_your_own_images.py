@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 import fedpdm
-from fedpdm.export import sample_grid
+from fedpdm.publishing.export import sample_grid
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("images", type=Path, help="CLASS/*.png, or train/CLASS/* and test/CLASS/*")

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 import fedpdm
-from fedpdm.pictures import draw_image_grid
+from fedpdm.reporting.pictures import draw_image_grid
 
 out = Path(sys.argv[1] if len(sys.argv) > 1 else "quickstart")
 config = fedpdm.configure(

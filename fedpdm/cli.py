@@ -214,8 +214,8 @@ def _leave(*_: object) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from fedpdm.export import export_pipeline
-    from fedpdm.runs import RunDirectory
+    from fedpdm.publishing.export import export_pipeline
+    from fedpdm.storage.run_directory import RunDirectory
 
     path = export_pipeline(RunDirectory(options.run), client_id=options.client, out=options.out)
     line = f"pipeline of client {options.client} written to {path}"
@@ -223,7 +223,7 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _sample(options: argparse.Namespace) -> None:
-    from fedpdm.export import sample_grid
+    from fedpdm.publishing.export import sample_grid
 
     sample_grid(
         options.pipeline,

@@ -3,7 +3,7 @@
 Every stream derives from `SeedSequence(seed, spawn_key=(purpose, client, round, chunk))`
 (numpy's documented way to independent streams), so the same seed repeats a run exactly and each
 component changes the draw. The noise of a private release does *not* come from here outside
-simulation: see `fedpdm.mechanism`.
+simulation: see `fedpdm.privacy.mechanism`.
 """
 
 from __future__ import annotations

@@ -13,11 +13,13 @@ import torch
 from flwr.common import NDArrays, Parameters, ndarrays_to_parameters
 
 from fedpdm import wire
-from fedpdm.batches import raw_coarse_batch_loss
-from fedpdm.build import ImageSpec, build_partitions, client_images, load_split
 from fedpdm.config import RunConfig
-from fedpdm.members import MemberRecord, record_images
-from fedpdm.training import BatchLoss
+from fedpdm.data.client_images import client_images
+from fedpdm.data.loading import build_partitions, load_split
+from fedpdm.data.members import MemberRecord, record_images
+from fedpdm.data.spec import ImageSpec
+from fedpdm.diffusion.training import BatchLoss
+from fedpdm.setup.losses import raw_coarse_batch_loss
 from strategies.answers import ClientAnswer
 from strategies.coarse import CoarseStrategy
 from strategies.server_training import CoarseServerTraining

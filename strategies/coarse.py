@@ -28,9 +28,8 @@ from flwr.server.client_proxy import ClientProxy
 from flwr.server.strategy import Strategy
 
 from fedpdm import wire
-from fedpdm.memory import release_free_memory
-from fedpdm.runs import RunDirectory
-from fedpdm.trackers import RunTrackers
+from fedpdm.reporting.trackers import RunTrackers
+from fedpdm.storage.run_directory import RunDirectory
 from strategies.answers import (
     ClientAnswer,
     accepted_metrics,
@@ -43,6 +42,7 @@ from strategies.answers import (
     mean_loss,
     one_line,
 )
+from strategies.memory import release_free_memory
 from strategies.roster import ClientFailure, Roster, ServerSettings
 from strategies.rounds import RunAccount
 

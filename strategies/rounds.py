@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from fedpdm.trackers import RunTrackers
+from fedpdm.reporting.trackers import RunTrackers
 from strategies.answers import ClientAnswer, mean_metrics, round_line
 from strategies.roster import ClientFailure, ServerSettings
 

@@ -9,26 +9,21 @@ from typing import Any
 from flwr.common import Context
 from flwr.server import ServerApp, ServerAppComponents, ServerConfig, SimpleClientManager
 
-from fedpdm.build import (
-    ImageSpec,
-    build_denoiser,
-    build_image_spec,
-    build_partitions,
-    build_release_plan,
-    build_schedule,
-    load_split,
-)
 from fedpdm.config import RunConfig
-from fedpdm.releases import ReleaseStore
-from fedpdm.reporting import RunLog, draw_split, finish_run
-from fedpdm.runs import RunDirectory
-from fedpdm.runtime import is_resumed, release_path, run_config_of, run_root
-from fedpdm.trackers import open_trackers
+from fedpdm.data.loading import build_partitions, load_split
+from fedpdm.data.spec import ImageSpec, build_image_spec
+from fedpdm.privacy.planning import build_release_plan
+from fedpdm.privacy.releases import ReleaseStore
+from fedpdm.reporting.run_files import RunLog, draw_split, finish_run
+from fedpdm.reporting.trackers import open_trackers
+from fedpdm.setup.build import build_denoiser, build_schedule
+from fedpdm.setup.flower_config import is_resumed, release_path, run_config_of, run_root
+from fedpdm.storage.run_directory import RunDirectory
 from strategies.baselines import CentralisedTraining, TrainingAlone
 from strategies.coarse import CoarseStrategy
 from strategies.fedavg import CoarseFedAvg
 from strategies.roster import ServerSettings
-from strategies.secure import SecureFedAvg, SecureServer
+from strategies.secure_aggregation import SecureFedAvg, SecureServer
 from strategies.server_training import CoarseServerTraining
 from strategies.streaming import StreamingServer
 

@@ -17,24 +17,49 @@ import torch
 from flwr.common import NDArrays, Parameters, ndarrays_to_parameters
 
 from fedpdm import wire
-from fedpdm.batches import coarse_batch_loss
-from fedpdm.build import (
-    ImageSpec,
+from fedpdm.config import RunConfig
+from fedpdm.data.spec import ImageSpec
+from fedpdm.diffusion.training import BatchLoss, Trainer, class_weights, select_device
+from fedpdm.privacy.mechanism import (
+    release_metadata,
+    release_parameters,
+    restore_release,
+    same_release,
+)
+from fedpdm.privacy.planning import build_release_plan
+from fedpdm.privacy.types import ReleasedDataset
+from fedpdm.rng import Purpose, torch_generator
+from fedpdm.setup.build import (
     build_denoiser,
     build_optimizer_settings,
-    build_release_plan,
     build_schedule,
     server_steps_per_round,
 )
-from fedpdm.config import RunConfig
-from fedpdm.mechanism import release_parameters, same_release
-from fedpdm.rng import Purpose, torch_generator
-from fedpdm.training import BatchLoss, Trainer, class_weights, select_device
-from fedpdm.types import ReleasedDataset
+from fedpdm.setup.losses import coarse_batch_loss
+from fedpdm.storage.run_directory import RunDirectory
 from strategies.answers import ClientAnswer
 from strategies.coarse import CoarseStrategy, Weights
 
 __all__ = ["CoarseServerTraining"]
+
+
+def keep_release(run: RunDirectory, client_id: int, released: ReleasedDataset) -> None:
+    """Keep what a client uploaded in the run directory."""
+    metadata = release_metadata(
+        released.parameters,
+        released.event,
+        noise_source=released.noise_source,
+        seeded=released.seeded,
+    )
+    run.save_upload(client_id, {"x_tilde": released.x_tilde, "labels": released.labels}, metadata)
+
+
+def kept_releases(run: RunDirectory) -> list[ReleasedDataset]:
+    """All uploads, in the order of client ids; `ValueError` for one that is malformed."""
+    return [
+        restore_release(tensors["x_tilde"], tensors["labels"], metadata)
+        for tensors, metadata in run.load_uploads()
+    ]
 
 
 class CoarseServerTraining(CoarseStrategy):
@@ -73,7 +98,7 @@ class CoarseServerTraining(CoarseStrategy):
             message, who=f"client {answer.client_id}", client_id=answer.client_id
         )
         self._check(released, answer)
-        self._run.save_release(answer.client_id, released)
+        keep_release(self._run, answer.client_id, released)
         self._accepted.append(answer.client_id)
 
     def begin(self, round: int, clients: Collection[int]) -> None:
@@ -87,7 +112,7 @@ class CoarseServerTraining(CoarseStrategy):
 
     def abandon(self) -> None:
         for client_id in self._accepted:
-            self._run.drop_release(client_id)
+            self._run.drop_upload(client_id)
 
     def _check(self, released: ReleasedDataset, answer: ClientAnswer) -> None:
         """`wire.WireError` for a release that is not what was asked for."""
@@ -155,7 +180,7 @@ class CoarseServerTraining(CoarseStrategy):
 
     def _collected(self) -> ReleasedDataset:
         """All clients' releases as one, in the order of client ids."""
-        parts = self._run.load_releases()
+        parts = kept_releases(self._run)
         if not parts:
             raise wire.WireError("server training: no release was collected")
         return join_releases(parts)

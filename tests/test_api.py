@@ -14,12 +14,12 @@ import torch
 
 import fedpdm
 import fedpdm.api
-from fedpdm.accountant import epsilon_spent
-from fedpdm.build import build_schedule
 from fedpdm.config import ConfigError, RunConfig, config_from_mapping
 from fedpdm.data import ImageSet
-from fedpdm.files import StoreError
-from fedpdm.mechanism import release_event
+from fedpdm.privacy.accountant import epsilon_spent
+from fedpdm.privacy.mechanism import release_event
+from fedpdm.setup.build import build_schedule
+from fedpdm.storage.files import StoreError
 
 
 def settings(**sections: Any) -> RunConfig:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from bench.federation import _bare_loop, _config, _run
-from fedpdm.training import Trainer
+from fedpdm.diffusion.training import Trainer
 
 
 def test_the_bare_loop_takes_the_steps_of_the_federation(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,6 @@ from fedpdm.api.running import attack_model as attack_model
 from fedpdm.api.running import attack_uploads as attack_uploads
 from fedpdm.api.running import export_client as export_client
 from fedpdm.api.running import run as run
-from fedpdm.calibration import calibrate as calibrate
-from fedpdm.export import load_pipeline as load_pipeline
-from fedpdm.schedule import make_schedule as make_schedule
+from fedpdm.diffusion.schedule import make_schedule as make_schedule
+from fedpdm.privacy.calibration import calibrate as calibrate
+from fedpdm.publishing.export import load_pipeline as load_pipeline

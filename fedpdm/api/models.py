@@ -8,24 +8,12 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from fedpdm.batches import coarse_batch_loss, fine_batch_loss
-from fedpdm.build import (
-    ImageSpec,
-    build_denoiser,
-    build_image_spec,
-    build_optimizer_settings,
-    build_release_plan,
-    build_schedule,
-    coarse_share,
-    sampler_options,
-)
 from fedpdm.config import ConfigError, RunConfig
 from fedpdm.data import DATASETS, ImageSet, denormalize
-from fedpdm.denoisers import Denoiser
-from fedpdm.mechanism import same_release
-from fedpdm.rng import Purpose, torch_generator
-from fedpdm.sampling import sample_in_batches
-from fedpdm.training import (
+from fedpdm.data.spec import ImageSpec, build_image_spec
+from fedpdm.diffusion.denoisers import Denoiser
+from fedpdm.diffusion.sampling import sample_in_batches
+from fedpdm.diffusion.training import (
     BatchLoss,
     Progress,
     Trainer,
@@ -33,7 +21,18 @@ from fedpdm.training import (
     load_named,
     select_device,
 )
-from fedpdm.types import ReleasedDataset
+from fedpdm.privacy.mechanism import same_release
+from fedpdm.privacy.planning import build_release_plan
+from fedpdm.privacy.types import ReleasedDataset
+from fedpdm.rng import Purpose, torch_generator
+from fedpdm.setup.build import (
+    build_denoiser,
+    build_optimizer_settings,
+    build_schedule,
+    coarse_share,
+    sampler_options,
+)
+from fedpdm.setup.losses import coarse_batch_loss, fine_batch_loss
 
 __all__ = ["sample", "spec_of", "train_coarse", "train_fine"]
 

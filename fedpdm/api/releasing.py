@@ -5,21 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fedpdm.build import (
-    build_image_spec,
-    build_partitions,
-    build_release_plan,
-    build_release_request,
-    build_schedule,
-    client_images,
-    load_split,
-)
 from fedpdm.config import ConfigError, RunConfig, config_from_mapping
 from fedpdm.config.reading import read_mapping
 from fedpdm.config.suite import merge
 from fedpdm.data import ImageSet
-from fedpdm.releases import ReleaseStore, SpentBudget
-from fedpdm.types import ReleasedDataset
+from fedpdm.data.client_images import client_images
+from fedpdm.data.loading import build_partitions, load_split
+from fedpdm.data.spec import build_image_spec
+from fedpdm.privacy.planning import build_release_plan, build_release_request
+from fedpdm.privacy.releases import ReleaseStore, SpentBudget
+from fedpdm.privacy.types import ReleasedDataset
+from fedpdm.setup.build import build_schedule
 
 __all__ = ["account", "configure", "load_images", "release", "share_out"]
 

@@ -10,19 +10,15 @@ import torch
 
 from fedpdm.api.models import spec_of
 from fedpdm.api.releasing import PathLike, release
-from fedpdm.build import (
-    ClientImages,
-    build_release_plan,
-    build_schedule,
-    coarse_share,
-    sampler_options,
-)
 from fedpdm.config import RunConfig
 from fedpdm.data import ImageSet
-from fedpdm.denoisers import Denoiser
-from fedpdm.export import export_pipeline
-from fedpdm.runs import RunDirectory
-from fedpdm.synthesis import Synthesizer
+from fedpdm.data.client_images import ClientImages
+from fedpdm.diffusion.denoisers import Denoiser
+from fedpdm.evaluation.synthesis import Synthesizer
+from fedpdm.privacy.planning import build_release_plan
+from fedpdm.publishing.export import export_pipeline
+from fedpdm.setup.build import build_schedule, coarse_share, sampler_options
+from fedpdm.storage.run_directory import RunDirectory
 
 if TYPE_CHECKING:
     from fedpdm.attacks.linkage import LinkageSummary
@@ -84,7 +80,7 @@ def attack_model(
     Raises:
         ValueError: for an unknown attack, or a target that the models do not make up.
     """
-    from fedpdm.attacking.models import run_targets
+    from fedpdm.attacks.jobs.models import run_targets
     from fedpdm.attacks.membership import run_membership
 
     model = coarse or fine

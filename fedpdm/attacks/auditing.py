@@ -21,7 +21,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpdm.accountant import compose, epsilon_spent
 from fedpdm.attacks.bounds import epsilon_of_mu, independent_p_value, mu_of_epsilon
 from fedpdm.attacks.canaries import (
     CanaryGame,
@@ -45,9 +44,10 @@ from fedpdm.attacks.noisechecks import (
     check_suspects,
 )
 from fedpdm.data import ImageSet
-from fedpdm.mechanism import implied_event
-from fedpdm.noise import NoiseSource
-from fedpdm.types import ReleasedDataset
+from fedpdm.privacy.accountant import compose, epsilon_spent
+from fedpdm.privacy.mechanism import implied_event
+from fedpdm.privacy.noise import NoiseSource
+from fedpdm.privacy.types import ReleasedDataset
 
 __all__ = ["AuditReport", "audit", "residuals"]
 

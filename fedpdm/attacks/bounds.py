@@ -33,8 +33,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special, stats
 
-from fedpdm.accountant import epsilon_spent, multiplier_for
-from fedpdm.types import GaussianEvent
+from fedpdm.privacy.accountant import epsilon_spent, multiplier_for
+from fedpdm.privacy.types import GaussianEvent
 
 __all__ = [
     "best_num_guesses",

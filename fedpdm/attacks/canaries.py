@@ -35,7 +35,7 @@ from fedpdm.attacks.likelihood import (
     sigma_of,
 )
 from fedpdm.data import ImageSet
-from fedpdm.types import ReleasedDataset
+from fedpdm.privacy.types import ReleasedDataset
 
 __all__ = [
     "CanaryGame",

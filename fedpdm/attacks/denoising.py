@@ -27,9 +27,9 @@ from dataclasses import dataclass
 import torch
 
 from fedpdm.attacks.membership.targets import AttackTarget, noise_like
-from fedpdm.denoisers import NO_LABEL
-from fedpdm.sampling import refine
-from fedpdm.schedule import q_sample_from
+from fedpdm.diffusion.denoisers import NO_LABEL
+from fedpdm.diffusion.sampling import refine
+from fedpdm.diffusion.schedule import q_sample_from
 
 __all__ = ["METHODS", "Reconstructor"]
 

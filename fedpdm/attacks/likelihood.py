@@ -18,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 
 from fedpdm.data import normalize
-from fedpdm.mechanism import clip_l2
-from fedpdm.types import ReleasedDataset, ReleaseParameters
+from fedpdm.privacy.mechanism import clip_l2
+from fedpdm.privacy.types import ReleasedDataset, ReleaseParameters
 
 __all__ = ["Array", "check_release", "chunks", "clipped_means", "log_likelihood_ratios", "sigma_of"]
 

@@ -35,7 +35,7 @@ from fedpdm.attacks.likelihood import (
 )
 from fedpdm.attacks.roc import auc, auc_interval, tpr_at_fpr
 from fedpdm.data import ImageSet
-from fedpdm.types import ReleasedDataset, ReleaseParameters
+from fedpdm.privacy.types import ReleasedDataset, ReleaseParameters
 
 __all__ = [
     "LinkageResult",

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from fedpdm.metrics import search_copies
+from fedpdm.evaluation.metrics import search_copies
 
 __all__ = [
     "ControlJudgement",

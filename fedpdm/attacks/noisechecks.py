@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from scipy import special, stats
 
 from fedpdm.attacks.likelihood import chunks
-from fedpdm.noise import GRID, NoiseSource
+from fedpdm.privacy.noise import GRID, NoiseSource
 
 __all__ = [
     "SIGNIFICANCE",

@@ -1,7 +1,8 @@
 """The Bayes-optimal estimate of an image from a noisy one, where the prior is known.
 
-For a Gaussian mixture it is `fedpdm.gmm.MixtureDenoiser`. Here the prior is a finite public set:
-one of M known images x_j, equally likely. The clipped images c_j are what noise was added to, so
+For a Gaussian mixture it is `fedpdm.diffusion.gmm.MixtureDenoiser`. Here the prior is a finite
+public set: one of M known images x_j, equally likely. The clipped images c_j are what noise was
+added to, so
 
     p(j | x_t) ~ exp(-||x_t / sqrt(abar_t) - c_j||^2 / (2 sigma_t^2)),
     sigma_t^2 = (1 - abar_t) / abar_t,
@@ -16,8 +17,8 @@ import math
 
 import torch
 
-from fedpdm.mechanism import clip_l2
-from fedpdm.schedule import NoiseSchedule
+from fedpdm.diffusion.schedule import NoiseSchedule
+from fedpdm.privacy.mechanism import clip_l2
 
 __all__ = ["CandidateDenoiser"]
 

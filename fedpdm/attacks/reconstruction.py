@@ -32,8 +32,8 @@ from fedpdm.attacks.recovery import (
     structural_similarity,
 )
 from fedpdm.data import normalize
-from fedpdm.mechanism import clip_l2
-from fedpdm.types import ReleasedDataset
+from fedpdm.privacy.mechanism import clip_l2
+from fedpdm.privacy.types import ReleasedDataset
 
 __all__ = [
     "ReconstructionResult",

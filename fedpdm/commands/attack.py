@@ -209,7 +209,7 @@ def _draw(result: LinkageResult, path: Path, facts: dict[str, Any]) -> None:
     from scipy import special
 
     from fedpdm.attacks import linkage_roc, roc_points
-    from fedpdm.pictures import draw_roc
+    from fedpdm.reporting.pictures import draw_roc
 
     fpr = np.geomspace(1e-6, 1.0, 400)[:-1]
     ratio = 2.0 * facts["clip_norm"] / facts["sigma"]
@@ -236,8 +236,8 @@ def run_audit(options: argparse.Namespace) -> int:
     import numpy as np
 
     from fedpdm.attacks import audit, draw_game
-    from fedpdm.build import build_noise
     from fedpdm.engines.one_client import upload_releases
+    from fedpdm.privacy.planning import build_noise
 
     config = _config(options)
     shift = 0.0 if options.shift is None else options.shift
@@ -306,7 +306,7 @@ def _audit_text(report: AuditReport, options: argparse.Namespace) -> str:
 
 def _tell(options: argparse.Namespace, name: str, facts: dict[str, Any], text: str) -> None:
     """Print the result as text or JSON, and write it where asked."""
-    from fedpdm.files import write_atomic
+    from fedpdm.storage.files import write_atomic
 
     if options.out is not None:
         write_atomic(options.out / name, (json.dumps(facts, indent=1) + "\n").encode())

@@ -39,8 +39,8 @@ def run_controls(options: argparse.Namespace) -> int:
     """The action of `attack controls`: 0 if every attack is as it must be, else 1."""
     check_numbers(options, "seed", "images", "steps", "samples")
     from clients.progress import work_progress
-    from fedpdm.attacking.controls import as_it_must_be, plan_controls
-    from fedpdm.attacking.plan import chosen_attacks
+    from fedpdm.attacks.jobs.controls import as_it_must_be, plan_controls
+    from fedpdm.attacks.jobs.plan import chosen_attacks
 
     names, groups = chosen_attacks(options.attacks)
     if options.attacks and groups:

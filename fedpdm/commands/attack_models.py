@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from fedpdm.config import ConfigError
 
 if TYPE_CHECKING:
-    from fedpdm.attacking.running import Work, WorkDone
+    from fedpdm.attacks.jobs.running import Work, WorkDone
     from fedpdm.data import ImageSet
-    from fedpdm.runs import RunDirectory
+    from fedpdm.storage.run_directory import RunDirectory
 
 __all__ = [
     "add_model_attacks",
@@ -118,8 +118,8 @@ def finish_attacks(
     options: argparse.Namespace, works: Sequence[Work], title: str, facts: dict[str, Any]
 ) -> list[WorkDone]:
     """Make the attacks, write what a reader gets into --out; results in the order of `works`."""
-    from fedpdm.attacking.report import write_report
-    from fedpdm.attacking.running import run_works
+    from fedpdm.attacks.jobs.report import write_report
+    from fedpdm.attacks.jobs.running import run_works
 
     done = run_works(works, options.out, say=_say)
     path = write_report(done, options.out, title=title, facts={"seed": options.seed, **facts})
@@ -134,8 +134,8 @@ def _of_run(options: argparse.Namespace) -> tuple[list[Work], str, dict[str, Any
     clients = _numbers(options.clients)
     if options.members or options.non_members:
         raise ConfigError("--members, --non-members: are for --unet; a run has recorded its own")
-    from fedpdm.attacking.plan import chosen_attacks, plan_run
-    from fedpdm.runs import RunDirectory
+    from fedpdm.attacks.jobs.plan import chosen_attacks, plan_run
+    from fedpdm.storage.run_directory import RunDirectory
 
     attacks = chosen_attacks(options.attacks)
     run = RunDirectory(options.run)
@@ -176,9 +176,9 @@ def _public_set(options: argparse.Namespace, run: RunDirectory) -> ImageSet:
     """The look-alike set at the run's size; grey images become colour ones where that is needed."""
     import numpy as np
 
-    from fedpdm.build import build_image_spec
     from fedpdm.commands.public_images import open_public_images
     from fedpdm.data import ImageSet
+    from fedpdm.data.spec import build_image_spec
 
     spec = build_image_spec(run.config())
     source = open_public_images(options.public, option="--public", resolution=spec.resolution)
@@ -200,11 +200,11 @@ def _of_unet(options: argparse.Namespace) -> tuple[list[Work], str, dict[str, An
         raise ConfigError("--unet: needs --members and --non-members")
     import numpy as np
 
-    from fedpdm.attacking.plan import chosen_attacks
-    from fedpdm.attacking.unet import file_digest, open_unet, unet_subjects
-    from fedpdm.attacking.works import membership_work, seed_of
+    from fedpdm.attacks.jobs.model_attacks import membership_work, seed_of
+    from fedpdm.attacks.jobs.plan import chosen_attacks
+    from fedpdm.attacks.jobs.unet import file_digest, open_unet, unet_subjects
     from fedpdm.attacks.membership import ATTACKS, MIN_FITTED
-    from fedpdm.training import select_device
+    from fedpdm.diffusion.training import select_device
 
     names, groups = chosen_attacks(options.attacks)
     if options.attacks and groups:

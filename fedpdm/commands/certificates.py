@@ -69,7 +69,7 @@ def add_certificates_parser(commands: Any) -> None:
 
 
 def _ca(options: argparse.Namespace) -> None:
-    from fedpdm.certificates import make_authority
+    from fedpdm.deployment.certificates import make_authority
 
     made = make_authority(options.out, name=options.name, days=options.days)
     key = made.with_suffix(".key")
@@ -81,7 +81,7 @@ def _ca(options: argparse.Namespace) -> None:
 
 
 def _server(options: argparse.Namespace) -> None:
-    from fedpdm.certificates import make_server
+    from fedpdm.deployment.certificates import make_server
 
     made = make_server(options.ca, options.out, names=options.names, days=options.days)
     tell(
@@ -93,7 +93,7 @@ def _server(options: argparse.Namespace) -> None:
 
 
 def _node(options: argparse.Namespace) -> None:
-    from fedpdm.certificates import make_node
+    from fedpdm.deployment.certificates import make_node
 
     made = make_node(options.ca, options.out, client_id=options.client, days=options.days)
     key = made.with_suffix(".key")
@@ -102,7 +102,7 @@ def _node(options: argparse.Namespace) -> None:
 
 
 def _request(options: argparse.Namespace) -> None:
-    from fedpdm.certificates import make_request
+    from fedpdm.deployment.certificates import make_request
 
     made = make_request(options.out, client_id=options.client)
     key = made.with_suffix(".key")
@@ -114,7 +114,7 @@ def _request(options: argparse.Namespace) -> None:
 
 
 def _sign(options: argparse.Namespace) -> None:
-    from fedpdm.certificates import sign_request
+    from fedpdm.deployment.certificates import sign_request
 
     made = sign_request(
         options.ca, options.request, options.out, client_id=options.client, days=options.days

@@ -40,9 +40,9 @@ def add_evaluate_parser(commands: Any) -> None:
 def run_evaluate(options: argparse.Namespace) -> None:
     """Score, print a table, and write JSON where asked."""
     clients = _numbers(options.clients, "--clients")
-    from fedpdm.assessment import assess_run, handover_curve
-    from fedpdm.files import write_atomic
-    from fedpdm.runs import RunDirectory
+    from fedpdm.evaluation.assessment import assess_run, handover_curve
+    from fedpdm.storage.files import write_atomic
+    from fedpdm.storage.run_directory import RunDirectory
 
     run = RunDirectory(options.run)
     scores: Any

@@ -91,8 +91,8 @@ def run_experiment(options: argparse.Namespace) -> int:
         if cells:
             done = len(cells) - len(todo)
             print(f"{suite.name}, {options.profile}: {len(cells)} cells, {done} done before")
-            from fedpdm.assessment import check_scoring
             from fedpdm.engines.preflight import check_run
+            from fedpdm.evaluation.assessment import check_scoring
 
             sets = {(c.config.data, c.config.partition, c.config.evaluation): c for c in todo}
             for cell in sets.values():
@@ -120,7 +120,7 @@ def _print_json(
     failed: Sequence[tuple[str, str]],
 ) -> None:
     """The results in `folder` or, of an ablation, of its variants."""
-    from fedpdm.results import load_results, load_variants
+    from fedpdm.reporting.results import load_results, load_variants
 
     facts = {
         "suite": suite.name,

@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from fedpdm.assessment import assess_run
 from fedpdm.config import RunConfig, config_from_mapping, config_to_json
-from fedpdm.files import write_atomic
-from fedpdm.results import describe_machine
-from fedpdm.runs import RunDirectory
+from fedpdm.evaluation.assessment import assess_run
+from fedpdm.reporting.results import describe_machine
+from fedpdm.storage.files import write_atomic
+from fedpdm.storage.run_directory import RunDirectory
 
 __all__ = ["Cell", "finished", "public_config", "run_cell"]
 

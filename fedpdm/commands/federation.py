@@ -195,8 +195,8 @@ def _run(options: argparse.Namespace) -> int:
 
 def _submit(options: argparse.Namespace, config: RunConfig, out: Path) -> None:
     """Check the run and, unless only that was asked for, follow it to its end."""
-    from fedpdm.engines.deployed_preflight import check_deployed_run
-    from fedpdm.engines.deployment import run_deployed
+    from fedpdm.engines.deployed.coordinator import run_deployed
+    from fedpdm.engines.deployed.preflight import check_deployed_run
 
     superlink = _superlink(options)
     superlink.require_running()
@@ -213,7 +213,7 @@ def _submit(options: argparse.Namespace, config: RunConfig, out: Path) -> None:
 
 
 def _status(options: argparse.Namespace) -> int:
-    from fedpdm.engines.coordinator_status import describe, status_of
+    from fedpdm.engines.deployed.status import describe, status_of
 
     status = status_of(_superlink(options))
     print(json.dumps(status, indent=1) if options.json else describe(status))

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedpdm.ledger import Record, ReleaseRecord
-    from fedpdm.releases import ReleaseStore
+    from fedpdm.privacy.ledger import Record, ReleaseRecord
+    from fedpdm.privacy.releases import ReleaseStore
 
 __all__ = ["add_ledger_parser"]
 
@@ -52,7 +52,7 @@ def find_ledgers(directory: Path) -> list[Path]:
 
 def run_ledger(options: argparse.Namespace) -> None:
     """The command's action. `ValueError` with one line for a ledger that does not check out."""
-    from fedpdm.releases import ReleaseStore
+    from fedpdm.privacy.releases import ReleaseStore
 
     stores = [ReleaseStore(path) for path in find_ledgers(options.directory)]
     if options.head:

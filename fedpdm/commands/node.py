@@ -15,7 +15,7 @@ from fedpdm.commands.resolving import DEPLOYED_OVERRIDES, add_overrides
 from fedpdm.commands.terminal import progress_aside, tell
 
 if TYPE_CHECKING:
-    from fedpdm.node import NodeReport, NodeSettings
+    from fedpdm.deployment.node import NodeReport, NodeSettings
 
 __all__ = ["add_node_parser"]
 
@@ -88,7 +88,7 @@ def add_node_parser(commands: Any) -> None:
 
 
 def _settings(options: argparse.Namespace) -> NodeSettings:
-    from fedpdm.node import NodeSettings
+    from fedpdm.deployment.node import NodeSettings
 
     values = {}
     for name, variable in VARIABLES.items():
@@ -107,7 +107,7 @@ def _settings(options: argparse.Namespace) -> NodeSettings:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from fedpdm.node import check_node
+    from fedpdm.deployment.node import check_node
 
     report = check_node(_settings(options), timeout=options.timeout)
     accepted = None
@@ -126,10 +126,10 @@ def _check(options: argparse.Namespace) -> int:
 
 def _accept(report: NodeReport) -> str:
     """Record the operator's acceptance in the ledger, and the statement beside it."""
-    from fedpdm.acceptance import accept
-    from fedpdm.codedigest import code_digest
-    from fedpdm.files import write_atomic
-    from fedpdm.node.statement import images_sha256
+    from fedpdm.deployment.acceptance import accept
+    from fedpdm.deployment.code_digest import code_digest
+    from fedpdm.deployment.node.statement import images_sha256
+    from fedpdm.storage.files import write_atomic
 
     assert report.store is not None
     assert report.statement is not None
@@ -176,7 +176,7 @@ def _as_json(report: NodeReport) -> dict[str, Any]:
 
 
 def _start(options: argparse.Namespace) -> int:
-    from fedpdm.engines.node import prepare_node
+    from fedpdm.engines.deployed.node import prepare_node
     from fedpdm.engines.supervision import run_node
 
     settings = _settings(options)
@@ -199,8 +199,8 @@ def _start(options: argparse.Namespace) -> int:
 
 def _invite(options: argparse.Namespace) -> None:
     from fedpdm.config import load_config
-    from fedpdm.files import write_atomic
-    from fedpdm.invitation import make_invitation
+    from fedpdm.deployment.invitation import make_invitation
+    from fedpdm.storage.files import write_atomic
 
     config = load_config(options.experiment, [*options.overrides, "run.simulation=false"])
     write_atomic(options.out.absolute(), make_invitation(config).encode())
@@ -209,7 +209,7 @@ def _invite(options: argparse.Namespace) -> None:
 
 
 def _digest(options: argparse.Namespace) -> None:
-    from fedpdm.codedigest import code_digest
+    from fedpdm.deployment.code_digest import code_digest
 
     digest = code_digest()
     tell(options, digest, {"code": digest})

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from fedpdm.config.schema import ScheduleConfig
 
 if TYPE_CHECKING:
-    from fedpdm.calibration import Calibration
-    from fedpdm.schedule import NoiseSchedule
+    from fedpdm.diffusion.schedule import NoiseSchedule
+    from fedpdm.privacy.calibration import Calibration
 
 __all__ = ["add_privacy_parser"]
 
@@ -113,8 +113,8 @@ def run_privacy(options: argparse.Namespace) -> None:
             _tell(answer, options)
             return
 
-    from fedpdm.calibration import ACCOUNTINGS, UnreachableEpsilonError, calibrate
-    from fedpdm.schedule import make_schedule
+    from fedpdm.diffusion.schedule import make_schedule
+    from fedpdm.privacy.calibration import ACCOUNTINGS, UnreachableEpsilonError, calibrate
 
     schedule = make_schedule(
         options.schedule,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from decimal import ROUND_CEILING, ROUND_FLOOR, ROUND_HALF_EVEN
 from typing import Any
 
-from fedpdm.calibration import rounded
+from fedpdm.privacy.calibration import rounded
 
 __all__ = ["answer_lines"]
 

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedpdm.calibration import UnreachableEpsilonError, calibrate_t0
 from fedpdm.commands.public_images import PublicImages
 from fedpdm.data import denormalize, normalize, stratified_positions
-from fedpdm.mechanism import SeededNoise, clip_l2, release
-from fedpdm.pictures import draw_image_grid
-from fedpdm.schedule import NoiseSchedule
+from fedpdm.diffusion.schedule import NoiseSchedule
+from fedpdm.privacy.calibration import UnreachableEpsilonError, calibrate_t0
+from fedpdm.privacy.mechanism import SeededNoise, clip_l2, release
+from fedpdm.reporting.pictures import draw_image_grid
 
 __all__ = ["PictureRow", "draw_release_picture"]
 

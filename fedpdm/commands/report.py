@@ -61,7 +61,7 @@ def run_report(options: argparse.Namespace) -> None:
     for name in ("client", "seed"):
         if getattr(options, name) < 0:
             raise ValueError(f"--{name}: must be at least 0, got {getattr(options, name)}")
-    from fedpdm.htmlreport import read_run, write_report
+    from fedpdm.reporting.page import read_run, write_report
 
     given = [*options.attacks, *[None] * len(options.runs)]
     runs = [read_run(r, attacks=a) for r, a in zip(options.runs, given, strict=False)]

@@ -38,7 +38,7 @@ def resolve_run(options: argparse.Namespace) -> tuple[RunConfig, Path]:
             raise ConfigError("experiment: give a YAML file, or --resume with --out")
         if options.overrides:
             raise ConfigError("--set: a resumed run keeps its config; give the experiment file")
-        from fedpdm.runs import RunDirectory
+        from fedpdm.storage.run_directory import RunDirectory
 
         return RunDirectory(options.out).config(), options.out.absolute()
     config = load_config(options.experiment, options.overrides)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from fedpdm.config import Suite
-from fedpdm.pictures import draw_image_grid
+from fedpdm.reporting.pictures import draw_image_grid
 
 __all__ = ["draw_method_samples"]
 

@@ -20,8 +20,8 @@ def add_show_parser(commands: Any) -> None:
 def show_run(root: Path, *, as_json: bool) -> None:
     """Print a finished run's places, privacy and metrics: in words, or `privacy.json` and
     `metrics.json` in one object. `ConfigError`, one line, if it has not got that far."""
-    from fedpdm.reporting import summarise
-    from fedpdm.runs import RunDirectory
+    from fedpdm.reporting.run_files import summarise
+    from fedpdm.storage.run_directory import RunDirectory
 
     run = RunDirectory(root)
     if as_json:

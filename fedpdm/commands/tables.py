@@ -9,7 +9,15 @@ from typing import Any
 from fedpdm.commands.terminal import tell
 from fedpdm.config import ConfigError, Suite, load_paper_values, load_suite
 from fedpdm.config.reading import read_mapping
-from fedpdm.results import Column, Row, cell_text, gap_closed, load_results, load_variants, rows
+from fedpdm.reporting.results import (
+    Column,
+    Row,
+    cell_text,
+    gap_closed,
+    load_results,
+    load_variants,
+    rows,
+)
 
 __all__ = ["add_tables_parser", "suite_tables"]
 
@@ -35,7 +43,7 @@ def add_tables_parser(commands: Any) -> None:
 def write_tables(options: Any) -> None:
     """Write the page, and a picture per experiment beside it."""
     from fedpdm.commands.sample_pictures import draw_method_samples
-    from fedpdm.files import write_atomic
+    from fedpdm.storage.files import write_atomic
 
     folder = options.experiments / "results"
     if not folder.is_dir():

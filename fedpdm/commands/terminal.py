@@ -28,7 +28,7 @@ __all__ = [
     "walk_commands",
 ]
 
-# What trainers say (fedpdm.training); it comes through Flower as text.
+# What trainers say (fedpdm.diffusion.training); it comes through Flower as text.
 DIVERGED = re.compile(r"(loss|gradient) is (nan|-?inf) at step \d+")
 # Commands that print results even with --quiet: it silences their progress, on standard error.
 RESULTS = ("attack linkage", "attack audit", "attack models", "attack controls", "toy")

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedpdm.commands.toy_figures import ScatterData
     from fedpdm.toy.cells import Cell
+    from fedpdm.toy.figures import ScatterData
 
 __all__ = ["add_toy_parser"]
 
@@ -86,7 +86,7 @@ def run_toy(options: argparse.Namespace) -> int:
         config = toy_config_from_mapping({"name": "gmm"}, options.overrides)
     else:
         config = load_toy_config(options.experiment, options.overrides)
-    from fedpdm.commands.toy_plan import plan
+    from fedpdm.toy.plan import plan
 
     started = time.perf_counter()
     cells = plan(config)
@@ -149,8 +149,8 @@ def _run_cells(
     cells: Sequence[Cell], out: Path, *, jobs: int
 ) -> tuple[list[dict[str, Any]], ScatterData]:
     """Rows of every cell in order; finished cells are kept in cells.jsonl and not run again."""
-    from fedpdm.commands.toy_figures import scatter_data
     from fedpdm.toy.cells import run_cell
+    from fedpdm.toy.figures import scatter_data
 
     kept = out / "cells.jsonl"
     done = dict(_finished(kept))
@@ -211,8 +211,8 @@ def _draw(
     *,
     delta: float,
 ) -> list[Path]:
-    from fedpdm.commands.toy_figures import directions_figure, draw_all, scatter_figure
-    from fedpdm.commands.toy_spectra import spectra_at_epsilon
+    from fedpdm.toy.figures import directions_figure, draw_all, scatter_figure
+    from fedpdm.toy.spectra import spectra_at_epsilon
 
     epsilon = 10.0
     variances, sigma2 = spectra_at_epsilon(epsilon, delta=delta)
@@ -252,7 +252,7 @@ def contradictions(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _report(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    from fedpdm.commands.toy_plan import slopes
+    from fedpdm.toy.plan import slopes
 
     checked = [
         r

@@ -2,7 +2,7 @@
 
 Every key has a type, a default and a check. Unknown keys and wrong types are refused with the
 path of the key (`privacy.clipnorm: unknown key; did you mean clip_norm?`). Science functions
-never see these classes; `fedpdm.build` translates.
+never see these classes; `fedpdm.setup.build` translates.
 """
 
 from fedpdm.config.reading import (

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import psutil
 
-import fedpdm
 from fedpdm.config import RunConfig, config_to_json
+from fedpdm.deployment.code_digest import PACKAGES, code_root
 
 __all__ = [
     "RunFailed",
@@ -27,8 +27,6 @@ __all__ = [
     "tool",
     "write_run_config",
 ]
-
-PACKAGES = ("fedpdm", "strategies", "clients")
 
 
 class RunFailed(RuntimeError):
@@ -57,7 +55,7 @@ def write_run_config(
     releases: Path | None = None,
     allow_new_release: bool = False,
 ) -> None:
-    """The flat run config that server and clients are handed (`fedpdm.runtime`), as TOML."""
+    """The flat run config of server and clients (`fedpdm.setup.flower_config`), as TOML."""
     lines = (
         f"resolved-config = {json.dumps(config_to_json(config))}",
         f"run-dir = {json.dumps(str(out))}",
@@ -92,7 +90,7 @@ def tool(name: str) -> str:
 
 def app_directory(home: Path) -> Path:
     """The Flower app: the checkout, or a copy of the installed packages with a project file."""
-    root = Path(fedpdm.__file__).resolve().parent.parent
+    root = code_root()
     project = root / "pyproject.toml"
     if project.exists() and "[tool.flwr.app]" in project.read_text(encoding="utf-8"):
         return root

@@ -13,13 +13,14 @@ import numpy as np
 from clients.local import LocalClient
 from clients.pfdm_client import PFDMClient
 from fedpdm import wire
-from fedpdm.build import build_denoiser, build_image_spec, build_schedule
 from fedpdm.config import RunConfig, config_from_mapping
 from fedpdm.data import ImageSet
-from fedpdm.files import StoreError
-from fedpdm.releases import ReleaseStore
-from fedpdm.store import ClientStore
-from fedpdm.types import ReleasedDataset
+from fedpdm.data.spec import build_image_spec
+from fedpdm.privacy.releases import ReleaseStore
+from fedpdm.privacy.types import ReleasedDataset
+from fedpdm.setup.build import build_denoiser, build_schedule
+from fedpdm.storage.client_store import ClientStore
+from fedpdm.storage.files import StoreError
 
 __all__ = ["attack_config", "upload_releases"]
 

@@ -11,28 +11,24 @@ from pathlib import Path
 
 import numpy as np
 
-from fedpdm.build import (
-    ReleasePlan,
-    build_image_spec,
-    build_partitions,
-    build_release_request,
-    client_images,
-    load_split,
-)
 from fedpdm.config import ConfigError, RunConfig
 from fedpdm.data import ImageSet
-from fedpdm.denoisers import PRESETS
+from fedpdm.data.client_images import client_images
+from fedpdm.data.loading import build_partitions, load_split
+from fedpdm.data.partition import ClientPartition
+from fedpdm.data.spec import build_image_spec
+from fedpdm.diffusion.denoisers import PRESETS
+from fedpdm.diffusion.schedule import NoiseSchedule
+from fedpdm.diffusion.training import select_device
 from fedpdm.engines.run_checks import (
     check_models,
     check_place,
     check_writable,
     nearest_folder,
 )
-from fedpdm.partition import ClientPartition
-from fedpdm.releases import ReleaseStore
-from fedpdm.runs import RunDirectory
-from fedpdm.schedule import NoiseSchedule
-from fedpdm.training import select_device
+from fedpdm.privacy.planning import ReleasePlan, build_release_request
+from fedpdm.privacy.releases import ReleaseStore
+from fedpdm.storage.run_directory import RunDirectory
 
 __all__ = ["check_run"]
 
@@ -175,7 +171,7 @@ def _notes(config: RunConfig, resolution: int) -> list[str]:
 def _check_reference(
     config: RunConfig, test: ImageSet, partitions: Sequence[ClientPartition]
 ) -> None:
-    """Refuse image metrics without test images to measure against (`fedpdm.evaluation`)."""
+    """Refuse image metrics without test images to measure against."""
     if not config.evaluation.image_metrics:
         return
     if len(test) < 5:

@@ -9,21 +9,20 @@ from typing import Any
 
 import torch
 
-from fedpdm.build import (
-    ImageSpec,
-    ReleasePlan,
+from fedpdm.config import ConfigError, RunConfig
+from fedpdm.data.spec import ImageSpec
+from fedpdm.diffusion.sampling import make_scheduler, sample
+from fedpdm.diffusion.schedule import NoiseSchedule
+from fedpdm.privacy.planning import ReleasePlan, build_release_plan
+from fedpdm.privacy.statement import baseline_statement
+from fedpdm.reporting.trackers import check_trackers
+from fedpdm.setup.build import (
     build_denoiser,
     build_optimizer_settings,
-    build_release_plan,
     build_schedule,
     sampler_options,
 )
-from fedpdm.config import ConfigError, RunConfig
-from fedpdm.runs import RunDirectory
-from fedpdm.sampling import make_scheduler, sample
-from fedpdm.schedule import NoiseSchedule
-from fedpdm.statement import baseline_statement
-from fedpdm.trackers import check_trackers
+from fedpdm.storage.run_directory import RunDirectory
 
 __all__ = ["RunModels", "check_models", "check_place", "check_writable", "nearest_folder"]
 

@@ -29,7 +29,7 @@ from pathlib import Path
 import psutil
 
 from fedpdm.config import ConfigError
-from fedpdm.engines.control import CONNECTION, MARKER, Control, Node, without_colour
+from fedpdm.engines.deployed.control import CONNECTION, MARKER, Control, Node, without_colour
 from fedpdm.engines.flowercli import RunFailed, end_processes, tool
 from fedpdm.engines.superlink_settings import (
     SuperLinkSettings,
@@ -39,7 +39,7 @@ from fedpdm.engines.superlink_settings import (
     connection_config,
     split_address,
 )
-from fedpdm.files import locked, write_atomic
+from fedpdm.storage.files import locked, write_atomic
 
 __all__ = ["SuperLink"]
 

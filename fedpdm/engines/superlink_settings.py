@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedpdm.certificates.files import load_certificates
 from fedpdm.config import ConfigError
+from fedpdm.deployment.certificates.files import load_certificates
 
 __all__ = [
     "SuperLinkSettings",

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpdm.gmm import make_mixture, spectrum_variances
-from fedpdm.schedule import NoiseSchedule, make_schedule
+from fedpdm.diffusion.gmm import make_mixture, spectrum_variances
+from fedpdm.diffusion.schedule import NoiseSchedule, make_schedule
 from fedpdm.toy.federation import Models, Problem, client_counts
 from fedpdm.toy.fitting import Clients, fit_linear, train_models
 from fedpdm.toy.measure import Estimate, measure, ratio_of_means

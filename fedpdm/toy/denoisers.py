@@ -15,8 +15,8 @@ import math
 import torch
 from torch import nn
 
-from fedpdm.denoisers import NO_LABEL, TrainableDenoiser
-from fedpdm.schedule import NoiseSchedule
+from fedpdm.diffusion.denoisers import NO_LABEL, TrainableDenoiser
+from fedpdm.diffusion.schedule import NoiseSchedule
 
 __all__ = ["LinearDenoiser", "MLPDenoiser", "average_means", "fit_means"]
 
@@ -30,7 +30,7 @@ class _Means(nn.Module):
 
 
 class LinearDenoiser(TrainableDenoiser):
-    """x0_hat = m_k + g_t (x_t - a m_k), g_t = a v_k / (a^2 v_k + s^2); see `fedpdm.gmm`.
+    """x0_hat = m_k + g_t (x_t - a m_k), g_t = a v_k / (a^2 v_k + s^2); see `fedpdm.diffusion.gmm`.
 
     `means` is (K, d), the starting point of training or the fit; `variances` (K, d), not trained.
     """

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
-from fedpdm.denoisers import DenoisingFunction
-from fedpdm.gmm import GaussianMixture
+from fedpdm.diffusion.denoisers import DenoisingFunction
+from fedpdm.diffusion.gmm import GaussianMixture
+from fedpdm.diffusion.sampling import CHAINS
+from fedpdm.diffusion.schedule import NoiseSchedule
 from fedpdm.rng import Purpose, torch_generator
-from fedpdm.sampling import CHAINS
-from fedpdm.schedule import NoiseSchedule
 from fedpdm.toy.theory import sigma2_at
 
 __all__ = ["METHODS", "Models", "Problem", "client_counts", "draw_clients"]
@@ -23,7 +23,7 @@ class Problem:
     """A mixture, who holds how much of it, and how it is released.
 
     `counts` is int64 (M, K): client m's points of class k. `chain` is one of
-    `fedpdm.sampling.CHAINS`, `clip_norm` the L2 bound on a point (no shift).
+    `fedpdm.diffusion.sampling.CHAINS`, `clip_norm` the L2 bound on a point (no shift).
     """
 
     mixture: GaussianMixture

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 import torch
 
-from fedpdm.mechanism import release
-from fedpdm.noise import SeededNoise
-from fedpdm.objectives import denoising_loss, truncated_loss
+from fedpdm.diffusion.objectives import denoising_loss, truncated_loss
+from fedpdm.diffusion.training import OptimizerSettings, Trainer, class_weights
+from fedpdm.privacy.mechanism import release
+from fedpdm.privacy.noise import SeededNoise
+from fedpdm.privacy.types import ReleasedDataset
 from fedpdm.rng import Purpose, seed_sequence, torch_generator
 from fedpdm.toy.denoisers import LinearDenoiser, MLPDenoiser, average_means, fit_means
 from fedpdm.toy.federation import Models, Problem, draw_clients
-from fedpdm.training import OptimizerSettings, Trainer, class_weights
-from fedpdm.types import ReleasedDataset
 
 __all__ = ["Clients", "fit_linear", "train_models"]
 

@@ -11,12 +11,11 @@ import torch
 from numpy.typing import NDArray
 from scipy import stats
 
-from fedpdm.gmm import GaussianMixture
-from fedpdm.metrics import assignment_distance, frechet_distance, gaussian_statistics
+from fedpdm.diffusion.gmm import GaussianMixture
+from fedpdm.diffusion.sampling import SamplerOutput, sample_in_batches
+from fedpdm.evaluation.metrics import assignment_distance, frechet_distance, gaussian_statistics
 from fedpdm.rng import Purpose, torch_generator
-from fedpdm.sampling import sample_in_batches
 from fedpdm.toy.federation import Models, Problem
-from fedpdm.types import SamplerOutput
 
 __all__ = [
     "Estimate",
@@ -121,7 +120,7 @@ def draw_samples(
     scheduler: str = "ddpm",
     num_steps: int | None = None,
 ) -> SamplerOutput:
-    """`num_samples` samples of a class per replicate, through `fedpdm.sampling`; see `measure`."""
+    """`num_samples` samples of a class per replicate, through the sampler; see `measure`."""
     coarse, fine = models.pair(method)
     labels = torch.arange(replicates) * problem.mixture.num_classes + label
     two_chains = problem.chain == "noise_to_noise" and coarse is not None
@@ -161,7 +160,7 @@ def measure(
         models: of the `Clients` with this problem and these replicates.
         label: the class, in [0, K).
         num_samples: per replicate.
-        scheduler, num_steps: as in `fedpdm.sampling`; None takes every step.
+        scheduler, num_steps: as in `fedpdm.diffusion.sampling`; None takes every step.
         matching: measure `assignment` too.
     """
     output = draw_samples(

@@ -31,7 +31,7 @@ from fedpdm.attacks.membership.targets import (
     noise_like,
     rows_in_batches,
 )
-from fedpdm.denoisers import NO_LABEL
+from fedpdm.diffusion.denoisers import NO_LABEL
 
 __all__ = [
     "score_clid",

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fedpdm.denoisers import NO_LABEL, DenoisingFunction
-from fedpdm.schedule import NoiseSchedule, q_sample
+from fedpdm.diffusion.denoisers import NO_LABEL, DenoisingFunction
+from fedpdm.diffusion.schedule import NoiseSchedule, q_sample
 
 __all__ = ["AttackTarget", "Progress", "check_images", "noise_like", "rows_in_batches"]
 

@@ -1,0 +1,117 @@
+"""The works on uploads: what an attacker makes of them, and which image each was made from."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedpdm.attacks.denoising import Reconstructor
+from fedpdm.attacks.jobs.model_attacks import scores_of_curve, seed_of
+from fedpdm.attacks.jobs.running import Count, Work
+from fedpdm.attacks.linkage import linkage_attack
+from fedpdm.attacks.membership import membership_scores
+from fedpdm.attacks.reconstruction import attack_uploads, unclip_factor
+from fedpdm.data import ImageSet, denormalize
+from fedpdm.privacy.mechanism import select
+from fedpdm.privacy.types import ReleasedDataset
+from fedpdm.reporting.pictures import draw_reconstructions
+
+__all__ = ["linkage_work", "reconstruction_work"]
+
+
+def reconstruction_work(
+    released: ReleasedDataset,
+    originals: np.ndarray,
+    public: np.ndarray,
+    attackers: Sequence[Reconstructor],
+    *,
+    name: str,
+    group: str,
+    target: str,
+    picture: Path,
+    settings: Mapping[str, Any],
+    seed: int,
+    late: Callable[[], Reconstructor] | None = None,
+) -> Work:
+    """Reconstruct `originals` uint8 from their uploads. `public` gives the length of images.
+
+    `late` makes one attacker more, when the work is done: one that must be trained first.
+    """
+
+    def work(count: Count) -> dict[str, Any]:
+        stream = seed_of(seed, name)
+        shift = released.parameters.shift
+        unclip = unclip_factor(public, clip_norm=released.parameters.clip_norm, shift=shift)
+        found = attack_uploads(
+            released,
+            originals,
+            reconstructors=[*attackers, *([late()] if late else [])],
+            generator=torch.Generator().manual_seed(int(stream.generate_state(1)[0])),
+            rng=np.random.default_rng(stream),
+            unclip=unclip,
+            progress=count,
+        )
+        shown = {"original": originals[:10]}
+        for (attacker, method), images in found.images.items():
+            if attacker != "blind":
+                row = attacker if method == "rescaled" else f"{attacker}, {method}"
+                shown[row] = denormalize(images[:10], shift=shift).numpy()
+        draw_reconstructions(picture, shown, note=f"t0 = {found.t0}")
+        best = min(
+            (row for row in found.rows if row.attacker not in ("none", "blind")),
+            key=lambda row: row.distance,
+        )
+        named = best.identification_in_class
+        return {
+            "headline": f"best {best.attacker} ({best.method}): recovery {best.recovery:.3f}, "
+            f"against the blind guess {best.recovery_blind:.3f}",
+            "rows": [dataclasses.asdict(row) for row in found.rows],
+            "upload": dataclasses.asdict(found.upload),
+            "upload_in_class": dataclasses.asdict(found.upload_in_class),
+            "best": {"attacker": best.attacker, "method": best.method},
+            "best_identification": dataclasses.asdict(named),
+            "unclip": unclip,
+            "t0": found.t0,
+            "picture": picture.name,
+        }
+
+    chosen = {"work": name, "seed": seed, "images": len(originals), **settings}
+    chosen["attackers"] = [each.name for each in attackers]
+    return Work(name=name, group=group, target=target, settings=chosen, attack=work)
+
+
+def linkage_work(
+    images: ImageSet, released: ReleasedDataset, *, label: str, settings: Mapping[str, Any],
+    seed: int,
+) -> Work:  # fmt: skip
+    """The server's guess from which of two of a client's images each of its uploads was made."""
+    name = f"linkage of uploads of {label}"
+
+    def work(count: Count) -> dict[str, Any]:
+        place = {bytes(row): at for at, row in enumerate(images.image_digests())}
+
+        def obtain(chosen: ImageSet) -> ReleasedDataset:
+            rows = torch.tensor([place[bytes(row)] for row in chosen.image_digests()])
+            count(len(rows), len(rows))
+            return select(released, rows)
+
+        stream = np.random.default_rng(seed_of(seed, name))
+        found = linkage_attack(images, obtain, rng=stream, confidence=0.95)
+        figures = dataclasses.asdict(found.summary)
+        scores = membership_scores(found.positive, found.negative, rng=stream)
+        return {
+            "headline": f"AUC {figures['auc']:.3f} ({figures['auc_low']:.3f} to "
+            f"{figures['auc_high']:.3f}), theory {figures['auc_analytic']:.3f}, worst case "
+            f"{figures['worst_auc']:.3f}",
+            "linkage": figures,
+            "scores": dataclasses.asdict(scores),
+            "curve": scores_of_curve(found.positive, found.negative),
+        }
+
+    chosen = {"work": name, "seed": seed, **settings}
+    return Work(name=name, group="linkage", target=label, settings=chosen, attack=work)

@@ -1,0 +1,162 @@
+"""What a client's uploads give away: linkage, reconstruction, collusion, the cost of publishing."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedpdm.attacks.collusion import PooledDenoiser
+from fedpdm.attacks.denoising import Reconstructor
+from fedpdm.attacks.jobs.model_attacks import seed_of
+from fedpdm.attacks.jobs.models import reconstructor_of, run_targets
+from fedpdm.attacks.jobs.running import Work
+from fedpdm.attacks.jobs.upload_attacks import linkage_work, reconstruction_work
+from fedpdm.attacks.membership import AttackTarget
+from fedpdm.attacks.pretraining import pretrain
+from fedpdm.data import ImageSet
+from fedpdm.data.spec import build_image_spec
+from fedpdm.evaluation.synthesis import Synthesizer
+from fedpdm.privacy.mechanism import select
+from fedpdm.privacy.planning import build_release_plan, build_release_request
+from fedpdm.privacy.releases import ReleaseStore
+from fedpdm.privacy.types import ReleasedDataset
+from fedpdm.setup.build import build_optimizer_settings, build_schedule
+from fedpdm.storage.run_directory import RunDirectory
+
+__all__ = ["pretrained_attacker", "stored_release", "upload_works"]
+
+
+def upload_works(
+    one: Synthesizer,
+    others: Mapping[int, Synthesizer],
+    released: ReleasedDataset,
+    public: np.ndarray,
+    wanted: Sequence[str],
+    settings: Mapping[str, Any],
+    out: Path,
+    seed: int,
+    num_uploads: int,
+    *,
+    late: functools.partial[Reconstructor] | None,
+) -> list[Work]:
+    """Linkage, reconstruction, collusion and publishing cost on one client's uploads."""
+    own, client = one.own, one.own.client_id
+    works: list[Work] = []
+    if "linkage" in wanted and len(own.images) >= 2:
+        label = f"client {client}"
+        works.append(linkage_work(own.images, released, label=label, settings=settings, seed=seed))
+    rng = np.random.default_rng(seed_of(seed, f"uploads of client {client}"))
+    rows = np.sort(rng.permutation(own.train)[:num_uploads])
+    chosen, originals = select(released, torch.from_numpy(rows)), own.images.images[rows]
+    coarse = reconstructor_of("global", one, "coarse")
+
+    def add(
+        name: str,
+        group: str,
+        attackers: Sequence[Reconstructor],
+        file: str,
+        late: functools.partial[Reconstructor] | None = None,
+        **extra: Any,
+    ) -> None:
+        works.append(
+            reconstruction_work(
+                chosen, originals, public, attackers, name=name, group=group,
+                target=f"client {client}", picture=out / file, settings={**settings, **extra},
+                seed=seed, late=late,
+            )
+        )  # fmt: skip
+
+    known = [
+        reconstructor_of(f"client {other}", each, "fine")
+        for other, each in others.items()
+        if run_targets(each)["fine"].target.t_range[1] >= chosen.parameters.t0
+    ]
+    if "reconstruction" in wanted:
+        add(
+            f"reconstruction of uploads of client {client}",
+            "reconstruction",
+            [coarse, *known[:1]],
+            f"reconstruction-client{client}.png",
+            late,
+            pretrained=repr(late.keywords) + late.args[2].digest() if late else None,
+        )
+    if "collusion" in wanted:
+        pool = [each for each in (coarse, *known) if not each.noise_to_noise]
+        if known and len({each.answers_clipped for each in pool}) == 1:
+            target = AttackTarget(
+                denoiser=PooledDenoiser(pool, generator=torch.Generator().manual_seed(seed)),
+                schedule=coarse.target.schedule,
+                t_range=(1, chosen.parameters.t0),
+                device=one.device,
+            )
+            together = Reconstructor(
+                name="all together", target=target, answers_clipped=pool[0].answers_clipped
+            )
+            add(
+                f"collusion, reconstruction of uploads of client {client}",
+                "collusion",
+                [coarse, *known, together],
+                f"collusion-client{client}.png",
+            )
+        add(
+            f"publishing, reconstruction of uploads of client {client}",
+            "publishing",
+            [coarse, reconstructor_of("own fine model", one, "fine")],
+            f"publishing-client{client}.png",
+        )
+    return works
+
+
+def stored_release(
+    run: RunDirectory, one: Synthesizer, releases: Path | None = None
+) -> ReleasedDataset:
+    """What a client of a finished run released, in the order of its images; nothing is noised."""
+    client = one.own.client_id
+    folder = run.client_path(client) if releases is None else releases / str(client)
+    schedule = build_schedule(one.config)
+    spec = build_image_spec(one.config, one.own.images)
+    request = build_release_request(
+        one.config,
+        schedule,
+        build_release_plan(one.config, schedule, spec),
+        client=client,
+        allow_new_release=False,
+    )
+    store = ReleaseStore(folder)
+    missing = len(one.own.images)
+    if folder.exists():
+        missing = store.preview(one.own.images, request).fresh
+    if missing:
+        raise ValueError(
+            f"{folder}: {missing} images of client {client} have no release there; if the run kept "
+            "its releases elsewhere, give --releases"
+        )
+    return store.obtain(one.own.images, request)
+
+
+def pretrained_attacker(
+    one: Synthesizer, released: ReleasedDataset, public: ImageSet, *, num_steps: int, seed: int
+) -> Reconstructor:
+    """An attacker with the coarse model's architecture, trained on a public look-alike set."""
+    config = one.config
+    assert one.coarse is not None
+    settings = replace(
+        build_optimizer_settings(config, "coarse"), total_steps=num_steps, lr=2e-3, decay="cosine",
+    )  # fmt: skip
+    stream = seed_of(seed, "pretrained attacker")
+    target, _ = pretrain(
+        public,
+        replace(one.coarse.spec, prediction="v"),
+        released.parameters,
+        schedule=one.options["schedule"],
+        settings=settings,
+        generator=torch.Generator(one.device).manual_seed(int(stream.generate_state(1)[0])),
+        device=one.device,
+    )
+    return Reconstructor(name="pretrained", target=target)

@@ -1,0 +1,301 @@
+"""`fedpdm node check`: everything that can be known before a node joins, one line per check."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import TypeVar
+
+from fedpdm.config import ConfigError
+from fedpdm.data.loading import load_split
+from fedpdm.data.spec import ImageSpec, build_image_spec
+from fedpdm.deployment.acceptance import acceptance_of
+from fedpdm.deployment.certificates import read_node_certificate
+from fedpdm.deployment.invitation import Software, installed_software, read_invitation
+from fedpdm.deployment.node.network import shake_hands
+from fedpdm.deployment.node.report import Check, NodeReport
+from fedpdm.deployment.node.resources import (
+    check_clock,
+    check_store,
+    free_disk,
+    free_memory,
+    store_bytes,
+    training_bytes,
+)
+from fedpdm.deployment.node.settings import NodeSettings
+from fedpdm.deployment.node.statement import (
+    check_spending,
+    images_sha256,
+    node_statement,
+    statement_text,
+)
+from fedpdm.deployment.policy import check_config
+from fedpdm.diffusion.schedule import NoiseSchedule
+from fedpdm.privacy.planning import ReleasePlan, build_release_plan
+from fedpdm.privacy.releases import ReleaseStore
+from fedpdm.privacy.statement import baseline_statement
+from fedpdm.setup.build import build_denoiser, build_schedule
+from fedpdm.storage.files import StoreError
+
+__all__ = ["check_node"]
+
+SOON = 30.0  # days; a certificate that ends sooner is pointed out
+T = TypeVar("T")
+
+
+class _Missing(ValueError):
+    """A check needs what an earlier one did not find."""
+
+
+def check_node(settings: NodeSettings, *, timeout: float = 10.0) -> NodeReport:
+    """Look at everything; nothing but an empty store is written, and nothing but TLS is sent.
+
+    A check that fails does not stop the others. Never raises for what a user can get wrong.
+    """
+    return _Checking(settings, timeout=timeout).run()
+
+
+class _Checking:
+    """The checks in order, each a method that returns its line or raises it."""
+
+    def __init__(self, settings: NodeSettings, *, timeout: float) -> None:
+        self.settings = settings
+        self.timeout = timeout
+        self.now = datetime.datetime.now(datetime.UTC)
+        self.report = NodeReport(settings=settings)
+
+    def run(self) -> NodeReport:
+        steps: tuple[tuple[str, Callable[[], str]], ...] = (
+            ("certificate", self.certificate),
+            ("policy", self.policy),
+            ("invitation", self.invitation),
+            ("versions", self.versions),
+            ("clock", self.clock),
+            ("data", self.data),
+            ("store", self.store),
+            ("disk", self.disk),
+            ("memory", self.memory),
+            ("coordinator", self.coordinator),
+            ("bounds", self.bounds),
+            ("statement", self.statement),
+        )
+        for name, step in steps:
+            try:
+                check = Check(name=name, ok=True, detail=step())
+            except (ValueError, OSError, FileNotFoundError, MemoryError) as error:
+                line = " ".join(str(error).split()) or type(error).__name__
+                check = Check(name=name, ok=False, detail=line)
+            self.report.checks.append(check)
+        return self.report
+
+    # What the node was given.
+
+    def certificate(self) -> str:
+        found = read_node_certificate(self.settings.certificate)
+        self.report.certificate = found
+        found.check_time(self.now)
+        days = found.days_left(self.now)
+        hint = "; renew it" if days < SOON else ""
+        return (
+            f"client {found.client_id}, valid for {days:.0f} days until "
+            f"{min(found.not_after, found.authority_not_after):%F}, signed by "
+            f"{found.authority_name}{hint}"
+        )
+
+    def policy(self) -> str:
+        policy = self.settings.load_policy()
+        self.report.policy = policy
+        if self.settings.policy is None:
+            return "no policy.yaml: no bounds on epsilon and t0; no raw metrics, no second release"
+        bounds = ", ".join(f"{name} {value}" for name, value in asdict(policy).items() if value)
+        return f"{self.settings.policy}: {bounds or 'no bounds'}"
+
+    def invitation(self) -> str:
+        found = read_invitation(self.settings.invitation)
+        self.report.invitation = found
+        config, client = found.config, self._given(self.report.certificate).client_id
+        if client >= config.partition.num_clients:
+            raise ConfigError(
+                f"partition.num_clients: {config.partition.num_clients}, but the certificate is "
+                f"client {client}'s"
+            )
+        return (
+            f"{config.name}: {config.data.name}, {config.partition.num_clients} clients, "
+            f"{config.run.rounds} rounds, {config.coarse.training} training"
+        )
+
+    def versions(self) -> str:
+        wanted, here = self._given(self.report.invitation).software, installed_software()
+        if wanted is None:
+            raise ConfigError(
+                f"{self.settings.invitation}: does not say what the coordinator runs; it makes the "
+                "file with fedpdm node invite"
+            )
+        return _compare(here, wanted, also=self._given(self.report.policy).code)
+
+    def clock(self) -> str:
+        times = []
+        if self.report.invitation is not None and self.report.invitation.made_at is not None:
+            times.append(self.report.invitation.made_at)
+        certificate = self.report.certificate
+        if certificate is not None:
+            times.append(certificate.not_before)
+            ledger = ReleaseStore(self.settings.store_of(certificate.client_id)).ledger()
+            times += [datetime.datetime.fromisoformat(r.at) for r in ledger.records[-1:]]
+        return check_clock(self.now, not_before=max(times, default=None))
+
+    # What is on this machine.
+
+    def data(self) -> str:
+        invitation = self._given(self.report.invitation)
+        every = load_split(invitation.config, "train", root=self.settings.data)
+        first = every.distinct()
+        images = every if len(first) == len(every) else every.subset(first)
+        channels, height, width = images.images.shape[1:]
+        spec = asdict(build_image_spec(invitation.config, images))
+        for name, value in (invitation.images or {}).items():
+            if spec.get(name) != value:
+                raise ConfigError(
+                    f"data: {name} is {spec.get(name)} here, {value} in the federation"
+                )
+        self.report.images = images
+        counts = ", ".join(f"{name} {count}" for name, count in self.report.counts().items())
+        copies = len(every) - len(images)
+        return (
+            f"{self.settings.data}: {len(images):,} distinct images of {channels}x{height}x{width}"
+            f"{f' ({copies:,} copies left out)' if copies else ''}; {counts}"
+        )
+
+    def store(self) -> str:
+        client = self._given(self.report.certificate).client_id
+        root = self.settings.store_of(client)
+        where = check_store(root)
+        store = ReleaseStore(root)
+        ledger = store.ledger()
+        if ledger.client_id not in (None, client):
+            raise StoreError(f"{root}: is the store of client {ledger.client_id}, not {client}")
+        self.report.store = store
+        return f"{where}: writable, {len(ledger.releases())} releases in its ledger"
+
+    def disk(self) -> str:
+        self._given(self.report.store)
+        root = self.settings.store_of(self._given(self.report.certificate).client_id)
+        return _enough(free_disk(root), store_bytes(**self._sizes), what="disk")
+
+    def memory(self) -> str:
+        line = _enough(free_memory(), training_bytes(**self._sizes), what="memory")
+        return f"{line}, and the activations of a batch"
+
+    @functools.cached_property
+    def _sizes(self) -> dict[str, int]:
+        """Parameters of the two models, and values in all images."""
+        images = self._given(self.report.images)
+        _, schedule, spec, _ = self._planned
+        config = self._given(self.report.invitation).config
+        sizes = {
+            role: sum(
+                p.numel()
+                for p in build_denoiser(config, role, spec=spec, schedule=schedule).parameters()
+            )
+            for role in ("coarse", "fine")
+        }
+        return sizes | {"values": images.images.size}
+
+    # What joining would mean.
+
+    def coordinator(self) -> str:
+        certificate = self._given(self.report.certificate)
+        shown = shake_hands(
+            self.settings.coordinator,
+            authority_pem=certificate.authority_pem,
+            timeout=self.timeout,
+        )
+        days = (shown.not_after - self.now).total_seconds() / 86_400
+        return (
+            f"{self.settings.coordinator}: {shown.tls} handshake, gRPC answers; its certificate is "
+            f"for {', '.join(shown.names)}, {days:.0f} days left"
+        )
+
+    def bounds(self) -> str:
+        policy = self._given(self.report.policy)
+        client, schedule, _, plan = self._planned
+        config = self._given(self.report.invitation).config
+        check_config(policy, config)
+        if not config.has_release:
+            return "nothing is released"
+        total = check_spending(
+            policy,
+            config,
+            schedule,
+            plan,
+            self._given(self.report.store),
+            self._given(self.report.images),
+            client_id=client,
+        )
+        return f"t0 {plan.t0}, epsilon {total:.4g} in all at delta {policy.delta:g}: within bounds"
+
+    def statement(self) -> str:
+        policy, store = self._given(self.report.policy), self._given(self.report.store)
+        images = self._given(self.report.images)
+        client, schedule, _, plan = self._planned
+        config = self._given(self.report.invitation).config
+        if config.has_release:
+            statement = node_statement(
+                config,
+                schedule,
+                plan,
+                store,
+                images,
+                client_id=client,
+                allow_new_release=policy.allow_new_release,
+                raw_metrics=policy.allow_raw_metrics and config.evaluation.image_metrics,
+            )
+            self.report.text = statement_text(statement, self.report.counts())
+        else:
+            statement = baseline_statement(config) | {"images": len(images), "client_id": client}
+            self.report.text = statement["words"] + "\n"
+        self.report.statement = statement
+        record = acceptance_of(store.ledger(), config)
+        self.report.accepted = record is not None
+        words = f"epsilon {statement['epsilon']:.4g} at delta {statement['delta']:g} per image"
+        if record is None:
+            return f"{words}, not accepted yet"
+        same = record.fields.get("images_sha256") == images_sha256(images)
+        changed = "" if same else f" for {record.fields['images']:,} other images than today's"
+        return f"{words}, accepted {record.at} by {record.fields['by']}{changed}"
+
+    @functools.cached_property
+    def _planned(self) -> tuple[int, NoiseSchedule, ImageSpec, ReleasePlan]:
+        config = self._given(self.report.invitation).config
+        schedule = build_schedule(config)
+        spec = build_image_spec(config, self._given(self.report.images))
+        client = self._given(self.report.certificate).client_id
+        return client, schedule, spec, build_release_plan(config, schedule, spec)
+
+    def _given(self, found: T | None) -> T:
+        if found is None:
+            failed = ", ".join(check.name for check in self.report.checks if not check.ok)
+            raise _Missing(f"not checked, since these failed: {failed}")
+        return found
+
+
+def _compare(here: Software, wanted: Software, *, also: tuple[str, ...]) -> str:
+    """Words about versions; `ConfigError` for the first that must agree and does not."""
+    for name in ("flwr", "fedpdm"):
+        ours, theirs = getattr(here, name), getattr(wanted, name)
+        if ours != theirs:
+            raise ConfigError(f"versions: {name} is {ours} here, {theirs} at the coordinator")
+    if here.code != wanted.code and wanted.code not in also:
+        raise ConfigError(
+            f"versions: the code here has digest {here.code[:16]}..., the coordinator's "
+            f"{wanted.code[:16]}...; install the same, or allow it in the policy (code)"
+        )
+    return f"fedpdm {here.fedpdm}, flwr {here.flwr}, code {here.code[:16]}... as the coordinator's"
+
+
+def _enough(free: int, needed: int, *, what: str) -> str:
+    if free < needed:
+        raise ConfigError(f"{what}: needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free")
+    return f"{free / 1e9:.1f} GB free, needs {needed / 1e9:.2f} GB"

@@ -1,0 +1,87 @@
+"""A node's own bounds, whatever the coordinator's config asks for.
+
+    max_epsilon: 10        # of any one image, all its releases together
+    delta: 1e-5            # at which that epsilon is counted
+    min_t0: 600
+    allow_raw_metrics: false
+    allow_new_release: false
+    code: [6f0c...]        # further digests of bundles that may ask (fedpdm node digest)
+
+A config that asks for more is refused before anything is released, at `fedpdm node check` and by
+the client app for every message. `code` is for bundles other than the installed one: what runs is
+always the installed code (`fedpdm.engines.deployed.guard`).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedpdm.config import ConfigError, RunConfig, key, read_policy
+from fedpdm.data.spec import ImageSpec
+from fedpdm.privacy.accountant import epsilon_spent
+from fedpdm.privacy.mechanism import release_event
+from fedpdm.privacy.planning import build_release_plan
+from fedpdm.setup.build import build_schedule
+
+__all__ = ["NodePolicy", "PolicyError", "check_config", "check_total", "load_policy"]
+
+_DIGEST = re.compile(r"[0-9a-f]{64}\Z")
+
+
+class PolicyError(ConfigError):
+    """A run asks for more than a node allows; the text names the config and the bound alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodePolicy:
+    """What a node's operator allows; the default bounds nothing but raw metrics and releases."""
+
+    max_epsilon: float | None = key(None, "largest epsilon of any image, in all", above=0.0)
+    delta: float = key(1e-5, "delta at which it is counted", above=0.0, below=1.0)
+    min_t0: int | None = key(None, "smallest number of noising steps", low=1)
+    allow_raw_metrics: bool = key(False, "metrics on raw images may leave")
+    allow_new_release: bool = key(False, "released images may be noised once more")
+    code: tuple[str, ...] = key((), "digests of further app bundles that may ask")
+
+
+def load_policy(path: Path) -> NodePolicy:
+    """The policy in a YAML file; `ConfigError` names the file and the key."""
+    policy = read_policy(NodePolicy, path)
+    assert isinstance(policy, NodePolicy)
+    for index, digest in enumerate(policy.code):
+        if not _DIGEST.match(digest):
+            raise ConfigError(
+                f"{path}: code[{index}]: must be a SHA-256 of 64 hexadecimal digits, got {digest!r}"
+            )
+    return policy
+
+
+def check_config(policy: NodePolicy, config: RunConfig) -> None:
+    """`PolicyError` if the config asks for more than the policy allows. Looks at no image."""
+    if config.run.simulation:
+        raise PolicyError("run.simulation: true seeds the privacy noise; a node allows false only")
+    if config.evaluation.image_metrics and not policy.allow_raw_metrics:
+        raise PolicyError(
+            "evaluation.image_metrics: true asks for metrics on raw images; this node allows false "
+            "only"
+        )
+    if not config.has_release:
+        return
+    schedule = build_schedule(config)
+    nothing = ImageSpec(channels=1, resolution=1, num_classes=1, shift=0.0)  # t0 needs no images
+    plan = build_release_plan(config, schedule, nothing)
+    if policy.min_t0 is not None and plan.t0 < policy.min_t0:
+        raise PolicyError(f"privacy.t0: {plan.t0} is less than the {policy.min_t0} of this node")
+    event = release_event(schedule, t0=plan.t0, clip_norm=plan.clip_norm)
+    check_total(policy, epsilon_spent([event], delta=policy.delta))
+
+
+def check_total(policy: NodePolicy, epsilon: float) -> None:
+    """`PolicyError` if an image that has spent `epsilon`, at the policy's delta, spent too much."""
+    if policy.max_epsilon is not None and epsilon > policy.max_epsilon:
+        raise PolicyError(
+            f"privacy.epsilon: an image would spend {epsilon:.4g} in all at delta "
+            f"{policy.delta:g}, more than the {policy.max_epsilon:g} of this node"
+        )

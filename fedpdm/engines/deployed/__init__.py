@@ -1,0 +1,1 @@
+"""A federation of real processes: the coordinator's and the participants' Flower programs."""

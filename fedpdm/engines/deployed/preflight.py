@@ -1,0 +1,44 @@
+"""Checks before a deployed run is submitted; the nodes check their own side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fedpdm.config import ConfigError, RunConfig
+from fedpdm.data.spec import build_image_spec
+from fedpdm.engines.run_checks import check_models, check_place
+
+__all__ = ["check_deployed_run"]
+
+
+def check_deployed_run(config: RunConfig, out: Path, *, resume: bool) -> list[str]:
+    """Calibrate and build the models, without any client's images; lines that say what will run.
+
+    Raises `ConfigError` or `ValueError` (one line) for whatever would stop the run later. Sets of
+    own images (`image_folder`, `npz`) need public ones at `data.root`: they tell the shape.
+    """
+    if config.run.simulation:
+        raise ConfigError("run.simulation: must be false for a deployed federation, got true")
+    schedule = check_place(config, out, resume=resume)
+    spec = build_image_spec(config)
+    models = check_models(config, schedule, spec)
+    there = config.partition.num_clients
+    needed = config.aggregation.min_clients or there
+    return [
+        f"{config.name}: {config.data.name} ({spec.channels}x{spec.resolution}x{spec.resolution}, "
+        f"{spec.num_classes} classes), {there} clients, {needed} needed for a round",
+        *models.lines(config),
+        f"run directory: {out}",
+        *_notes(config),
+    ]
+
+
+def _notes(config: RunConfig) -> list[str]:
+    """A node that was lost in a round and is let in again before Flower has looked (every 3 s)
+    leaves a message that nobody answers."""
+    if config.aggregation.round_timeout is not None:
+        return []
+    return [
+        "note: aggregation.round_timeout is not set: a participant that never answers is waited for"
+        " without end"
+    ]

@@ -1,0 +1,199 @@
+"""What is promised, in numbers and in words: `privacy.json` and `privacy.txt`.
+
+A client's statement is read off its ledger; a run's is read off its configuration and, in
+simulation, where one party holds all stores, off all ledgers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fedpdm.config import RunConfig
+from fedpdm.diffusion.schedule import NoiseSchedule
+from fedpdm.privacy.accountant import epsilon_spent, repeated
+from fedpdm.privacy.ledger import Ledger
+from fedpdm.privacy.mechanism import release_event
+from fedpdm.privacy.noise import SAMPLER_DISTANCE
+from fedpdm.privacy.planning import ReleasePlan
+from fedpdm.privacy.releases import ReleaseStore
+from fedpdm.privacy.types import GaussianEvent
+from fedpdm.storage.files import StoreError
+
+__all__ = ["baseline_statement", "client_statement", "plain_text", "run_statement"]
+
+GROUPS = (1, 2, 5, 10)
+GUARANTEE = "local differential privacy per image, replace-one"
+PROTECTS = "each image, against whoever sees everything that its client sends"
+NOT_PROTECTED = (
+    "labels, which are public",
+    "the number of images a client holds, and how many of them are equal",
+    "metrics computed on raw data (sent in simulation, or where a client's own config says so)",
+    "a client's own images if it publishes its fine model: that model is trained without noise",
+    "more than one image of a person as strongly as one: see group_epsilon",
+)
+
+
+def client_statement(store: ReleaseStore, *, delta: float) -> dict[str, Any]:
+    """What one client has released, from its ledger; `StoreError` if that is damaged or empty."""
+    ledger = store.ledger()
+    spent = store.spent(delta=delta)
+    if spent.event is None:
+        raise StoreError(f"{ledger.path}: nothing was released")
+    last = ledger.releases()[-1]
+    return {
+        "guarantee": GUARANTEE,
+        "client_id": ledger.client_id,
+        "epsilon": spent.largest,
+        "delta": delta,
+        "group_epsilon": _groups(spent.event, delta),
+        "epsilon_distribution": [list(pair) for pair in spent.distribution],
+        "images": spent.images,
+        "image_shape": list(last.image_shape),
+        "releases": len(ledger.releases()),
+        "latest_release": dataclasses.asdict(last.parameters),
+        "noise_sources": sorted({record.noise_source for record in ledger.releases()}),
+        "simulation": any(record.seeded for record in ledger.releases()),
+        "ledger_head": ledger.head,
+        "protects": PROTECTS,
+        "does_not_protect": list(NOT_PROTECTED),
+    }
+
+
+def run_statement(
+    config: RunConfig,
+    plan: ReleasePlan,
+    schedule: NoiseSchedule,
+    *,
+    noise_source: str,
+    stores: Sequence[ReleaseStore] = (),
+) -> dict[str, Any]:
+    """What a run promises; from all clients' ledgers where `stores` are at hand (simulation).
+
+    A store that cannot be read (its client was left out of the run) is named, not counted.
+    """
+    delta = config.privacy.delta
+    counts = Counter[float]()
+    events = [release_event(schedule, t0=plan.t0, clip_norm=plan.clip_norm)]
+    releases_per_image = 1
+    ledgers: list[Ledger] = []
+    unreadable: list[str] = []
+    for store in stores:
+        try:
+            spent = store.spent(delta=delta)
+        except StoreError as error:
+            unreadable.append(str(error))
+            continue
+        if spent.event is not None:
+            ledgers.append(store.ledger())
+            events.append(spent.event)
+            releases_per_image = max(releases_per_image, spent.releases_per_image)
+            counts.update(dict(spent.distribution))
+    distribution = sorted(counts.items(), reverse=True)
+    worst = min(events, key=lambda event: event.noise_multiplier)
+    return {
+        "guarantee": GUARANTEE,
+        "epsilon": distribution[0][0] if distribution else plan.epsilon_exact,
+        "epsilon_of_this_release": plan.epsilon_exact,
+        "epsilon_requested": config.privacy.epsilon,
+        "epsilon_paper_bound": plan.epsilon_paper,
+        "accounting": config.privacy.accounting,
+        "delta": delta,
+        "group_epsilon": _groups(worst, delta),
+        "epsilon_distribution": [list(pair) for pair in distribution],
+        "t0": plan.t0,
+        "clip_norm": plan.clip_norm,
+        "shift": plan.shift,
+        "schedule": dataclasses.asdict(config.schedule),
+        "releases_per_image": releases_per_image,
+        "noise_source": noise_source,
+        "sampler_distance_per_pixel": SAMPLER_DISTANCE,
+        "simulation": config.run.simulation,
+        "ledger_heads": {str(ledger.client_id): ledger.head for ledger in ledgers},
+        "unreadable_stores": unreadable,
+        "protects": PROTECTS,
+        "does_not_protect": list(NOT_PROTECTED),
+    }
+
+
+def baseline_statement(config: RunConfig) -> dict[str, Any]:
+    """What a baseline promises: `coarse.images` raw or dp_sgd, or `coarse.training: none`.
+
+    `epsilon` is None where there is no bound, and 0 where nothing that depends on an image is sent
+    but metrics, as in every simulation.
+    """
+    images = config.coarse.images
+    epsilon: float | None
+    uncovered = "Losses and image metrics, computed on raw images, are reported and not covered."
+    if images == "raw":
+        kind, epsilon = "no privacy", None
+        words = "The shared model is trained on raw images without noise. Nothing is promised."
+    elif images == "dp_sgd":
+        kind = "differential privacy per image, add or remove one, by DP-SGD"
+        epsilon = config.privacy.epsilon
+        words = (
+            f"Each client's weights are ({epsilon:g}, {config.privacy.delta:g})-differentially "
+            "private with regard to its own images: noise is added to gradients there. That "
+            "is no local differential privacy of the images: who runs the client's training sees "
+            "them, and weights for one image added or removed are compared, not one replaced. "
+            f"{uncovered} This is a simulation: the noise is seeded, and who knows the seed can "
+            "remove it."
+        )
+    else:
+        kind, epsilon = "nothing is sent", 0.0
+        words = f"Each client trains alone; no model and no image leaves it. {uncovered}"
+    return {
+        "baseline": "none" if epsilon == 0.0 else images,
+        "guarantee": kind,
+        "epsilon": epsilon,
+        "delta": config.privacy.delta,
+        "simulation": config.run.simulation,
+        "words": words,
+    }
+
+
+def _groups(event: GaussianEvent, delta: float) -> dict[str, float]:
+    """Epsilon of a person with k images in one client, all replaced together."""
+    return {str(k): epsilon_spent([repeated(event, k)], delta=delta) for k in GROUPS}
+
+
+def plain_text(statement: Mapping[str, Any]) -> str:
+    """A statement in plain language, for people who are responsible for data."""
+    if "baseline" in statement:
+        return "PRIVACY STATEMENT\n\nThis run is a baseline. " + statement["words"] + "\n"
+    epsilon, delta = statement["epsilon"], statement["delta"]
+    lines = ["PRIVACY STATEMENT", ""]
+    if statement["simulation"]:
+        lines += [
+            "THIS IS A SIMULATION. Its noise comes from a seed: whoever knows the seed can remove",
+            "it. Nothing below protects anybody until the same settings run in a deployment.",
+            "",
+        ]
+    lines += [
+        "What is protected: every single image that a participant uses, against everybody who sees",
+        "everything that the participant sends: the coordinator, the other participants, anyone",
+        "who records the traffic, now or later, whatever else they know.",
+        "",
+        f"How much: epsilon = {epsilon:.4g} at delta = {delta:g} (local differential privacy, per",
+        "image). If that one image had been any other image, whatever somebody concludes from the",
+        "messages would have been concluded with a probability that differs by at most a factor",
+        f"e^{epsilon:.4g}, plus {delta:g}.",
+    ]
+    if "group_epsilon" in statement:
+        groups = ", ".join(f"{k}: {v:.4g}" for k, v in statement["group_epsilon"].items())
+        lines += [
+            "",
+            "A person with several images at one participant is protected less, all images taken",
+            f"together. Epsilon by number of images: {groups}.",
+        ]
+    if distribution := statement["epsilon_distribution"]:
+        lines += ["", "What images have spent, by the ledger:"]
+        lines += [f"  epsilon {cost:.4g}: {count:,} images" for cost, count in distribution]
+    if unreadable := statement.get("unreadable_stores"):
+        lines += ["", "NOT COUNTED, because the store cannot be read:"]
+        lines += [f"  {line}" for line in unreadable]
+    lines += ["", "What is NOT protected:"]
+    lines += [f"  - {item}" for item in statement["does_not_protect"]]
+    return "\n".join(lines) + "\n"

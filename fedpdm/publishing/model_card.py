@@ -1,0 +1,137 @@
+"""The README.md of an export: a model card for the Hugging Face Hub, with the privacy statement.
+
+Its front matter says what the Hub needs to know (library, task, tags); its numbers come from the
+client's own ledger and from the run's statement (`fedpdm.privacy.statement`), never from the
+config. It does not say how many images the client holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fedpdm.publishing.pipeline import PFDMPipeline
+
+__all__ = ["model_card"]
+
+CARD = """\
+---
+library_name: diffusers
+pipeline_tag: unconditional-image-generation
+inference: false
+tags:
+- arxiv:2504.00952
+- class-conditional
+- differential-privacy
+- diffusers:PFDMPipeline
+- federated-learning
+- image-to-image
+---
+
+# {name}: personalised diffusion model of client {client_id}
+
+Two U-Nets for {resolution}x{resolution} images of {num_classes} classes, from personalised
+federated diffusion (arXiv 2504.00952). `coarse_unet` is shared by all clients and takes pure noise
+down to noising step t0; `fine_unet` is client {client_id}'s and goes on to a clean image.
+
+## Use
+
+In this directory, with diffusers and torch. `pipeline.py` will be executed: read it first.
+
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained(
+    ".", custom_pipeline="./pipeline.py", trust_remote_code=True
+)
+images = pipe([0, 0, {last_label}], num_inference_steps=25).images
+images[0].save("image.png")
+```
+
+From the Hub, give the repository's name in both places. Labels: {labels}; -1 for no label.
+`method="coarse"` samples with the shared model only{alone}.
+
+Any diffusers scheduler that is defined on betas can take the place of the exported one, and given
+images are refined: noised to `strength` (default t0 / T = {strength:g}) and taken down from there.
+
+```python
+from diffusers import UniPCMultistepScheduler
+
+pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config)
+coarse = pipe([0, {last_label}], method="coarse").images
+refined = pipe([0, {last_label}], image=coarse, strength={strength:g}).images
+```
+
+## Privacy
+
+What clients sent in training, and so `coarse_unet`, is locally differentially private per image
+(one image replaced by any other, {releases}):
+
+| epsilon | delta | t0 | clip norm C |
+|---|---|---|---|
+| {epsilon:.4g} | {delta:g} | {t0} of {num_steps} | {clip_norm:g} around {shift:g} |
+
+By the ledger of client {client_id}, all its releases together (head `{ledger_head}`):
+
+| images of one person | {group_sizes} |
+|---|{rule}
+| epsilon at delta {ledger_delta:g} | {group_epsilons} |
+
+The noise of the release was {noise_source}.{simulation}
+
+**`fine_unet` is not covered.** It was trained on client {client_id}'s raw images, with no noise.
+Publishing it, or images sampled with it, exposes that client's own images: that is for the client
+alone to decide. `coarse_unet` may be shared without it. Not covered either:
+
+{uncovered}
+
+## Publishing
+
+This directory is laid out as a model repository (safetensors only). It names no licence: add
+`license` to the front matter first.
+
+```
+hf upload NAME/REPOSITORY .
+```
+"""
+
+SIMULATION = (
+    "\nThis is a **simulation**: whoever knows the seed can remove the noise, and nothing here"
+    "\nprotects anybody."
+)
+
+
+def model_card(
+    pipeline: PFDMPipeline, *, name: str, run: Mapping[str, Any], client: Mapping[str, Any]
+) -> str:
+    """The text of the card.
+
+    Args:
+        pipeline: what is exported.
+        name: the run's.
+        run: its privacy statement (`run_statement`).
+        client: that of the client, from its ledger (`client_statement`).
+    """
+    settings, num_steps = pipeline.config, len(pipeline.betas)
+    names, last = settings["id2label"] or {}, settings["num_classes"] - 1
+    has_alone = settings["fine_t_max"] == num_steps
+    groups = client["group_epsilon"]
+    count = run["releases_per_image"]
+    words = {
+        "name": name,
+        "client_id": client["client_id"],
+        "num_steps": num_steps,
+        "strength": settings["t0"] / num_steps,
+        "last_label": last,
+        "labels": ", ".join(f"{k} {v}" for k, v in names.items() if k != v) or f"0 to {last}",
+        "alone": ', `method="alone"` with the fine model only' if has_alone else "",
+        "releases": "one release per image" if count == 1 else f"up to {count} releases per image",
+        "ledger_head": client["ledger_head"],
+        "ledger_delta": client["delta"],
+        "group_sizes": " | ".join(groups),
+        "rule": "---|" * len(groups),
+        "group_epsilons": " | ".join(f"{value:.4g}" for value in groups.values()),
+        "simulation": SIMULATION if run["simulation"] else "",
+        "uncovered": "\n".join(f"- {what}" for what in run["does_not_protect"]),
+    }
+    return CARD.format_map({**settings, **run, **words})

@@ -1,0 +1,171 @@
+"""What a run directory says, for a page: plain data, each part absent where its file is."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedpdm.config import ConfigError, RunConfig, config_to_json
+from fedpdm.privacy.releases import ReleaseStore
+from fedpdm.privacy.statement import plain_text
+from fedpdm.storage.files import StoreError, read_json
+from fedpdm.storage.run_directory import RunDirectory
+
+__all__ = ["LedgerLine", "RunFacts", "flat_config", "read_run", "statement_blocks"]
+
+LEDGER = "ledger.jsonl"
+ATTACKS = "attacks.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LedgerLine:
+    """One client's ledger: what it has spent; only `client` and `head`, or `problem`, where the
+    store is not here."""
+
+    client: int
+    head: str = ""
+    releases: int | None = None
+    images: int | None = None
+    epsilon: float | None = None
+    problem: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """One run. `attacks` is `attacks.json`, found in `attacks_folder`."""
+
+    run: RunDirectory
+    config: RunConfig
+    privacy: Mapping[str, Any] | None
+    metrics: Mapping[str, Any] | None
+    partition: Mapping[str, Any] | None
+    versions: Mapping[str, str]
+    ledgers: Sequence[LedgerLine]
+    attacks: Mapping[str, Any] | None
+    attacks_folder: Path | None
+
+    @property
+    def name(self) -> str:
+        return self.config.name
+
+    @property
+    def folder(self) -> str:
+        """The directory's name; where it lies is nobody's business."""
+        return self.run.root.absolute().name
+
+    @property
+    def finished(self) -> bool:
+        return self.privacy is not None and "final" in (self.metrics or {})
+
+    @property
+    def rounds(self) -> Sequence[Mapping[str, Any]]:
+        return list((self.metrics or {}).get("rounds", ()))
+
+    @property
+    def final_clients(self) -> Sequence[Mapping[str, Any]]:
+        return list((self.metrics or {}).get("final", {}).get("clients", ()))
+
+    @property
+    def statement(self) -> str:
+        """The privacy statement in plain words, or empty."""
+        path = self.run.root / "privacy.txt"
+        if path.exists():
+            return path.read_text(encoding="utf-8")
+        return plain_text(self.privacy) if self.privacy else ""
+
+    def class_names(self) -> list[str]:
+        """By label; empty if nothing here says."""
+        return [str(name) for name in (self.partition or {}).get("class_names", ())]
+
+
+def read_run(root: Path, *, attacks: Path | None = None) -> RunFacts:
+    """Read a run directory; the parts that a run has not got to are None.
+
+    `attacks` is a directory with `attacks.json`; default: the run directory or its `attacks/`.
+    `ConfigError` or `StoreError`, one line, if it is no run directory or a file is damaged.
+    """
+    run = RunDirectory(root)
+    config = run.config()
+    folder = _attacks_folder(root, attacks)
+    privacy = _read(root / "privacy.json")
+    return RunFacts(
+        run=run,
+        config=config,
+        privacy=privacy,
+        metrics=_read(root / "metrics.json"),
+        partition=_read(root / "partition.json"),
+        versions={str(k): str(v) for k, v in (_read(root / "versions.json") or {}).items()},
+        ledgers=_ledgers(run, config, privacy or {}),
+        attacks=_read(folder / ATTACKS) if folder else None,
+        attacks_folder=folder,
+    )
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    return read_json(path) if path.exists() else None
+
+
+def _attacks_folder(root: Path, given: Path | None) -> Path | None:
+    if given is not None:
+        if not (given / ATTACKS).exists():
+            raise ConfigError(f"--attacks: {given} holds no {ATTACKS}; fedpdm attack RUN makes it")
+        return given
+    return next((f for f in (root, root / "attacks") if (f / ATTACKS).exists()), None)
+
+
+def _ledgers(
+    run: RunDirectory, config: RunConfig, privacy: Mapping[str, Any]
+) -> tuple[LedgerLine, ...]:
+    """A line per client: from its ledger where that is here, else the head that the run noted."""
+    lines = {
+        int(client): LedgerLine(client=int(client), head=str(head))
+        for client, head in privacy.get("ledger_heads", {}).items()
+    }
+    for folder in (run.root / "clients").glob("[0-9]*"):
+        if not (folder / LEDGER).exists() or not folder.name.isdigit():
+            continue
+        client = int(folder.name)
+        try:
+            store = ReleaseStore(folder)
+            ledger, spent = store.ledger(), store.spent(delta=config.privacy.delta)
+            lines[client] = LedgerLine(
+                client=client,
+                head=ledger.head,
+                releases=len(ledger.releases()),
+                images=spent.images,
+                epsilon=spent.largest,
+            )
+        except StoreError as error:
+            problem = str(error).replace(str(folder), f"clients/{folder.name}")
+            lines[client] = LedgerLine(client=client, problem=problem)
+    return tuple(lines[client] for client in sorted(lines))
+
+
+def statement_blocks(text: str) -> list[tuple[str, list[str]]]:
+    """The statement's paragraphs, each with the items listed under it, without its title.
+
+    Lines that were broken for a terminal are joined again.
+    """
+    blocks = []
+    for block in text.strip().split("\n\n")[1:]:
+        lines = block.split("\n")
+        items = [line.strip().removeprefix("- ") for line in lines if line.startswith("  ")]
+        words = " ".join(line.strip() for line in lines if not line.startswith("  "))
+        blocks.append((words, items))
+    return blocks
+
+
+def flat_config(config: RunConfig) -> dict[str, Any]:
+    """`section.key` of every key, in order; lists as text, no folder of this machine."""
+    data = dataclasses.replace(config.data, root=None)
+    nested = json.loads(config_to_json(dataclasses.replace(config, data=data)))
+    flat: dict[str, Any] = {"name": nested["name"]}
+    for field in dataclasses.fields(config):
+        if isinstance(section := nested[field.name], dict):
+            order = [f.name for f in dataclasses.fields(getattr(config, field.name))]
+            flat |= {f"{field.name}.{key}": section[key] for key in order}
+    return flat

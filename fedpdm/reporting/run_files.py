@@ -1,0 +1,234 @@
+"""What a run tells: its log, its pictures and its closing summary."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedpdm.config import RunConfig
+from fedpdm.data import ImageSet
+from fedpdm.data.loading import record_partitions
+from fedpdm.data.partition import ClientPartition, partition_table
+from fedpdm.privacy.dpsgd import SeededDraws
+from fedpdm.privacy.planning import ReleasePlan, build_noise
+from fedpdm.privacy.releases import ReleaseStore
+from fedpdm.privacy.statement import baseline_statement, plain_text, run_statement
+from fedpdm.reporting.pictures import draw_image_grid, draw_partition
+from fedpdm.reporting.versions import software_versions
+from fedpdm.setup.build import build_schedule
+from fedpdm.storage.client_store import ClientStore
+from fedpdm.storage.files import write_tensors
+from fedpdm.storage.run_directory import RunDirectory
+
+__all__ = ["RunLog", "draw_samples", "draw_split", "finish_run", "summarise"]
+
+ROW_NAMES = {
+    "shared": "shared model",
+    "coarse": "coarse output",
+    "pfdm": "coarse, then fine",
+    "alone": "training alone",
+}
+COLUMNS = 20
+CLIENTS_SHOWN = 4
+
+
+class RunLog:
+    """Lines to standard output and, with the time of day, to the run's `log.txt`."""
+
+    def __init__(self, run: RunDirectory) -> None:
+        self._path = run.root / "log.txt"
+
+    def say(self, line: str) -> None:
+        print(line, flush=True)
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n")
+
+
+def draw_split(
+    run: RunDirectory,
+    config: RunConfig,
+    partitions: Sequence[ClientPartition],
+    images: ImageSet,
+) -> None:
+    """`partition.png`, `.txt` and `.json`: who holds how many images of which class, and which."""
+    names = images.class_names
+    draw_partition(run.root / "partition.png", partitions, images.labels, names)
+    run.write_text("partition.txt", partition_table(partitions, images.labels, names) + "\n")
+    run.write_json("partition.json", record_partitions(config, images, partitions))
+
+
+def draw_samples(run: RunDirectory, config: RunConfig) -> bool:
+    """`samples.png` from the clients' stored samples (simulation: one party holds them all).
+
+    A group of rows per client: coarse output, coarse then fine, training alone; columns go
+    through the classes. Returns whether there was anything to draw.
+    """
+    rows: list[np.ndarray] = []
+    labels: list[str] = []
+    groups: list[str] = []
+    columns: list[str] = []
+    for client in range(min(CLIENTS_SHOWN, config.partition.num_clients)):
+        samples = ClientStore(run.client_path(client)).load_samples()
+        if samples is None:
+            continue
+        chosen = _columns(samples["labels"])
+        columns = [str(label) for label in samples["labels"][chosen]]
+        for method, name in ROW_NAMES.items():
+            if method in samples:
+                rows.append(samples[method][chosen])
+                labels.append(name)
+                groups.append(f"client {client}")
+    if not rows:
+        return False
+    draw_image_grid(
+        run.root / "samples.png",
+        rows,
+        row_labels=labels,
+        row_groups=groups,
+        column_labels=columns,
+        title=f"{config.name}: samples per class",
+    )
+    return True
+
+
+def _columns(labels: np.ndarray) -> np.ndarray:
+    """Positions of an equal number of samples of each class, about `COLUMNS` in all."""
+    classes = np.unique(labels)
+    each = max(1, COLUMNS // len(classes))
+    return np.concatenate([np.flatnonzero(labels == k)[:each] for k in classes])
+
+
+def finish_run(
+    run: RunDirectory,
+    config: RunConfig,
+    plan: ReleasePlan,
+    log: RunLog,
+    stores: Sequence[ReleaseStore],
+    ema: Mapping[str, torch.Tensor],
+    history: Mapping[str, Any],
+) -> None:
+    """Write what a finished run leaves behind and say where it is.
+
+    `stores` are the clients' release stores in simulation, empty elsewhere.
+    """
+    if config.has_release:
+        noise_source = build_noise(config, client=0, release=1).description
+        statement = run_statement(
+            config, plan, build_schedule(config), noise_source=noise_source, stores=stores
+        )
+    else:
+        noise_source, statement = "none", baseline_statement(config)
+        if config.coarse.images == "dp_sgd":
+            noise_source = SeededDraws.description
+    if config.coarse.training != "none":
+        write_tensors(run.root / "coarse.safetensors", ema, {"noise_source": noise_source})
+    run.write_json("privacy.json", statement)
+    run.write_text("privacy.txt", plain_text(statement))
+    run.write_json("metrics.json", history)
+    run.write_json("versions.json", software_versions())
+    if config.run.simulation:
+        draw_samples(run, config)
+    log.say(summarise(run))
+
+
+def summarise(run: RunDirectory) -> str:
+    """The closing summary of a finished run: places, privacy statement, metrics table."""
+    privacy = run.read_json("privacy.json")
+    final = run.read_json("metrics.json")["final"]
+    lines = [
+        "",
+        f"Run directory  {run.root}",
+    ]
+    for name, what in (
+        ("samples.png", "samples of each class, a row per client and method"),
+        ("partition.png", "who holds what"),
+        ("partition.json", "the same, with digests to compare with other machines"),
+        ("privacy.txt", "what is promised, in plain words"),
+        ("metrics.json", "losses, bytes and metrics per round and client"),
+        ("coarse.safetensors", "the shared coarse model"),
+    ):
+        if (run.root / name).exists():
+            lines.append(f"  {name:<19} {what}")
+    lines += ["", *_privacy_lines(privacy), ""]
+    table = metrics_table(final["clients"])
+    lines += table if table else ["No image metrics: they need raw data, and simulation."]
+    lines.append("")
+    if "heldout_coarse_loss" in final:
+        what = "images" if "baseline" in privacy else "releases"
+        lines.append(f"Shared model's loss on held-out {what}: {final['heldout_coarse_loss']:.4f}")
+    return "\n".join(lines)
+
+
+def _privacy_lines(privacy: Mapping[str, Any]) -> list[str]:
+    if "baseline" in privacy:
+        return [f"Privacy  baseline: {privacy['guarantee']}. {privacy['words']}"]
+    groups = ", ".join(f"{v:.4g} for {k}" for k, v in privacy["group_epsilon"].items() if k != "1")
+    releases = privacy["releases_per_image"]
+    lines = [
+        f"Privacy  each image is ({privacy['epsilon']:.4g}, {privacy['delta']:g})-locally "
+        "differentially private, by exact accounting (analytic Gaussian);",
+        f"         t0 = {privacy['t0']}, clip norm {privacy['clip_norm']:g} around "
+        f"{privacy['shift']:g}, "
+        f"{'one release' if releases == 1 else f'up to {releases} releases'} per image; the "
+        f"paper's bound would say {privacy['epsilon_paper_bound']:.4g}.",
+        f"         A person with more images in one client: epsilon {groups}.",
+        "         Not covered: labels, counts, metrics on raw data, fine models once published.",
+    ]
+    if privacy["simulation"]:
+        lines.append("         SIMULATION: the noise is seeded; who knows the seed can remove it.")
+    return lines
+
+
+def metrics_table(clients: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Image metrics per client and class group; empty if there are none.
+
+    The first column is a baseline's shared model where that was measured.
+    """
+    rows = []
+    shared = any(name.endswith("_shared_frechet") for metrics in clients for name in metrics)
+    first, title = ("shared", "shared") if shared else ("pfdm", "PFDM")
+    for metrics in clients:
+        for group in ("majority", "minority", "all"):
+            if not any(f"{group}_{method}_frechet" in metrics for method in (first, "alone")):
+                continue
+            cells = [
+                metrics.get(f"{group}_{method}_{metric}", float("nan"))
+                for metric in ("frechet", "class_fidelity")
+                for method in (first, "alone", "own")
+            ]
+            rows.append((f"client {metrics['client_id']}", group, cells))
+    if not rows:
+        return []
+    for group in ("majority", "minority", "all"):
+        values = [cells for _, name, cells in rows if name == group]
+        if len(values) > 1:
+            rows.append(("mean", group, [_mean(column) for column in zip(*values, strict=True)]))
+    lines = [
+        "Metrics                  Frechet distance (pixel PCA)    class fidelity",
+        f"                         {title:<8}alone   own images      {title:<7}alone  own images",
+    ]
+    for who, group, cells in rows:
+        numbers = "  ".join(_cell(value, 6) for value in cells[:3])
+        shares = "  ".join(_cell(value, 5) for value in cells[3:])
+        lines.append(f"  {who:<10} {group:<9} {numbers}        {shares}")
+    lines.append(
+        "  Lower Frechet distance is better; against test images that no client holds. It is not "
+        "FID.\n  own images: the client's real training images by the same measure. "
+        "-: not measured."
+    )
+    return lines
+
+
+def _cell(value: float, width: int) -> str:
+    return f"{'-' if math.isnan(value) else f'{value:.2f}':>{width}}"
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Mean of what is there, NaN if nothing is."""
+    present = [value for value in values if not math.isnan(value)]
+    return sum(present) / len(present) if present else math.nan

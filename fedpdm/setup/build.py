@@ -1,0 +1,139 @@
+"""From a run configuration to the objects that do the work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedpdm.config import CoarseConfig, ConfigError, FineConfig, RunConfig
+from fedpdm.data.spec import ImageSpec
+from fedpdm.diffusion.denoisers import PRESETS, Denoiser, DenoiserSpec
+from fedpdm.diffusion.schedule import NoiseSchedule, make_schedule
+from fedpdm.diffusion.training import OptimizerSettings
+from fedpdm.privacy.dpsgd import DpSgdSettings, dp_sgd_noise_multiplier
+from fedpdm.privacy.planning import ReleasePlan
+from fedpdm.rng import Purpose, seed_sequence
+
+__all__ = [
+    "build_denoiser",
+    "build_dp_sgd",
+    "build_optimizer_settings",
+    "build_schedule",
+    "coarse_share",
+    "sampler_options",
+]
+
+
+def build_schedule(config: RunConfig) -> NoiseSchedule:
+    section = config.schedule
+    return make_schedule(
+        section.kind,
+        num_steps=section.num_steps,
+        beta_start=section.beta_start,
+        beta_end=section.beta_end,
+    )
+
+
+def build_denoiser(
+    config: RunConfig, role: str, *, spec: ImageSpec, schedule: NoiseSchedule, client: int = 0
+) -> Denoiser:
+    """A freshly initialised coarse or fine denoiser, its weights drawn from the run's seed."""
+    section: CoarseConfig | FineConfig = config.coarse if role == "coarse" else config.fine
+    smallest = PRESETS[section.preset].stride
+    if spec.resolution < smallest:
+        raise ConfigError(
+            f"data.resolution: {role}.preset {section.preset} needs images of at least "
+            f"{smallest}x{smallest}, got {spec.resolution}x{spec.resolution}"
+        )
+    denoiser_spec = DenoiserSpec(
+        preset=section.preset,
+        resolution=spec.resolution,
+        channels=spec.channels,
+        num_classes=spec.num_classes,
+        prediction=section.prediction or PRESETS[section.preset].prediction,
+        knows_clipping=role == "fine",
+    )
+    purpose = Purpose.COARSE_INIT if role == "coarse" else Purpose.FINE_INIT
+    seed = int(seed_sequence(config.run.seed, purpose, client=client).generate_state(1)[0])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Denoiser(denoiser_spec, schedule)
+
+
+def server_steps_per_round(config: RunConfig) -> int:
+    """Coarse steps that the server takes per round in server training: as many as all clients
+    together would."""
+    chosen = config.aggregation.server_steps_per_round
+    return chosen or config.coarse.steps_per_round * config.partition.num_clients
+
+
+def build_optimizer_settings(
+    config: RunConfig, role: str, *, at_server: bool = False
+) -> OptimizerSettings:
+    section: CoarseConfig | FineConfig = config.coarse if role == "coarse" else config.fine
+    per_round = server_steps_per_round(config) if at_server else section.steps_per_round
+    return OptimizerSettings(
+        lr=section.lr,
+        batch_size=section.batch_size,
+        total_steps=max(1, per_round * config.run.rounds),
+        warmup_steps=section.warmup_steps,
+        decay=section.decay,
+        weight_decay=section.weight_decay,
+        grad_clip=section.grad_clip,
+        ema_decay=section.ema_decay,
+        precision=config.run.precision,
+    )
+
+
+def build_dp_sgd(config: RunConfig, *, num_images: int) -> DpSgdSettings:
+    """DP-SGD for one client's whole run at `privacy.epsilon`, of its `num_images` images."""
+    section, privacy = config.coarse, config.privacy
+    assert privacy.epsilon is not None  # RunConfig
+    if section.batch_size > num_images:
+        raise ConfigError(
+            f"coarse.batch_size: DP-SGD needs at most the client's {num_images} images, "
+            f"got {section.batch_size}"
+        )
+    steps = max(1, section.steps_per_round * config.run.rounds)
+    return DpSgdSettings(
+        noise_multiplier=dp_sgd_noise_multiplier(
+            epsilon=privacy.epsilon,
+            delta=privacy.delta,
+            sample_rate=section.batch_size / num_images,
+            num_steps=steps,
+        ),
+        max_grad_norm=section.grad_clip,
+        multiplicity=section.noise_multiplicity,
+        max_steps=steps,
+    )
+
+
+def sampler_options(
+    config: RunConfig, schedule: NoiseSchedule, plan: ReleasePlan
+) -> dict[str, Any]:
+    """Keyword arguments of `sampling.sample` that the config decides."""
+    return {
+        "schedule": schedule,
+        "t0": plan.t0,
+        "scheduler": config.sampling.scheduler,
+        "num_steps": config.sampling.num_steps,
+        "guidance": config.sampling.guidance,
+        "chain": config.coarse.objective if config.has_release else "truncated",
+    }
+
+
+def coarse_share(config: RunConfig, labels: np.ndarray, *, num_classes: int) -> torch.Tensor | None:
+    """What a client trusts the coarse model above t0, float32 (K + 1,) by class; None: wholly.
+
+    `labels` int64 (n,) are those of the client's training images. Two estimates of a class's mean,
+    one worth w images (`sampling.coarse_worth`) and one of n_k images, are best weighed as w : n_k.
+    The last entry is for no label.
+    """
+    worth = config.sampling.coarse_worth
+    if worth is None:
+        return None
+    counts = np.bincount(labels, minlength=num_classes).astype(np.float64)
+    shares = np.append(worth / (worth + counts), worth / (worth + counts.mean()))
+    return torch.tensor(shares, dtype=torch.float32)

@@ -1,0 +1,140 @@
+"""The configured objectives as losses of a batch of indices into a client's data."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from fedpdm.config import RunConfig
+from fedpdm.data import normalize
+from fedpdm.diffusion.denoisers import Denoiser
+from fedpdm.diffusion.objectives import denoising_loss, drop_labels, truncated_loss
+from fedpdm.diffusion.schedule import NoiseSchedule
+from fedpdm.diffusion.training import BatchLoss
+from fedpdm.privacy.mechanism import clip_l2
+from fedpdm.privacy.planning import ReleasePlan
+from fedpdm.privacy.types import ReleasedDataset
+
+__all__ = ["coarse_batch_loss", "fine_batch_loss", "raw_coarse_batch_loss"]
+
+
+def coarse_batch_loss(
+    config: RunConfig,
+    denoiser: Denoiser,
+    schedule: NoiseSchedule,
+    released: ReleasedDataset,
+    *,
+    training: bool,
+    device: torch.device,
+    subset: np.ndarray | None = None,
+) -> BatchLoss:
+    """The configured coarse objective on a release, as loss of a batch of indices.
+
+    Indices count within `subset` (int64 positions in the release) where it is given.
+    """
+    x_tilde, labels = released.x_tilde.to(device), released.labels.to(device)
+    positions = None if subset is None else torch.from_numpy(subset).to(device)
+    dropout = config.coarse.label_dropout if training else 0.0
+
+    def loss(indices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        if positions is not None:
+            indices = positions[indices]
+        chosen = drop_labels(labels[indices], probability=dropout, generator=generator)
+        if config.coarse.objective == "truncated":
+            return truncated_loss(
+                denoiser,
+                schedule,
+                x_tilde[indices],
+                labels=chosen,
+                t0=released.parameters.t0,
+                generator=generator,
+            )
+        return denoising_loss(
+            denoiser,
+            schedule,
+            x_tilde[indices],
+            labels=chosen,
+            t_max=schedule.num_steps,
+            weighting=config.coarse.weighting,
+            timesteps=config.coarse.timesteps,
+            generator=generator,
+        )
+
+    return loss
+
+
+def raw_coarse_batch_loss(
+    config: RunConfig,
+    denoiser: Denoiser,
+    schedule: NoiseSchedule,
+    *,
+    shift: float,
+    images: np.ndarray,
+    labels: np.ndarray,
+    training: bool,
+    device: torch.device,
+) -> BatchLoss:
+    """The loss of baselines whose shared model sees raw images (`coarse.images` raw or dp_sgd).
+
+    Arguments as in `fine_batch_loss`; t is drawn from [1, T].
+    """
+    section = config.coarse
+    pixels, classes = torch.from_numpy(images).to(device), torch.from_numpy(labels).to(device)
+    dropout = section.label_dropout if training else 0.0
+
+    def loss(indices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        return denoising_loss(
+            denoiser,
+            schedule,
+            normalize(pixels[indices], shift=shift),
+            labels=drop_labels(classes[indices], probability=dropout, generator=generator),
+            t_max=schedule.num_steps,
+            weighting=section.weighting,
+            timesteps=section.timesteps,
+            generator=generator,
+        )
+
+    return loss
+
+
+def fine_batch_loss(
+    config: RunConfig,
+    denoiser: Denoiser,
+    schedule: NoiseSchedule,
+    plan: ReleasePlan,
+    *,
+    images: np.ndarray,
+    labels: np.ndarray,
+    device: torch.device,
+) -> BatchLoss:
+    """The configured fine objective on raw images, as loss of a batch of indices.
+
+    `images` uint8 (N, C, H, W) stay so on the device and are normalised there, `labels` int64 (N,).
+    A share of each batch is clipped and flagged so.
+    """
+    section = config.fine
+    pixels, classes = torch.from_numpy(images).to(device), torch.from_numpy(labels).to(device)
+    t_max = schedule.num_steps if section.t_range == "all" else plan.t0
+
+    def loss(indices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        x_0 = normalize(pixels[indices], shift=plan.shift)
+        draw = torch.rand(len(indices), generator=generator, device=device)
+        clipped = draw < section.clipped_fraction
+        bounded = clip_l2(x_0, clip_norm=plan.clip_norm)
+        x_0 = torch.where(clipped.view(-1, 1, 1, 1), bounded, x_0)
+        chosen = drop_labels(
+            classes[indices], probability=section.label_dropout, generator=generator
+        )
+        return denoising_loss(
+            denoiser,
+            schedule,
+            x_0,
+            labels=chosen,
+            clipped=clipped,
+            t_max=t_max,
+            weighting=section.weighting,
+            timesteps=section.timesteps,
+            generator=generator,
+        )
+
+    return loss

@@ -1,0 +1,177 @@
+"""The run directory: what a run leaves behind, and the server's checkpoint.
+
+config.yaml          the resolved configuration
+privacy.json  privacy.txt   what is promised, in numbers and in words
+metrics.json         per round and final; versions.json: of the software
+coarse.safetensors   the shared model (EMA), when the run has finished
+samples.png  partition.png  partition.txt  partition.json (digests to compare with other machines)
+log.txt
+server/checkpoint.safetensors   to resume from
+server/updates/      updates of this round that wait for their turn
+server/members.json  which images trained a shared model of raw images (a baseline)
+server/releases/     what clients uploaded (server training only)
+clients/<id>/        each client's store (`fedpdm.storage.client_store`); the server never reads
+                     it, except for pictures in simulation
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedpdm.config import ConfigError, RunConfig, config_to_yaml, load_config
+from fedpdm.storage.files import StoreError, read_tensors, write_atomic, write_tensors
+from fedpdm.storage.tensorfile import write_file
+
+__all__ = ["RunDirectory"]
+
+
+class RunDirectory:
+    """Reads and writes one run's files; every write is atomic."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    @property
+    def checkpoint_path(self) -> Path:
+        return self.root / "server" / "checkpoint.safetensors"
+
+    def client_path(self, client_id: int) -> Path:
+        return self.root / "clients" / str(client_id)
+
+    def check(self, config: RunConfig, *, resume: bool) -> None:
+        """`ConfigError` if the directory cannot be used for `config`; writes nothing.
+
+        It may hold no run of another config, and no run at all unless `resume` is set.
+        """
+        path = self.root / "config.yaml"
+        if path.exists():
+            known = load_config(path)
+            if known != config:
+                raise ConfigError(
+                    f"{self.root}: holds a run of another config "
+                    f"({', '.join(differing_keys(known, config))}); choose another --out"
+                )
+            if not resume:
+                raise ConfigError(
+                    f"{self.root}: holds this run already; --resume continues it, or choose "
+                    "another --out"
+                )
+            if "final" in (self.load_checkpoint() or (0, {}, {}))[2]:
+                raise ConfigError(f"{self.root}: this run has finished; nothing to resume")
+        elif resume:
+            raise ConfigError(f"{self.root}: no run to resume (config.yaml is missing)")
+        elif self.root.exists() and not self.root.is_dir():
+            raise ConfigError(f"{self.root}: exists and is not a directory")
+        elif self.root.is_dir():
+            present = {path.name for path in self.root.iterdir()}
+            if strangers := sorted(present - {".flower", "flower.log"}):
+                raise ConfigError(
+                    f"{self.root}: is not empty and holds no run ({strangers[0]}, ...); choose "
+                    "another --out"
+                )
+
+    def open(self, config: RunConfig, *, resume: bool) -> None:
+        """Claim the directory for `config` after `check`; nothing is overwritten."""
+        self.check(config, resume=resume)
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(f"{self.root}: cannot be created: {error.strerror}") from None
+        path = self.root / "config.yaml"
+        if not path.exists():
+            write_atomic(path, config_to_yaml(config).encode())
+
+    def config(self) -> RunConfig:
+        path = self.root / "config.yaml"
+        if not path.exists():
+            raise ConfigError(f"{self.root}: is not a run directory (config.yaml is missing)")
+        return load_config(path)
+
+    def write_json(self, name: str, value: Any) -> None:
+        write_atomic(self.root / name, (json.dumps(value, indent=1) + "\n").encode())
+
+    def write_text(self, name: str, text: str) -> None:
+        write_atomic(self.root / name, text.encode())
+
+    def read_json(self, name: str) -> Any:
+        path = self.root / name
+        if not path.exists():
+            raise ConfigError(f"{path}: is missing; the run has not got that far")
+        return json.loads(path.read_text())
+
+    def save_upload(
+        self, client_id: int, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
+    ) -> None:
+        """Keep what a client uploaded (server training)."""
+        write_tensors(self._upload_path(client_id), tensors, metadata)
+
+    def drop_upload(self, client_id: int) -> None:
+        """Forget what a client uploaded."""
+        self._upload_path(client_id).unlink(missing_ok=True)
+
+    def _upload_path(self, client_id: int) -> Path:
+        return self.root / "server" / "releases" / f"{client_id:06d}.safetensors"
+
+    def load_uploads(self) -> list[tuple[dict[str, torch.Tensor], dict[str, str]]]:
+        """(tensors, metadata) of every upload, in the order of client ids."""
+        paths = sorted((self.root / "server" / "releases").glob("*.safetensors"))
+        return [read_tensors(path) for path in paths]
+
+    def keep_update(self, client_id: int, weights: Mapping[str, torch.Tensor]) -> None:
+        """Put aside an update that came before its turn, until the round is over."""
+        self._update_path(client_id).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write_file(self._update_path(client_id), weights, {})
+        except OSError as error:
+            path = self._update_path(client_id)
+            raise StoreError(f"{path}: cannot be written: {error.strerror}") from None
+
+    def take_update(self, client_id: int) -> dict[str, torch.Tensor]:
+        """Inverse of `keep_update`; the file goes, the tensors stay."""
+        tensors, _ = read_tensors(self._update_path(client_id))
+        self._update_path(client_id).unlink()
+        return tensors
+
+    def drop_updates(self) -> None:
+        """Forget what was put aside."""
+        shutil.rmtree(self._update_path(0).parent, ignore_errors=True)
+
+    def _update_path(self, client_id: int) -> Path:
+        return self.root / "server" / "updates" / f"{client_id:06d}.safetensors"
+
+    def save_checkpoint(
+        self, round: int, tensors: Mapping[str, torch.Tensor], history: Mapping[str, Any]
+    ) -> None:
+        """Server state after `round`, with the metrics so far, in one file."""
+        write_tensors(
+            self.checkpoint_path, tensors, {"round": str(round), "history": json.dumps(history)}
+        )
+
+    def load_checkpoint(self) -> tuple[int, dict[str, torch.Tensor], dict[str, Any]] | None:
+        """(rounds done, server state, metrics so far), or None before the first round."""
+        if not self.checkpoint_path.exists():
+            return None
+        tensors, metadata = read_tensors(self.checkpoint_path)
+        try:
+            return int(metadata["round"]), tensors, json.loads(metadata["history"])
+        except (KeyError, ValueError) as error:
+            raise StoreError(f"{self.checkpoint_path}: header is damaged: {error}") from None
+
+
+def differing_keys(a: RunConfig, b: RunConfig) -> list[str]:
+    """`section.key` of every key in which two configs differ."""
+    first, second = dataclasses.asdict(a), dataclasses.asdict(b)
+    differing = []
+    for section, values in first.items():
+        if isinstance(values, dict):
+            differing += [f"{section}.{k}" for k in values if values[k] != second[section][k]]
+        elif values != second[section]:
+            differing.append(section)
+    return differing

@@ -1,0 +1,123 @@
+"""Two participants with one identity: the same key twice, and two keys that say the same client.
+
+Real processes, gRPC with TLS, registered keys.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedpdm.privacy.ledger import Record
+from fedpdm.privacy.releases import ReleaseStore
+from tests.deployment.test_deployed_faults import (
+    SKIP,
+    assert_noised_once,
+    present,
+    rounds_of,
+    split,
+)
+from tests.support.command_line import without_advice
+from tests.support.real_nodes import Node, real_federation, wait_until
+
+pytestmark = [pytest.mark.flower, pytest.mark.slow, pytest.mark.faults]
+
+TWICE = "two nodes have the same client id"
+# A copy that is let in within 3 seconds of the loss hides it from Flower, which would then wait.
+PATIENT = {**SKIP, "min_clients": 2, "round_timeout": 240.0}
+
+
+def records(node: Node) -> tuple[Record, ...]:
+    return tuple(ReleaseStore(node.store).ledger().records)
+
+
+def assert_turned_away(node: Node) -> None:
+    """It ends by itself, was never let in, and has written nothing."""
+    assert node.process_ended(180.0), node.output()
+    assert node.process is not None
+    assert node.process.returncode != 0
+    assert not node.joined()
+
+
+def test_one_key_is_one_participant(tmp_path: Path) -> None:
+    """While a node is online, a copy of it is turned away, and changes nothing for the node. When
+    the node's machine is lost in a round, the copy is let in after a minute and goes on with the
+    node's store; then it is the node that is turned away."""
+    root = tmp_path / "federation"
+    with real_federation(root) as federation:
+        config, parts = split(root / "data", 2, 3, aggregation=PATIENT)
+        first, second = (federation.node(f"node-{k}", k, part) for k, part in enumerate(parts))
+        federation.start()
+        for node in (first, second):
+            node.start()
+        wait_until(lambda: first.joined() and second.joined(), "both nodes are online")
+        copy = second.twin("copy", **{"store-dir": str(root / "store-of-the-copy")})
+        assert_turned_away(copy.start())
+        assert not copy.store.exists()
+
+        out = root / "run"
+        run = federation.run(config, out)
+        wait_until(
+            lambda: len(rounds_of(out)) == 1 and second.working("train"),
+            "round 2 goes on",
+            unless=run.ended,
+        )
+        assert present(rounds_of(out)[0]) == [0, 1]
+        before = records(second)
+        second.kill()
+        heir = second.twin("heir")
+        heir.start_again()
+        assert run.code(900) == 0, run.output()
+        wait_until(heir.joined, "the copy is online")
+        assert_turned_away(second.twin("back-again").start())
+
+        rounds = rounds_of(out)
+        assert [record["round"] for record in rounds] == [1, 2, 3]
+        assert present(rounds[-1]) == [0, 1], [record["failed"] for record in rounds]
+        for node in (first, second):
+            assert_noised_once(node)
+        assert records(heir) == before  # the release of round 1 served the copy, nothing was added
+
+
+def test_one_client_id_is_one_participant(tmp_path: Path) -> None:
+    """Two keys, one client id. A run that stops at failures says so before anybody has released
+    anything. In one that goes on, who was there first stays, and who comes later is left out."""
+    root = tmp_path / "federation"
+    with real_federation(root) as federation:
+        strict: dict[str, Any] = {"on_failure": "raise", "min_clients": 3}
+        config, parts = split(root / "data", 3, 2, aggregation=strict)
+        nodes = [federation.node(f"node-{k}", k, parts[k]) for k in (0, 1)]
+        twin = federation.node("twin", 1, parts[1])
+        late = federation.node("late", 1, parts[1])
+        federation.start()
+        for node in (*nodes, twin):
+            node.start()
+        wait_until(lambda: all(node.joined() for node in (*nodes, twin)), "three are online")
+        run = federation.run(config, root / "strict")
+        assert run.code(900) == 1, run.output()
+        last = without_advice(run.output()).splitlines()[-1]
+        assert last.startswith("fedpdm: the run ended as 'finished:failed': ")
+        assert f"{TWICE} ([0, 1, 1]): [1]; give each node its own partition-id" in last
+        assert not any(node.store.exists() and records(node) for node in (*nodes, twin))
+
+        twin.kill()
+        wait_until(
+            lambda: [n["status"] for n in federation.status()["nodes"]].count("online") == 2,
+            "the twin counts as lost",
+        )
+        config, _ = split(root / "again", 3, 3, aggregation=PATIENT)
+        out = root / "lenient"
+        run = federation.run(config, out)
+        wait_until(lambda: nodes[0].working("train"), "round 1 goes on", unless=run.ended)
+        late.start()
+        assert run.code(900) == 0, run.output()
+        assert late.joined(), late.output()
+        rounds = rounds_of(out)
+        assert [present(record) for record in rounds] == [[0, 1]] * 3
+        assert TWICE in rounds[-1]["failed"][0]
+        assert f"round 3 fit failed: {TWICE}" in run.output()
+        for node in nodes:
+            assert_noised_once(node)
+        assert not (late.store.exists() and ReleaseStore(late.store).ledger().releases())

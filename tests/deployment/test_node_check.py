@@ -1,0 +1,522 @@
+"""`fedpdm node check` and `start`, as a participant's operator sees them, against a TLS server."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+from fedpdm.cli import main
+from fedpdm.config import ConfigError, config_from_mapping, config_to_yaml
+from fedpdm.deployment.certificates import make_authority, make_node, make_server
+from fedpdm.deployment.code_digest import code_digest
+from fedpdm.deployment.invitation import make_invitation, read_invitation
+from fedpdm.deployment.node import NodeSettings, checking, default_store
+from fedpdm.engines.deployed import node as engine
+from fedpdm.privacy.releases import ReleaseStore
+from fedpdm.storage.files import StoreError
+from tests.support.command_line import without_advice
+from tests.support.deployments import deployed_config, draw_pictures
+from tests.support.federations import SMALL
+from tests.support.tls_servers import server
+
+NAMES = [
+    "certificate", "policy", "invitation", "versions", "clock", "data", "store", "disk", "memory",
+    "coordinator", "bounds", "statement",
+]  # fmt: skip
+EPSILON = 9.956  # of t0 = 642 at clip norm 8: README, and test_accountant's oracles
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Certificates, pictures and invitation that no test changes."""
+    root = tmp_path_factory.mktemp("made")
+    make_authority(root / "ca")
+    make_server(root / "ca", root / "server", names=["127.0.0.1"])
+    make_node(root / "ca", root / "node", client_id=1)
+    draw_pictures(root / "public", seed=1, count=2, test=2)
+    draw_pictures(root / "hospital" / "images", seed=101)
+    (root / "node" / "invitation.json").write_text(make_invitation(quiet(root)))
+    return root
+
+
+@pytest.fixture(scope="module")
+def port(made: Path) -> Iterator[int]:
+    with server(made / "server") as number:
+        yield number
+
+
+def quiet(root: Path, **sections: Any) -> Any:
+    plain = json.loads(json.dumps(deployed_config(root / "public").__dict__, default=vars))
+    plain["evaluation"]["image_metrics"] = False
+    for name, values in sections.items():
+        plain[name] |= values
+    return config_from_mapping(plain)
+
+
+class Node:
+    """A participant with its own copy of everything, and its command line."""
+
+    def __init__(self, made: Path, root: Path, port: int, capsys: Any) -> None:
+        shutil.copytree(made / "node", root / "node")
+        shutil.copytree(made / "hospital", root / "hospital")
+        self.made, self.root, self.capsys = made, root, capsys
+        self.certificate = root / "node" / "node-1.crt"
+        self.invitation = root / "node" / "invitation.json"
+        self.data, self.store = root / "hospital" / "images", root / "store"
+        self.policy = root / "hospital" / "policy.yaml"
+        self.address = f"127.0.0.1:{port}"
+
+    def call(self, action: str, *more: str) -> tuple[int, str, str]:
+        """Exit code, standard output and standard error."""
+        self.capsys.readouterr()
+        code = main(
+            [
+                "node", action, "--coordinator", self.address,
+                "--certificate", str(self.certificate), "--data", str(self.data),
+                "--store", str(self.store), *more,
+            ]
+        )  # fmt: skip
+        printed = self.capsys.readouterr()
+        return code, printed.out, printed.err
+
+    def failed(self, *more: str) -> dict[str, str]:
+        """The checks that failed, with their lines."""
+        code, out, _ = self.call("check", "--json", "--timeout", "2", *more)
+        report = json.loads(out)
+        assert [check["name"] for check in report["checks"]] == NAMES
+        found = {check["name"]: check["detail"] for check in report["checks"] if not check["ok"]}
+        assert code == (2 if found else 0)
+        assert report["ok"] == (not found)
+        assert not any("\n" in line for line in found.values())
+        return found
+
+    def rewrite(self, **changes: Any) -> None:
+        """Change the invitation."""
+        content = json.loads(self.invitation.read_text())
+        for name, values in changes.items():
+            content[name] = {**content[name], **values} if isinstance(values, dict) else values
+        self.invitation.write_text(json.dumps(content))
+
+    def settings(self) -> NodeSettings:
+        return NodeSettings.of(self.address, self.certificate, self.data, store=self.store)
+
+
+@pytest.fixture
+def node(made: Path, tmp_path: Path, port: int, capsys: pytest.CaptureFixture[str]) -> Node:
+    return Node(made, tmp_path, port, capsys)
+
+
+# --- All is well -------------------------------------------------------------------------------
+
+
+def test_a_node_that_is_fine(node: Node) -> None:
+    code, out, err = node.call("check")
+    lines = out.splitlines()
+    assert (code, err) == (0, "")
+    assert [line.split()[:2] for line in lines[:12]] == [["ok", name] for name in NAMES]
+    found = {line.split()[1]: line for line in lines[:12]}
+    assert "client 1, valid for 365 days" in found["certificate"]
+    assert "40 distinct images of 3x8x8; benign 20, malignant 20" in found["data"]
+    assert "TLSv1." in found["coordinator"]
+    assert "127.0.0.1, 365 days left" in found["coordinator"]
+    assert f"epsilon {EPSILON} in all at delta 1e-05" in found["bounds"]
+    assert "This node is client 1. It holds 40 distinct images." in out
+    assert f"epsilon = {EPSILON} at delta = 1e-05" in out
+    assert lines[-1].endswith("if you accept the statement above, add --accept")
+    assert node.store.stat().st_mode & 0o777 == 0o700
+    assert list(node.store.iterdir()) == []  # nothing is written without --accept
+
+
+def test_acceptance_is_asked_for_and_written(node: Node) -> None:
+    code, out, err = node.call("start")
+    assert code == 2
+    assert "is not accepted in" in err
+    assert without_advice(err).count("\n") == 1
+    code, out, _ = node.call("check", "--accept")
+    assert code == 0
+    assert "accepted: record 2 of" in out
+    ledger = ReleaseStore(node.store).ledger()
+    assert [record.kind for record in ledger.records] == ["opened", "accepted"]
+    fields = ledger.records[-1].fields
+    assert round(fields["epsilon"], 3) == EPSILON
+    assert (fields["delta"], fields["images"]) == (1e-5, 40)
+    assert fields["code"] == code_digest()
+    text = (node.store / "accepted" / "000002.txt").read_text()
+    assert text in out
+    assert main(["ledger", str(node.store)]) == 0
+    code, out, _ = node.call("check")
+    assert "the statement is accepted: fedpdm node start" in out
+    assert ReleaseStore(node.store).ledger() == ledger  # looking changes nothing
+
+
+def test_copies_are_counted_once_and_changes_since_are_told(node: Node) -> None:
+    assert node.call("check", "--accept")[0] == 0
+    first = next((node.data / "train" / "benign").glob("*.png"))
+    shutil.copy(first, first.with_name("copy.png"))
+    _, out, _ = node.call("check")
+    assert "40 distinct images of 3x8x8 (1 copies left out)" in out
+    assert "other images" not in out
+    Image.fromarray(np.full((8, 8, 3), 7, np.uint8)).save(first.with_name("another.png"))
+    _, out, _ = node.call("check")
+    assert "benign 21, malignant 20" in out
+    assert "for 40 other images than today's" in out
+
+
+def test_json_says_the_same(node: Node) -> None:
+    code, out, _ = node.call("check", "--json", "--accept")
+    report = json.loads(out)
+    assert code == 0
+    assert (report["ok"], report["accepted"]) == (True, True)
+    assert report["counts"] == {"benign": 20, "malignant": 20}
+    statement = report["statement"]
+    assert round(statement["epsilon"], 3) == EPSILON
+    assert statement["images_released_now"] == 40
+    assert statement["raw_metrics"] is False
+
+
+# --- One thing is wrong ------------------------------------------------------------------------
+
+
+def expire(node: Node) -> tuple[str, str]:
+    for path in node.certificate.parent.glob("node-1.*"):
+        path.unlink()
+    then = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=40)
+    make_authority(node.root / "old", now=then)
+    make_node(node.root / "old", node.certificate.parent, client_id=1, days=30, now=then)
+    return "certificate", "expired on"
+
+
+def use_other_authority(node: Node) -> tuple[str, str]:
+    for path in node.certificate.parent.glob("node-1.*"):
+        path.unlink()
+    make_authority(node.root / "other")
+    make_node(node.root / "other", node.certificate.parent, client_id=1)
+    return "coordinator", "was not signed by this federation's authority"
+
+
+def use_other_name(node: Node) -> tuple[str, str]:
+    node.address = node.address.replace("127.0.0.1", "localhost")
+    return "coordinator", "is for another name"
+
+
+def use_no_address(node: Node) -> tuple[str, str]:
+    node.address = "coordinator"
+    return "coordinator", "must be HOST:PORT"
+
+
+def move_data(node: Node) -> tuple[str, str]:
+    node.data.rename(node.data.with_name("elsewhere"))
+    return "data", "has no folder"
+
+
+def break_picture(node: Node) -> tuple[str, str]:
+    next(node.data.rglob("train/*/*.png")).write_bytes(b"none")
+    return "data", ".png"
+
+
+def add_class(node: Node) -> tuple[str, str]:
+    folder = node.data / "train" / "unclear"
+    folder.mkdir()
+    shutil.copy(next(node.data.rglob("train/*/*.png")), folder)
+    return "data", "num_classes is 3 here, 2 in the federation"
+
+
+def resize(node: Node) -> tuple[str, str]:
+    node.rewrite(images={"resolution": 16})
+    return "data", "resolution is 8 here, 16 in the federation"
+
+
+def block_store(node: Node) -> tuple[str, str]:
+    node.store.write_text("")
+    return "store", "is not a directory"
+
+
+def open_store(node: Node) -> tuple[str, str]:
+    node.store.mkdir(mode=0o755)
+    return "store", "others can read it (mode 0755)"
+
+
+def use_store_of_another(node: Node) -> tuple[str, str]:
+    node.store.mkdir(mode=0o700)
+    ReleaseStore(node.store).note("noted", {}, client_id=0)
+    return "store", "is the store of client 0, not 1"
+
+
+def damage_ledger(node: Node) -> tuple[str, str]:
+    node.store.mkdir(mode=0o700)
+    (node.store / "ledger.jsonl").write_text("{}")
+    return "store", "is not the title of a ledger"
+
+
+def bound_epsilon(node: Node) -> tuple[str, str]:
+    node.policy.write_text("max_epsilon: 5")
+    return "bounds", "more than the 5 of this node"
+
+
+def ask_for_raw_metrics(node: Node) -> tuple[str, str]:
+    config = quiet(node.made, evaluation={"image_metrics": True})
+    node.invitation.write_text(make_invitation(config))
+    return "bounds", "metrics on raw images"
+
+
+def break_policy(node: Node) -> tuple[str, str]:
+    node.policy.write_text("max_epsilonn: 5")
+    return "policy", "did you mean max_epsilon?"
+
+
+def other_flower(node: Node) -> tuple[str, str]:
+    node.rewrite(software={"flwr": "1.41.0"})
+    return "versions", "flwr is 1.39.0 here, 1.41.0 at the coordinator"
+
+
+def other_code(node: Node) -> tuple[str, str]:
+    node.rewrite(software={"code": "f" * 64})
+    return "versions", "the coordinator's ffffffffffffffff"
+
+
+def plain_experiment(node: Node) -> tuple[str, str]:
+    node.invitation.write_text(config_to_yaml(quiet(node.made)))
+    return "versions", "does not say what the coordinator runs"
+
+
+def too_few_clients(node: Node) -> tuple[str, str]:
+    config = quiet(node.made, partition={"num_clients": 1})
+    node.invitation.write_text(make_invitation(config))
+    return "invitation", "partition.num_clients: 1, but the certificate is client 1's"
+
+
+def lose_invitation(node: Node) -> tuple[str, str]:
+    node.invitation.unlink()
+    return "invitation", "cannot be read"
+
+
+def damage_invitation(node: Node) -> tuple[str, str]:
+    content = json.loads(node.invitation.read_text())
+    del content["software"]["code"]
+    node.invitation.write_text(json.dumps(content))
+    return "invitation", "is no complete invitation"
+
+
+def turn_clock_back(node: Node) -> tuple[str, str]:
+    node.rewrite(made_at="2099-01-01T00:00:00+00:00")
+    return "clock", "is before 2099-01-01"
+
+
+DAMAGES = [
+    expire, use_other_authority, use_other_name, use_no_address, move_data, break_picture,
+    add_class, resize, block_store, open_store, use_store_of_another, damage_ledger,
+    bound_epsilon, ask_for_raw_metrics, break_policy, other_flower, other_code,
+    plain_experiment, too_few_clients, lose_invitation, damage_invitation, turn_clock_back,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_what_is_wrong_is_found_and_nothing_accepted(
+    node: Node, damage: Callable[[Node], tuple[str, str]]
+) -> None:
+    """The check that is meant fails, what depends on it is not checked, the rest is fine."""
+    name, reason = damage(node)
+    found = node.failed("--accept")
+    assert reason in found[name]
+    others = {other: line for other, line in found.items() if other != name}
+    explained = ("not checked, since these failed", "ledger", "was not signed")
+    assert all(any(word in line for word in explained) for line in others.values()), others
+    kinds = [r.kind for r in _ledger_or_none(node.store)]
+    assert "accepted" not in kinds
+
+
+def _ledger_or_none(store: Path) -> Any:
+    try:
+        return ReleaseStore(store).ledger().records
+    except StoreError:
+        return ()
+
+
+def test_a_code_digest_that_the_policy_names_is_fine(node: Node) -> None:
+    other_code(node)
+    node.policy.write_text(f"code: ['{'f' * 64}']")
+    assert node.failed() == {}
+
+
+@pytest.mark.parametrize("name", ["disk", "memory"])
+def test_too_little_space(node: Node, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checking, f"free_{name}", lambda *_: 1_000_000)
+    found = node.failed()
+    assert set(found) == {name}
+    assert "0.00 GB are free" in found[name]
+
+
+def test_nobody_answers(node: Node) -> None:
+    node.address = "127.0.0.1:9"
+    assert "Connection refused" in node.failed()["coordinator"]
+
+
+@pytest.mark.parametrize("missing", ["--coordinator", "--certificate", "--data"])
+def test_three_values_are_needed(node: Node, missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {
+        "--coordinator": node.address,
+        "--certificate": str(node.certificate),
+        "--data": str(node.data),
+    }
+    variables = dict(zip(values, ("COORDINATOR", "CERTIFICATE", "NODE_DATA"), strict=True))
+    for variable in variables.values():
+        monkeypatch.delenv(f"FEDPDM_{variable}", raising=False)
+    words = [word for pair in values.items() if pair[0] != missing for word in pair]
+    node.capsys.readouterr()
+    assert main(["node", "check", *words]) == 2
+    assert node.capsys.readouterr().err.startswith(f"fedpdm: {missing}: is missing")
+    monkeypatch.setenv(f"FEDPDM_{variables[missing]}", values[missing])
+    assert main(["node", "check", "--store", str(node.store), *words]) == 0
+
+
+def test_the_invitation_holds_the_resolved_config(made: Path, tmp_path: Path) -> None:
+    path = tmp_path / "digits.yaml"
+    path.write_text(config_to_yaml(config_from_mapping({"name": "digits", **SMALL})))
+    out = tmp_path / "invitation.json"
+    arguments = ["--set", "privacy.epsilon=3", "--set", "partition.num_clients=7"]
+    assert main(["node", "invite", str(path), *arguments, "--out", str(out)]) == 0
+    found = read_invitation(out)
+    assert found.config.run.simulation is False
+    assert (found.config.privacy.epsilon, found.config.partition.num_clients) == (3.0, 7)
+    assert found.images == {"channels": 3, "resolution": 8, "num_classes": 10, "shift": -1.0}
+    assert found.software is not None
+    assert found.software.code == code_digest()
+
+
+def test_the_store_of_a_service(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("STATE_DIRECTORY", "/var/lib/fedpdm")
+    assert default_store(3) == Path("/var/lib/fedpdm/node-3")
+    monkeypatch.delenv("STATE_DIRECTORY")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    assert default_store(3) == tmp_path / "fedpdm" / "node-3"
+
+
+# --- Start -------------------------------------------------------------------------------------
+
+
+def test_what_is_started(node: Node) -> None:
+    node.policy.write_text(f"{{max_epsilon: 10, code: [{'a' * 64}, {'b' * 64}]}}")
+    assert node.call("check", "--accept")[0] == 0
+    command = engine.prepare_node(node.settings())
+    words = list(command.command)
+    assert Path(words[0]).name == "flower-supernode"
+    options = dict(zip(words[2::2], words[3::2], strict=True))
+    assert "--insecure" not in words
+    assert options["--superlink"] == node.address
+    assert options["--auth-supernode-private-key"] == str(node.certificate.with_suffix(".key"))
+    ca = Path(options["--root-certificates"]).read_text()
+    assert ca == (node.made / "ca" / "ca.crt").read_text()
+    told = tomllib.loads(Path(options["--node-config"]).read_text())
+    assert told == {
+        "partition-id": 1,
+        "num-partitions": 2,
+        "data-dir": str(node.data),
+        "store-dir": str(node.store),
+        "raw-metrics": False,
+        "allow-new-release": False,
+        "require-acceptance": True,
+        "installed-code": code_digest(),
+        "policy-file": str(node.policy),
+    }
+    guarded = Path(command.environment["PATH"].split(os.pathsep)[0])
+    assert os.access(guarded / "flwr-clientapp", os.X_OK)
+    assert command.environment["FEDPDM_ALLOWED_CODE"] == "a" * 64 + " " + "b" * 64
+    assert list(command.cwd.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("section", "values"),
+    [("privacy", {"epsilon": 9.0}), ("run", {"rounds": 9}), ("coarse", {"lr": 1e-4})],
+)
+def test_another_config_is_not_accepted(node: Node, section: str, values: dict[str, Any]) -> None:
+    assert node.call("check", "--accept")[0] == 0
+    engine.prepare_node(node.settings())
+    node.invitation.write_text(make_invitation(quiet(node.made, **{section: values})))
+    with pytest.raises(ConfigError, match="is not accepted in"):
+        engine.prepare_node(node.settings())
+
+
+@pytest.mark.parametrize("damage", [expire, bound_epsilon, ask_for_raw_metrics, move_data])
+def test_nothing_is_started_when_it_became_wrong(
+    node: Node, damage: Callable[[Node], tuple[str, str]]
+) -> None:
+    assert node.call("check", "--accept")[0] == 0
+    damage(node)
+    code, out, err = node.call("start")
+    assert (code, out) == (2, "")
+    assert without_advice(err).count("\n") == 1
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from fedpdm.engines import supervision as node
+node.PAUSE = 0.2
+root = Path(sys.argv[1])
+command = node.NodeCommand(
+    client_id=5, command=("sh", "-c", sys.argv[2]), environment={"PATH": "/usr/bin:/bin"},
+    cwd=root, lock=root / ".node-lock",
+)
+sys.exit(node.run_node(command))
+"""
+
+
+@contextmanager
+def started(root: Path, script: str) -> Iterator[subprocess.Popen[str]]:
+    """A supervisor of `script`; killed at the end if the test has not stopped it."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(root), script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        try:
+            yield process
+        finally:
+            for child in psutil.Process(process.pid).children() if process.poll() is None else ():
+                child.kill()
+            process.kill()
+
+
+def test_a_node_that_ends_is_started_again_until_told_to_stop(tmp_path: Path) -> None:
+    with started(tmp_path, "echo ran; exit 3") as process:
+        assert process.stdout is not None
+        lines = [process.stdout.readline() for _ in range(3)]
+        process.send_signal(signal.SIGTERM)
+        rest, _ = process.communicate(timeout=120)
+    assert lines[0] == lines[2] == "ran\n"
+    assert lines[1] == (
+        "node 5: the SuperNode ended with exit code 3; it is started again in 0 s\n"
+    )
+    assert rest.endswith("node 5: stopped\n")
+    assert process.returncode == 0
+
+
+def test_stopping_ends_the_supernode_and_two_nodes_do_not_share_a_store(tmp_path: Path) -> None:
+    with started(tmp_path, "echo $$; exec sleep 1000") as process:
+        assert process.stdout is not None
+        child = int(process.stdout.readline())
+        with started(tmp_path, "echo second") as second:
+            out, err = second.communicate(timeout=120)
+        assert "another node runs on this store" in err
+        assert out == ""
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert not psutil.pid_exists(child)

@@ -1,0 +1,116 @@
+"""Real `flwr run` in Ray simulation: same weights as in process, real exit codes, no leftovers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from fedpdm.config import RunConfig, config_to_yaml
+from fedpdm.engines.flower import MARKER, run_with_flower, stop_processes
+from fedpdm.engines.inprocess import run_in_process
+from fedpdm.storage.client_store import read_tensors
+from tests.support.command_line import without_advice
+from tests.support.federations import small_config
+
+pytestmark = [pytest.mark.flower, pytest.mark.slow]
+
+
+def command(tmp_path: Path, config: RunConfig, out: Path) -> list[str]:
+    experiment = tmp_path / "small.yaml"
+    experiment.write_text(config_to_yaml(config))
+    return [sys.executable, "-m", "fedpdm.cli", "run", str(experiment), "--out", str(out)]
+
+
+def leftovers(out: Path) -> list[str]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(MARKER) == str(out / ".flower"):
+                found.append(f"{process.pid} {process.name()}")
+        except (psutil.Error, OSError):
+            continue
+    return found
+
+
+def test_same_weights_as_in_process_bit_for_bit(tmp_path: Path) -> None:
+    config, out = small_config(), tmp_path / "flower"
+    done = subprocess.run(command(tmp_path, config, out), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "round 2/2" in done.stdout
+    assert "locally differentially private" in " ".join(done.stdout.split())
+    assert leftovers(out) == []
+    run_in_process(config, tmp_path / "inprocess")
+    for name in ("coarse.safetensors", "clients/0/releases/000001.safetensors"):
+        first, _ = read_tensors(out / name)
+        second, _ = read_tensors(tmp_path / "inprocess" / name)
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[key], second[key]) for key in first), name
+    last = "clients/2/rounds/000002/fine.safetensors"
+    first, second = read_tensors(out / last)[0], read_tensors(tmp_path / "inprocess" / last)[0]
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    metrics = [
+        json.loads((root / "metrics.json").read_text())["final"]["clients"]
+        for root in (out, tmp_path / "inprocess")
+    ]
+    for ours, theirs in zip(*metrics, strict=True):  # numpy's BLAS has other thread counts there
+        assert ours == pytest.approx(theirs, rel=1e-6)
+
+
+def test_failed_run_has_exit_code_1_and_names_the_client(tmp_path: Path) -> None:
+    config = small_config(fine={"lr": 1e30, "grad_clip": 1e30, "steps_per_round": 40})
+    out = tmp_path / "out"
+    done = subprocess.run(command(tmp_path, config, out), capture_output=True, text=True)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert without_advice(done.stderr).count("\n") == 1
+    assert "loss is nan at step" in done.stderr
+    assert "client" in done.stderr
+    assert leftovers(out) == []
+
+
+def test_killed_run_resumes_to_the_same_weights(tmp_path: Path) -> None:
+    config = small_config(fine={"steps_per_round": 60, "checkpoint_every": 5})
+    out = tmp_path / "out"
+    start = command(tmp_path, config, out)
+    process = subprocess.Popen(start, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and not list(out.glob("clients/*/partial/fine.safetensors")):
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    for pid in [int(entry.split()[0]) for entry in leftovers(out)]:
+        try:
+            os.kill(pid, signal.SIGKILL)  # as a power cut would: nothing gets to clean up
+        except ProcessLookupError:
+            continue
+    released = {p: p.read_bytes() for p in out.glob("clients/*/releases/*.safetensors")}
+    assert released
+    run_with_flower(config, out, resume=True)
+    run_in_process(config, tmp_path / "reference")
+    first = read_tensors(out / "coarse.safetensors")[0]
+    second = read_tensors(tmp_path / "reference" / "coarse.safetensors")[0]
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert all(path.read_bytes() == data for path, data in released.items())
+    assert leftovers(out) == []
+
+
+def test_stop_ends_processes_of_one_home_only(tmp_path: Path) -> None:
+    environment = {**os.environ, MARKER: str(tmp_path / "a")}
+    mine = subprocess.Popen(["sleep", "60"], env=environment)
+    other = subprocess.Popen(["sleep", "60"], env={**os.environ, MARKER: str(tmp_path / "b")})
+    try:
+        assert stop_processes(tmp_path / "a") == 1
+        assert mine.poll() is not None
+        assert other.poll() is None
+    finally:
+        other.kill()
+        other.wait()

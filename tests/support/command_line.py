@@ -1,0 +1,44 @@
+"""The `fedpdm` command in this process, and a run that takes seconds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from fedpdm.cli import main
+from tests.support.federations import small_config
+
+CONFIG = small_config(
+    run={"rounds": 1},
+    data={"max_images": 120},
+    partition={"num_clients": 2},
+    coarse={"steps_per_round": 1},
+    fine={"steps_per_round": 1},
+    sampling={"num_steps": 2},
+    evaluation={"num_images": 4},
+)
+
+
+def forget_surroundings(monkeypatch: pytest.MonkeyPatch, folder: Any) -> None:
+    """No settings of whoever runs the tests, and a working directory of the test's own."""
+    for name in ("FEDPDM_DATA", "FEDPDM_RUNS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(folder)
+
+
+def call(*arguments: Any) -> int:
+    """Exit code of `fedpdm ARGUMENTS`."""
+    return main([str(argument) for argument in arguments])
+
+
+def without_advice(errors: str) -> str:
+    """Standard error of a refused or failed command, without its last line: what to do next."""
+    lines = errors.splitlines(keepends=True)
+    assert lines[-1].startswith("Next: "), errors
+    return "".join(lines[:-1])
+
+
+def in_process(*arguments: Any) -> int:
+    """Exit code of `fedpdm run ARGUMENTS --engine inprocess`."""
+    return call("run", *arguments, "--engine", "inprocess")
