@@ -11,77 +11,77 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("fedpdm", "clients", "strategies")
 
-# A unit imports units of a lower rank only; inside a package its own modules may import each
-# other. A module that is not listed has no place yet: give it one here.
+# A package imports packages of a lower rank only; inside a package modules may import each other,
+# without circles. A package that is not listed has no place yet: give it one here.
 RANKS: dict[str, int] = {
-    "fedpdm": 0,  # the package itself, imported for its path; its shortcuts are those of fedpdm.api
-    "fedpdm.types": 1,
+    "fedpdm": 0,  # the package itself; its shortcuts are those of fedpdm.api
     "fedpdm.rng": 1,
     "fedpdm.config": 1,
-    "fedpdm.codedigest": 1,
-    "fedpdm.certificates": 2,
-    "fedpdm.schedule": 2,
-    "fedpdm.accountant": 2,
-    "fedpdm.gmm": 3,
-    "fedpdm.data": 2,
-    "fedpdm.partition": 2,
-    "fedpdm.metrics": 2,
-    "fedpdm.memory": 2,
-    "fedpdm.versions": 2,
-    "fedpdm.tensorfile": 2,  # bytes of named tensors, for wire and store
-    "fedpdm.quantize": 2,  # fewer bits per number in messages
-    "fedpdm.pipeline": 2,  # copied into exports, so it stands alone
-    "fedpdm.denoisers": 3,
-    "fedpdm.pictures": 3,
-    "fedpdm.noise": 3,
-    "fedpdm.files": 3,
-    "fedpdm.objectives": 4,
-    "fedpdm.sampling": 4,
-    "fedpdm.mechanism": 4,
-    "fedpdm.members": 4,  # which images trained a model
-    "fedpdm.ledger": 4,
-    "fedpdm.calibration": 5,
-    "fedpdm.training": 5,
-    "fedpdm.evaluation": 5,
-    "fedpdm.attacks": 5,
-    "fedpdm.features": 5,  # networks and other maps from images to vectors
-    "fedpdm.downstream": 6,
-    "fedpdm.judging": 6,
-    "fedpdm.pretraining": 6,  # the attacker's own model, from public images
-    "fedpdm.toy": 6,
-    "fedpdm.dpsgd": 6,  # the DP-SGD baseline
-    "fedpdm.wire": 6,
-    "fedpdm.secure": 6,  # updates as summands of secure aggregation
-    "fedpdm.releases": 6,
-    "fedpdm.loading": 6,  # images and their split, by the config
-    "fedpdm.build": 7,
-    "fedpdm.batches": 8,  # the configured objectives on a client's data
-    "fedpdm.store": 7,
-    "fedpdm.statement": 8,
-    "fedpdm.modelcard": 8,
-    "fedpdm.policy": 8,  # a node's own bounds
-    "fedpdm.acceptance": 8,
-    "fedpdm.invitation": 8,
-    "fedpdm.runs": 6,
-    "fedpdm.trajectory": 8,  # states between noise and image
-    "fedpdm.trackers": 9,  # TensorBoard and others
-    "fedpdm.htmlreport": 10,
-    "fedpdm.runtime": 9,
-    "fedpdm.reporting": 9,
-    "fedpdm.export": 9,
-    "fedpdm.results": 9,  # of experiments, and tables
-    "fedpdm.synthesis": 8,
-    "fedpdm.assessment": 10,
-    "fedpdm.node": 10,  # what a participant checks before it joins
-    "clients": 10,
-    "strategies": 10,
-    "fedpdm.attacking": 11,  # attacks on a run's models, or on any U-Net
+    "fedpdm.diffusion": 1,
+    "fedpdm.storage": 2,
+    "fedpdm.data": 3,
+    "fedpdm.privacy": 4,
+    "fedpdm.wire": 5,
+    "fedpdm.setup": 6,
+    "fedpdm.evaluation": 7,
+    "fedpdm.deployment": 7,
+    "fedpdm.reporting": 8,
+    "fedpdm.publishing": 9,
+    "fedpdm.toy": 9,
+    "clients": 9,
+    "strategies": 9,
+    "fedpdm.attacks": 10,
     "fedpdm.engines": 11,
     "fedpdm.commands": 12,
     "fedpdm.api": 12,  # the library's front door
     "fedpdm.cli": 13,
 }
-SCIENCE = frozenset(unit for unit, rank in RANKS.items() if rank <= 5) - {"fedpdm.config"}
+# Formulas, arrays and files: no run config, no output.
+SCIENCE = (
+    "fedpdm.diffusion",
+    "fedpdm.rng",
+    "fedpdm.storage.files",
+    "fedpdm.storage.tensorfile",
+    "fedpdm.data.coloring",
+    "fedpdm.data.imageset",
+    "fedpdm.data.labelling",
+    "fedpdm.data.members",
+    "fedpdm.data.own",
+    "fedpdm.data.partition",
+    "fedpdm.data.public",
+    "fedpdm.data.resizing",
+    "fedpdm.data.sources",
+    "fedpdm.privacy.accountant",
+    "fedpdm.privacy.calibration",
+    "fedpdm.privacy.dpsgd",
+    "fedpdm.privacy.ledger",
+    "fedpdm.privacy.mechanism",
+    "fedpdm.privacy.noise",
+    "fedpdm.privacy.types",
+    "fedpdm.wire.quantize",
+    "fedpdm.evaluation.metrics",
+    "fedpdm.evaluation.features",
+    "fedpdm.evaluation.measures",
+    "fedpdm.reporting.pictures",
+    "fedpdm.publishing.pipeline",
+    "fedpdm.deployment.certificates",
+    "fedpdm.attacks.membership",
+    "fedpdm.attacks.auditing",
+    "fedpdm.attacks.bounds",
+    "fedpdm.attacks.canaries",
+    "fedpdm.attacks.collusion",
+    "fedpdm.attacks.denoising",
+    "fedpdm.attacks.likelihood",
+    "fedpdm.attacks.linkage",
+    "fedpdm.attacks.memorisation",
+    "fedpdm.attacks.noisechecks",
+    "fedpdm.attacks.optimal",
+    "fedpdm.attacks.reconstruction",
+    "fedpdm.attacks.recovery",
+    "fedpdm.attacks.roc",
+)
+# Copied into exports, so it stands alone.
+ALONE = ("fedpdm.publishing.pipeline",)
 
 # Libraries that are imported in these units alone.
 ONLY_IN = {
@@ -90,10 +90,10 @@ ONLY_IN = {
     "yaml": ("fedpdm.config",),
 }
 # Modules that may not import a library.
-NEVER = {"fedpdm.accountant": ("torch", "numpy")}
+NEVER = {"fedpdm.privacy.accountant": ("torch", "numpy")}
 # Where a release may be copied with other rows; it is constructed in the mechanism alone.
 MAY_REPLACE_IMAGES = {
-    ("fedpdm.mechanism.records", "select"),
+    ("fedpdm.privacy.mechanism.records", "select"),
     ("strategies.server_training", "join_releases"),
 }
 
@@ -125,6 +125,10 @@ def imports(tree: ast.AST, module: str, *, is_package: bool) -> Iterator[tuple[i
                 yield node.lineno, base
 
 
+def is_science(module: str) -> bool:
+    return any(f"{module}.".startswith(f"{prefix}.") for prefix in SCIENCE)
+
+
 def called_name(node: ast.Call) -> str:
     function = node.func
     return function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
@@ -150,12 +154,15 @@ def check_imports(tree: ast.AST, module: str, *, is_package: bool) -> Iterator[s
             continue  # the shortcuts; tests/test_api.py holds that they are lazy
         elif other != unit and RANKS[other] >= RANKS[unit]:
             yield f"{where}: imports upwards, {target}"
-        if unit in SCIENCE and other == "fedpdm.config":
+        if module in ALONE:
+            yield f"{where}: stands alone, imports {target}"
+            continue
+        if is_science(module) and other == "fedpdm.config":
             yield f"{where}: science does not see a run config"
 
 
 def check_calls(tree: ast.AST, module: str) -> Iterator[str]:
-    science = unit_of(module) in SCIENCE
+    science = is_science(module)
     inside: dict[ast.AST, str] = {}
     for function in ast.walk(tree):
         if isinstance(function, ast.FunctionDef):
@@ -166,7 +173,7 @@ def check_calls(tree: ast.AST, module: str) -> Iterator[str]:
         if not isinstance(node, ast.Call):
             continue
         where, name = f"{module}:{node.lineno}", called_name(node)
-        if name == "ReleasedDataset" and unit_of(module) != "fedpdm.mechanism":
+        if name == "ReleasedDataset" and not module.startswith("fedpdm.privacy.mechanism"):
             yield f"{where}: constructs a ReleasedDataset"
         replaced = {keyword.arg for keyword in node.keywords} & {"x_tilde", None}
         if name == "replace" and replaced and (module, inside.get(node)) not in MAY_REPLACE_IMAGES:
@@ -205,6 +212,47 @@ def test_every_layer_has_its_modules() -> None:
     assert {unit_of(name) for name, _ in modules()} == RANKS.keys()
 
 
+def circles(edges: dict[str, set[str]]) -> list[list[str]]:
+    """Groups of modules that import each other, by Tarjan's strongly connected components."""
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found = []
+
+    def visit(module: str) -> None:
+        index[module] = low[module] = len(index)
+        stack.append(module)
+        for target in edges.get(module, ()):
+            if target not in index:
+                visit(target)
+                low[module] = min(low[module], low[target])
+            elif target in stack:
+                low[module] = min(low[module], index[target])
+        if low[module] == index[module]:
+            at = stack.index(module)
+            group, stack[at:] = stack[at:], []
+            if len(group) > 1:
+                found.append(sorted(group))
+
+    for module in edges:
+        if module not in index:
+            visit(module)
+    return found
+
+
+def test_no_two_modules_import_each_other() -> None:
+    names = {name for name, _ in modules()}
+    edges: dict[str, set[str]] = {}
+    for module, path in modules():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        is_package = path.name == "__init__.py"
+        targets = {target for _, target in imports(tree, module, is_package=is_package)}
+        edges[module] = (targets & names) - {module}
+    edges["fedpdm"] = set()  # its shortcuts are lazy
+    assert circles(edges) == []
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
+
+
 def test_nobody_imports_what_is_on_top() -> None:
     for module, path in modules():
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -216,38 +264,51 @@ def test_nobody_imports_what_is_on_top() -> None:
 
 
 PLANTED = [
-    ("fedpdm.schedule", "import fedpdm.wire", "imports upwards, fedpdm.wire"),
-    ("fedpdm.schedule", "from fedpdm import wire", "imports upwards, fedpdm.wire"),
-    ("fedpdm.schedule", "from . import wire", "imports upwards, fedpdm.wire"),
-    ("fedpdm.schedule", "def f():\n    from fedpdm.store import x", "imports upwards"),
-    ("fedpdm.schedule", "if TYPE_CHECKING:\n    from fedpdm.build import x", "imports upwards"),
-    ("fedpdm.data.own", "from ..mechanism import release", "imports upwards, fedpdm.mechanism"),
-    ("fedpdm.objectives", "from fedpdm.sampling import sample", "imports upwards"),  # same layer
-    ("fedpdm.accountant", "from fedpdm.partition import partition", "imports upwards"),
+    ("fedpdm.diffusion.schedule", "import fedpdm.wire", "imports upwards, fedpdm.wire"),
+    ("fedpdm.diffusion.schedule", "from fedpdm import wire", "imports upwards, fedpdm.wire"),
+    ("fedpdm.diffusion.schedule", "from .. import wire", "imports upwards, fedpdm.wire"),
+    ("fedpdm.diffusion.gmm", "def f():\n    from fedpdm.storage import x", "imports upwards"),
+    (
+        "fedpdm.diffusion.gmm",
+        "if TYPE_CHECKING:\n    from fedpdm.setup import x",
+        "imports upwards",
+    ),
+    ("fedpdm.data.own", "from ..privacy import noise", "imports upwards, fedpdm.privacy"),
+    ("fedpdm.reporting.results", "from fedpdm.toy import x", "imports upwards"),
+    ("fedpdm.toy.cells", "from fedpdm.publishing import x", "imports upwards"),  # same rank
+    ("fedpdm.data.partition", "from fedpdm.privacy.accountant import x", "imports upwards"),
     ("clients.local", "from strategies.coarse import x", "imports upwards, strategies.coarse"),
     ("strategies.coarse", "import clients.local", "imports upwards, clients.local"),
-    ("fedpdm.reporting", "from fedpdm.engines.flower import x", "imports upwards"),
+    ("fedpdm.reporting.run_files", "from fedpdm.engines.flower import x", "imports upwards"),
     ("strategies.server_app", "from fedpdm.cli import main", "imports upwards"),
-    ("fedpdm.pipeline", "from fedpdm.denoisers import x", "imports upwards"),
+    ("fedpdm.publishing.pipeline", "from fedpdm.diffusion.denoisers import x", "stands alone"),
     ("fedpdm.newcomer", "import math", "has no layer"),
-    ("fedpdm", "from fedpdm.build import x", "imports upwards, fedpdm.build"),
-    ("fedpdm.build", "from fedpdm import release", "fedpdm.release, which has no layer"),
-    ("fedpdm.build", "from fedpdm.api import release", "imports upwards, fedpdm.api"),
-    ("fedpdm.build", "from fedpdm import newcomer", "fedpdm.newcomer, which has no layer"),
-    ("fedpdm.training", "from fedpdm.config import RunConfig", "does not see a run config"),
+    ("fedpdm", "from fedpdm.setup.build import x", "imports upwards, fedpdm.setup.build"),
+    ("fedpdm.setup.build", "from fedpdm import release", "fedpdm.release, which has no layer"),
+    ("fedpdm.setup.build", "from fedpdm.api import release", "imports upwards, fedpdm.api"),
+    ("fedpdm.setup.build", "from fedpdm import newcomer", "fedpdm.newcomer, which has no layer"),
+    ("fedpdm.privacy.noise", "from fedpdm.config import RunConfig", "does not see a run config"),
     ("fedpdm.wire", "import flwr", "imports flwr"),
     ("fedpdm.wire", "from flwr.common import NDArrays", "imports flwr"),
     ("fedpdm.engines.flower", "import ray", "imports ray"),
     ("clients.local", "import yaml", "imports yaml"),
-    ("fedpdm.accountant", "import torch", "may not import torch"),
-    ("fedpdm.store", "y = ReleasedDataset(x_tilde=x)", "constructs a ReleasedDataset"),
+    ("fedpdm.privacy.accountant", "import torch", "may not import torch"),
+    ("fedpdm.storage.files", "y = ReleasedDataset(x_tilde=x)", "constructs a ReleasedDataset"),
     ("clients.local", "y = types.ReleasedDataset(x_tilde=x)", "constructs a ReleasedDataset"),
     ("clients.local", "y = dataclasses.replace(r, x_tilde=x)", "replaces the images"),
     ("clients.local", "y = replace(r, **changes)", "replaces the images"),
-    ("fedpdm.mechanism", "def blur():\n    return replace(r, x_tilde=x)", "replaces the images"),
-    ("fedpdm.sampling", "print(1)", "prints"),
-    ("fedpdm.sampling", "assert False, 'no such chain'", "assert of a constant"),
-    ("fedpdm.sampling", "importlib.import_module(name)", "by a name that no test can read"),
+    (
+        "fedpdm.privacy.mechanism",
+        "def blur():\n    return replace(r, x_tilde=x)",
+        "replaces the images",
+    ),
+    ("fedpdm.diffusion.sampling", "print(1)", "prints"),
+    ("fedpdm.diffusion.sampling", "assert False, 'no such chain'", "assert of a constant"),
+    (
+        "fedpdm.diffusion.sampling",
+        "importlib.import_module(name)",
+        "by a name that no test can read",
+    ),
 ]
 
 
@@ -259,12 +320,15 @@ def test_planted_faults_are_reported(module: str, source: str, fault: str) -> No
 
 
 ALLOWED = [
-    ("fedpdm.mechanism", "from fedpdm.schedule import NoiseSchedule\ny = ReleasedDataset(a=1)"),
-    ("fedpdm.mechanism.records", "def select():\n    return replace(r, x_tilde=x)"),
+    (
+        "fedpdm.privacy.mechanism",
+        "from fedpdm.diffusion.schedule import NoiseSchedule\ny = ReleasedDataset(a=1)",
+    ),
+    ("fedpdm.privacy.mechanism.records", "def select():\n    return replace(r, x_tilde=x)"),
     ("fedpdm.data.own", "from fedpdm.data.rawsplit import RawSplit"),
     ("fedpdm.engines.inprocess", "from flwr.server import Server\nfrom clients.local import x"),
     ("clients.local", "from fedpdm import wire\nprint(1)"),
-    ("fedpdm.runtime", "import fedpdm\nassert x is not None"),
+    ("fedpdm.setup.flower_config", "import fedpdm\nassert x is not None"),
     ("fedpdm", "from fedpdm.api import release"),
 ]
 

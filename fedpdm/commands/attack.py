@@ -170,8 +170,8 @@ def run_linkage(options: argparse.Namespace) -> int:
 def _images(options: argparse.Namespace) -> ImageSet:
     import numpy as np
 
-    from fedpdm.commands.public_images import open_public_images
     from fedpdm.data import ImageSet
+    from fedpdm.data.open_images import open_public_images
 
     source = open_public_images(options.data, option="--data", resolution=options.resolution)
     return ImageSet(

@@ -176,8 +176,8 @@ def _public_set(options: argparse.Namespace, run: RunDirectory) -> ImageSet:
     """The look-alike set at the run's size; grey images become colour ones where that is needed."""
     import numpy as np
 
-    from fedpdm.commands.public_images import open_public_images
     from fedpdm.data import ImageSet
+    from fedpdm.data.open_images import open_public_images
     from fedpdm.data.spec import build_image_spec
 
     spec = build_image_spec(run.config())

@@ -199,7 +199,7 @@ def _warn(text: str) -> None:
 def _describe_sample(options: argparse.Namespace) -> dict[str, Any]:
     import numpy as np
 
-    from fedpdm.commands.public_images import QUANTILES, open_public_images, sorted_norms
+    from fedpdm.data.open_images import QUANTILES, open_public_images, sorted_norms
 
     images = open_public_images(
         options.public_sample, option="--public-sample", resolution=options.resolution
@@ -238,8 +238,8 @@ def _curve(
 
 
 def _draw(options: argparse.Namespace, schedule: NoiseSchedule, clip_norm: float) -> dict[str, Any]:
-    from fedpdm.commands.public_images import open_public_images
     from fedpdm.commands.release_picture import draw_release_picture
+    from fedpdm.data.open_images import open_public_images
 
     images = open_public_images(options.data, option="--data", resolution=options.resolution)
     rows = draw_release_picture(

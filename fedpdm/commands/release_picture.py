@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedpdm.commands.public_images import PublicImages
 from fedpdm.data import denormalize, normalize, stratified_positions
+from fedpdm.data.open_images import PublicImages
 from fedpdm.diffusion.schedule import NoiseSchedule
 from fedpdm.privacy.calibration import UnreachableEpsilonError, calibrate_t0
 from fedpdm.privacy.mechanism import SeededNoise, clip_l2, release

@@ -17,8 +17,8 @@ def spectra_at_epsilon(
     clipped to the demo's `clip_norm`; their spectrum is that of the covariance within the classes.
     The equal directions have the same dimension and total variance, and the same noise.
     """
-    from fedpdm.commands.public_images import open_public_images
     from fedpdm.data import normalize
+    from fedpdm.data.open_images import open_public_images
     from fedpdm.diffusion.schedule import make_schedule
     from fedpdm.privacy.calibration import calibrate_t0
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from fedpdm.commands import public_images
-from fedpdm.commands.public_images import open_public_images, sorted_norms
 from fedpdm.data import load_image_set, normalize
+from fedpdm.data import open_images as public_images
+from fedpdm.data.open_images import open_public_images, sorted_norms
 from fedpdm.diffusion.schedule import make_schedule
 from fedpdm.privacy.mechanism import SeededNoise, clip_l2, release
 from tests.support.command_line import call, forget_surroundings, without_advice

@@ -116,7 +116,7 @@ RULES: tuple[Rule, ...] = (
     Elsewhere(r"fedpdm ledger /srv", "tests/commands/test_release_commands.py", '"ledger"'),
     # Python.
     Elsewhere(r"python examples/quickstart.py", "tests/docs/test_examples.py", '"quickstart.py"'),
-    Elsewhere(r"python examples/bring_", "tests/docs/test_examples.py", 'bring_your_own_images.py"'),
+    Elsewhere(r"python examples/bring_", "tests/docs/test_examples.py", 'your_own_images.py"'),
     Elsewhere(r"python examples/custom_", "tests/docs/test_examples.py", '"custom_strategy.py"'),
     # Make.
     Ci(r"make (install|demo|test|lint|licences|docs|experiment-gmm|deploy-test)$"),

@@ -19,8 +19,8 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+import fedpdm.reporting.page.tables as tables
 from fedpdm.config import RunConfig
-from fedpdm.reporting.page import tables
 from fedpdm.reporting.page.attacks import attack_groups
 from fedpdm.reporting.page.cells import number
 from fedpdm.reporting.page.pictures import (
