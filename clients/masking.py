@@ -130,7 +130,7 @@ def _as_summands(
         round=int(str(asked.config_records["fitins.config"]["round"])),
         who=who,
         encoding=config.aggregation.encoding,
-        basis=config.coarse.images,
+        basis=config.kind.basis,
     )
     content.array_records["fitres.parameters"] = ArrayRecord(
         summands(update, received, config.aggregation)

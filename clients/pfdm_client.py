@@ -114,7 +114,7 @@ class PFDMClient(NumPyClient):
             del message  # once it is on disk, fine training needs the memory
             write(functools.partial(store.draft_payload, round, payload), num_bytes=len(payload))
             del payload
-            if self.config.has_fine_model:
+            if self.config.kind.has_fine_model:
                 metrics |= self.work.train_fine(round)
         metrics["seconds"] = time.perf_counter() - started
         return store.finish_round(
@@ -134,7 +134,7 @@ class PFDMClient(NumPyClient):
         """What the round's phase asks for besides fine training: the message and its metrics."""
         metrics: dict[str, Any] = {
             "client_id": self.local.client_id,
-            "num_released": len(self.local.images) if self.config.has_release else 0,
+            "num_released": len(self.local.images) if self.config.kind.releases else 0,
         }
         phase = str(config["phase"])
         if phase == "fine":
@@ -154,7 +154,7 @@ class PFDMClient(NumPyClient):
 
     def _evaluate(self, parameters: NDArrays, config: dict[str, Scalar]) -> dict[str, Any]:
         final = bool(config.get("final", False))
-        if self.config.coarse.training == "none":
+        if not self.config.kind.has_shared_model:
             metrics = {"client_id": self.local.client_id, "num_heldout": len(self.local.train)}
             return metrics | (self._final_images(None) if final else {})
         received = wire.decode_model(parameters)
@@ -192,7 +192,7 @@ class PFDMClient(NumPyClient):
             "plan": self.work.plan,
             "generator": self.work.generator(Purpose.SAMPLING, last),
         }
-        if not self.config.has_fine_model:
+        if not self.config.kind.has_fine_model:
             return measure_images(self.local, fine=None, **options)
         state = store.load_state(last, "fine")
         if not state:

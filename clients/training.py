@@ -92,7 +92,7 @@ class LocalTraining:
         On the release of these images, or for baselines on the raw ones.
         """
         options: dict[str, Any] = {"training": training, "device": self.device}
-        if self.config.has_release:
+        if self.config.kind.releases:
             released = self.release()
             loss = coarse_batch_loss(
                 self.config, model, self.schedule, released, subset=indices, **options
@@ -143,7 +143,7 @@ class LocalTraining:
     ) -> tuple[NDArrays, dict[str, Any]]:
         """Local coarse steps from the received weights; Adam's moments stay with the client."""
         store, indices = self.local.store, self.local.train
-        self.record_members("coarse", self.config.coarse.images)
+        self.record_members("coarse", self.config.kind.basis)
         received = wire.decode_model(parameters)
         with self.borrowed("coarse") as trainer:
             trainer.restart(
@@ -175,7 +175,7 @@ class LocalTraining:
                 client_id=self.local.client_id,
                 round=round,
                 seeded=seeded,
-                basis=self.config.coarse.images,
+                basis=self.config.kind.basis,
             )
             kept = ("exp_avg", "step")  # Adam's moments and their age; the weights are the server's
             moments = {k: v for k, v in trainer.state().items() if k.startswith(kept)}

@@ -18,6 +18,7 @@ from typing import Any, Self
 import torch
 
 from clients.local import LocalClient
+from fedpdm.config import RunKind
 from fedpdm.diffusion.denoisers import Denoiser
 from fedpdm.diffusion.schedule import NoiseSchedule
 from fedpdm.diffusion.training import Trainer
@@ -42,7 +43,7 @@ def borrowed(
     Otherwise its state is left from other work: `load_state` or `restart` must set it.
     """
     config = local.config
-    private = role == "coarse" and config.coarse.images == "dp_sgd"
+    private = role == "coarse" and config.kind is RunKind.DP_SGD
     noise = (config.privacy, len(local.train)) if private else None
     key = (role, config.coarse if role == "coarse" else config.fine, config.run, local.spec,
            config.schedule, str(device), noise)  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Any
 from flwr.common import Context
 from flwr.server import ServerApp, ServerAppComponents, ServerConfig, SimpleClientManager
 
-from fedpdm.config import RunConfig
+from fedpdm.config import RunConfig, RunKind
 from fedpdm.data.loading import build_partitions, load_split
 from fedpdm.data.spec import ImageSpec, build_image_spec
 from fedpdm.privacy.planning import build_release_plan
@@ -65,7 +65,7 @@ def build_strategy(
             seed=config.run.seed,
             simulation=config.run.simulation,
             encoding=section.encoding,
-            basis=config.coarse.images,
+            basis=config.kind.basis,
             max_examples=section.max_examples,
             answer_seconds=section.round_timeout,
         ),
@@ -77,11 +77,11 @@ def build_strategy(
     strategy: CoarseStrategy
     if own is not None:
         strategy = own(**options)
-    elif config.coarse.training == "none":
+    elif config.kind is RunKind.ALONE:
         strategy = TrainingAlone(**options)
-    elif config.coarse.training == "server" and config.coarse.images == "raw":
+    elif config.kind is RunKind.CENTRALISED:
         strategy = CentralisedTraining(config=config, spec=spec, **options)
-    elif config.coarse.training == "server":
+    elif config.kind is RunKind.SERVER:
         strategy = CoarseServerTraining(config=config, spec=spec, **options)
     elif section.secure:
         strategy = SecureFedAvg(aggregation=section, **options)

@@ -72,7 +72,7 @@ def release(
         StoreError: (a `ValueError`) for a store of another client or data set, a damaged one, or a
             second release that is not allowed; the store is as it was.
     """
-    if not config.has_release:
+    if not config.kind.releases:
         raise ConfigError(
             f"coarse: images {config.coarse.images}, training {config.coarse.training} releases "
             "nothing; must be released, and trained somewhere"

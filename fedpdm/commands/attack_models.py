@@ -155,7 +155,7 @@ def _of_run(options: argparse.Namespace) -> tuple[list[Work], str, dict[str, Any
     )
     config = run.config()
     privacy = run.read_json("privacy.json")
-    if config.has_release:
+    if config.kind.releases:
         promise = (
             f"each image is ({privacy['epsilon']:.4g}, {privacy['delta']:g})-locally "
             "differentially private in what its client sent"

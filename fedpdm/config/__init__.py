@@ -5,6 +5,7 @@ path of the key (`privacy.clipnorm: unknown key; did you mean clip_norm?`). Scie
 never see these classes; `fedpdm.setup.build` translates.
 """
 
+from fedpdm.config.kind import RunKind
 from fedpdm.config.reading import (
     apply_overrides,
     config_from_json,
@@ -48,6 +49,7 @@ __all__ = [
     "PrivacyConfig",
     "Profile",
     "RunConfig",
+    "RunKind",
     "RunSection",
     "SamplingConfig",
     "ScheduleConfig",

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from fedpdm.config.aggregation import AggregationConfig, check_aggregation
 from fedpdm.config.keys import ConfigError, key
+from fedpdm.config.kind import RunKind
 
 __all__ = [
     "AggregationConfig",
@@ -287,8 +288,7 @@ class RunConfig:
     def _check_shared_model(self) -> None:
         """Refuse combinations of where and on what the shared model is trained."""
         coarse = self.coarse
-        baseline = coarse.images != "released" or coarse.training == "none"
-        if baseline and not self.run.simulation:
+        if (coarse.images != "released" or coarse.training == "none") and not self.run.simulation:
             what = "training: none" if coarse.images == "released" else f"images: {coarse.images}"
             raise ConfigError(f"coarse.{what} is a baseline for simulations (run.simulation: true)")
         if coarse.images != "released" and coarse.training == "none":
@@ -306,18 +306,13 @@ class RunConfig:
             raise ConfigError("fine.t_range: must be all with coarse.training: none")
         if self.sampling.coarse_worth is not None and self.fine.t_range != "all":
             raise ConfigError("fine.t_range: must be all with sampling.coarse_worth")
-        mixes = self.sampling.coarse_worth is not None and self.has_release
+        mixes = self.sampling.coarse_worth is not None and self.kind.releases
         if mixes and coarse.objective != "truncated":
             raise ConfigError(
                 f"sampling.coarse_worth: needs coarse.objective: truncated, got {coarse.objective}"
             )
 
     @property
-    def has_release(self) -> bool:
-        """Whether clients release images at all (not in baselines)."""
-        return self.coarse.images == "released" and self.coarse.training != "none"
-
-    @property
-    def has_fine_model(self) -> bool:
-        """Whether clients have models of their own (baselines on raw images have not)."""
-        return self.coarse.images == "released"
+    def kind(self) -> RunKind:
+        """Where and on what the shared model is trained."""
+        return RunKind((self.coarse.training, self.coarse.images))

@@ -67,7 +67,7 @@ def check_config(policy: NodePolicy, config: RunConfig) -> None:
             "evaluation.image_metrics: true asks for metrics on raw images; this node allows false "
             "only"
         )
-    if not config.has_release:
+    if not config.kind.releases:
         return
     schedule = build_schedule(config)
     nothing = ImageSpec(channels=1, resolution=1, num_classes=1, shift=0.0)  # t0 needs no images

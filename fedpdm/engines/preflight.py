@@ -64,7 +64,7 @@ def check_run(
     if releases is not None:
         check_writable(releases)
     again = []
-    if config.has_release:
+    if config.kind.releases:
         again = _check_releases(
             config,
             images,

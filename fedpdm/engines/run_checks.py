@@ -79,7 +79,7 @@ def check_models(config: RunConfig, schedule: NoiseSchedule, spec: ImageSpec) ->
 
 def _what_leaves(config: RunConfig, plan: ReleasePlan) -> str:
     """The line that says what clients send and at which epsilon."""
-    if not config.has_release:
+    if not config.kind.releases:
         statement = baseline_statement(config)
         epsilon = statement["epsilon"]
         return f"baseline: {statement['guarantee']}" + (f", epsilon {epsilon:g}" if epsilon else "")

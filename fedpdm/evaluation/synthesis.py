@@ -83,7 +83,7 @@ def open_synthesizer(
     """
     config = run.config()
     names = ("coarse.safetensors", "privacy.json")  # written when the last round is over
-    for name in names[config.coarse.training == "none" :] if coarse is None else ():
+    for name in names[not config.kind.has_shared_model :] if coarse is None else ():
         if not (run.root / name).exists():
             raise ValueError(f"{run.root}: this run has not finished ({name} is missing)")
     images = load_split(config, "train") if images is None else images
@@ -92,10 +92,10 @@ def open_synthesizer(
     plan = build_release_plan(config, schedule, spec)
     device = select_device(config.run.device)
     weights: dict[str, Mapping[str, torch.Tensor]] = {}
-    if config.coarse.training != "none":
+    if config.kind.has_shared_model:
         path = run.root / "coarse.safetensors"
         weights["coarse"] = read_tensors(path)[0] if coarse is None else coarse
-    if config.has_fine_model:
+    if config.kind.has_fine_model:
         store = ClientStore(run.client_path(client_id))
         state = store.load_state(store.last_round(), "fine")
         if not state:

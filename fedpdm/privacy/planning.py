@@ -36,7 +36,7 @@ class ReleasePlan:
 def build_release_plan(config: RunConfig, schedule: NoiseSchedule, spec: ImageSpec) -> ReleasePlan:
     """t0 from the budget, or the budget from t0."""
     section = config.privacy
-    if not config.has_release:
+    if not config.kind.releases:
         t0 = schedule.num_steps
     elif section.t0 is not None:
         t0 = section.t0
@@ -50,7 +50,7 @@ def build_release_plan(config: RunConfig, schedule: NoiseSchedule, spec: ImageSp
             accounting=section.accounting,
             max_t0=schedule.num_steps - (config.coarse.objective == "truncated"),
         )
-    truncated = config.has_release and config.coarse.objective == "truncated"
+    truncated = config.kind.releases and config.coarse.objective == "truncated"
     if truncated and t0 >= schedule.num_steps:
         raise ConfigError(
             f"coarse.objective: truncated needs t0 < T, got t0 = T = {t0}; lower "

@@ -69,7 +69,7 @@ def export_pipeline(
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"{out}: exists already and is not an empty directory; choose another")
     config = run.config()
-    if not config.has_release:
+    if not config.kind.releases:
         raise ValueError(f"{run.root}: this run is a baseline, without a coarse and a fine model")
     privacy, coarse = _finished(run)
     folder = Path(store or run.client_path(client_id))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedpdm.config import RunConfig
+from fedpdm.config import RunConfig, RunKind
 from fedpdm.data import ImageSet
 from fedpdm.data.loading import record_partitions
 from fedpdm.data.partition import ClientPartition, partition_table
@@ -116,16 +116,16 @@ def finish_run(
 
     `stores` are the clients' release stores in simulation, empty elsewhere.
     """
-    if config.has_release:
+    if config.kind.releases:
         noise_source = build_noise(config, client=0, release=1).description
         statement = run_statement(
             config, plan, build_schedule(config), noise_source=noise_source, stores=stores
         )
     else:
         noise_source, statement = "none", baseline_statement(config)
-        if config.coarse.images == "dp_sgd":
+        if config.kind is RunKind.DP_SGD:
             noise_source = SeededDraws.description
-    if config.coarse.training != "none":
+    if config.kind.has_shared_model:
         write_tensors(run.root / "coarse.safetensors", ema, {"noise_source": noise_source})
     run.write_json("privacy.json", statement)
     run.write_text("privacy.txt", plain_text(statement))

@@ -120,7 +120,7 @@ def sampler_options(
         "scheduler": config.sampling.scheduler,
         "num_steps": config.sampling.num_steps,
         "guidance": config.sampling.guidance,
-        "chain": config.coarse.objective if config.has_release else "truncated",
+        "chain": config.coarse.objective if config.kind.releases else "truncated",
     }
 
 

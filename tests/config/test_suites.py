@@ -145,8 +145,8 @@ def test_trust_models() -> None:
     assert made("feddm-prox").aggregation.method == "fedprox"
     assert made("feddm-quant").aggregation.encoding == "int8"
     for method in ("pfdm", "pfdm-federated", "ours", "ours-federated"):
-        assert made(method).has_release
-        assert made(method).has_fine_model
+        assert made(method).kind.releases
+        assert made(method).kind.has_fine_model
         training = "federated" if method.endswith("federated") else "server"
         assert made(method).coarse.training == training
     for method in ("pfdm", "pfdm-federated"):  # as published

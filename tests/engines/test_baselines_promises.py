@@ -207,7 +207,7 @@ def test_configs_that_are_accepted() -> None:
         ("fedavg", False, False), ("dp_sgd", False, False),
     ):  # fmt: skip
         config = baseline(kind, sampling={"coarse_worth": 5.0})
-        assert (config.has_release, config.has_fine_model) == (has_release, has_fine)
+        assert (config.kind.releases, config.kind.has_fine_model) == (has_release, has_fine)
         assert config_to_yaml(config)
     baseline("alone", coarse={**KINDS["alone"], "objective": "noise_to_noise"},
              sampling={"coarse_worth": 5.0})  # fmt: skip

@@ -140,7 +140,7 @@ def run_targets(opened: Synthesizer) -> dict[str, ModelTarget]:
         )
         found[name] = ModelTarget(name=name, target=target, shift=opened.shift, **extra)
 
-    if opened.coarse is not None and not config.has_release:
+    if opened.coarse is not None and not config.kind.releases:
         add("shared", opened.coarse, (1, T))
         return found
     if opened.coarse is not None and two_chains:

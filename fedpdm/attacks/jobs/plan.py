@@ -96,9 +96,9 @@ def plan_run(
     opened = {client: open_synthesizer(run, client, images=images) for client in clients}
     names, groups = attacks
     settings = {"models": _digest_of(run, clients)}
-    role = "coarse" if config.coarse.training != "none" else "fine"
+    role = "coarse" if config.kind.has_shared_model else "fine"
     records = {role: read_records(run, images, role=role)}
-    if config.has_fine_model:
+    if config.kind.has_fine_model:
         records["fine"] = read_records(run, images, role="fine")
     works: list[Work] = []
 
@@ -106,7 +106,7 @@ def plan_run(
         rng = np.random.default_rng(seed_of(seed, f"subjects {role} {list(chosen)}"))
         return open_subjects(run, images, records[role], chosen, most=num_subjects, rng=rng)
 
-    shared_name = "coarse" if config.has_release else "shared"
+    shared_name = "coarse" if config.kind.releases else "shared"
     first = run_targets(opened[clients[0]])
     against = []
     if shared_name in first:
@@ -149,10 +149,10 @@ def plan_run(
                     )
                 )
     wanted = [name for name in ("linkage", "reconstruction", "collusion") if name in groups]
-    if wanted and not config.has_release:
+    if wanted and not config.kind.releases:
         say(f"{', '.join(wanted)} left out: this baseline releases no images")
         wanted = []
-    if wanted and config.coarse.training != "none":
+    if wanted and config.kind.has_shared_model:
         lengths = _public(run)
         for client, one in opened.items():
             released = stored_release(run, one, releases)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedpdm.config import ConfigError
+from fedpdm.config import ConfigError, RunKind
 from fedpdm.data import ImageSet
 from fedpdm.data.loading import load_public, load_split
 from fedpdm.data.members import MemberRecord, check_members, read_members
@@ -86,7 +86,7 @@ def read_records(run: RunDirectory, images: ImageSet, *, role: str) -> tuple[Mem
     `StoreError`, one line, where the run has no such record or the data set has changed.
     """
     config = run.config()
-    if role == "coarse" and config.coarse.training == "server" and config.coarse.images == "raw":
+    if role == "coarse" and config.kind is RunKind.CENTRALISED:
         path = run.root / "server" / "members.json"
         records = read_members(path)
     else:

@@ -223,7 +223,7 @@ class _Checking:
         client, schedule, _, plan = self._planned
         config = self._given(self.report.invitation).config
         check_config(policy, config)
-        if not config.has_release:
+        if not config.kind.releases:
             return "nothing is released"
         total = check_spending(
             policy,
@@ -241,7 +241,7 @@ class _Checking:
         images = self._given(self.report.images)
         client, schedule, _, plan = self._planned
         config = self._given(self.report.invitation).config
-        if config.has_release:
+        if config.kind.releases:
             statement = node_statement(
                 config,
                 schedule,

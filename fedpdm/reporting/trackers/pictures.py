@@ -47,9 +47,9 @@ def round_pictures(run: RunDirectory, config: RunConfig, round: int) -> dict[str
         if name.startswith("ema.")
     }
     found: dict[str, np.ndarray] = {}
-    if config.coarse.training != "none":
+    if config.kind.has_shared_model:
         found["coarse_samples"] = _shared(config, weights)
-    if not (config.run.simulation and config.has_fine_model):
+    if not (config.run.simulation and config.kind.has_fine_model):
         return found
     images = load_split(config, "train")
     labels = _labels(images.num_classes)
