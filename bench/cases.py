@@ -69,9 +69,10 @@ def client_memory() -> dict[str, Any]:
     from clients.pfdm_client import PFDMClient
     from fedpdm import wire
     from fedpdm.data import ImageSet
-    from fedpdm.data.spec import build_image_spec
+    from fedpdm.data.client_images import ClientImages
     from fedpdm.privacy.releases import ReleaseStore
     from fedpdm.setup.build import build_denoiser
+    from fedpdm.setup.run_setup import set_up
     from fedpdm.storage.client_store import ClientStore
 
     training = {"preset": "paper", "steps_per_round": 2, "batch_size": 1}
@@ -88,14 +89,16 @@ def client_memory() -> dict[str, Any]:
     )
     with tempfile.TemporaryDirectory() as folder:
         local = LocalClient(
-            client_id=0,
-            config=config,
-            spec=build_image_spec(config, images),
-            images=images,
-            train=np.arange(count * 9 // 10),
-            heldout=np.arange(count * 9 // 10, count),
-            majority=tuple(range(10)),
-            minority=(),
+            setup=set_up(config, images),
+            held=ClientImages(
+                client_id=0,
+                images=images,
+                train=np.arange(count * 9 // 10),
+                heldout=np.arange(count * 9 // 10, count),
+                indices=None,
+                majority=tuple(range(10)),
+                minority=(),
+            ),
             store=ClientStore(Path(folder)),
             releases=ReleaseStore(Path(folder)),
             raw_metrics=True,
@@ -103,7 +106,7 @@ def client_memory() -> dict[str, Any]:
             reference=None,
         )
         client = PFDMClient(local)
-        model = build_denoiser(config, "coarse", spec=local.spec, schedule=client.work.schedule)
+        model = build_denoiser(local.setup, "coarse")
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         request = wire.encode_model(dict(model.network.named_parameters()))
         del model

@@ -123,20 +123,19 @@ def _bare_loop(config: RunConfig, share: float = 1.0) -> float:
 
     from fedpdm.data import normalize
     from fedpdm.data.loading import load_split
-    from fedpdm.data.spec import build_image_spec
     from fedpdm.diffusion.training import Trainer
     from fedpdm.privacy.mechanism import release
     from fedpdm.privacy.noise import SeededNoise
-    from fedpdm.privacy.planning import build_release_plan
-    from fedpdm.setup.build import build_denoiser, build_optimizer_settings, build_schedule
+    from fedpdm.setup.build import build_denoiser, build_optimizer_settings
     from fedpdm.setup.losses import coarse_batch_loss, fine_batch_loss
+    from fedpdm.setup.run_setup import set_up
 
     images = load_split(config, "train")
-    spec, schedule = build_image_spec(config, images), build_schedule(config)
-    plan = build_release_plan(config, schedule, spec)
+    setup = set_up(config, images)
+    plan = setup.plan
     labels = torch.tensor(images.labels)
     released = release(
-        normalize(torch.tensor(images.images), shift=plan.shift), labels, schedule=schedule,
+        normalize(torch.tensor(images.images), shift=plan.shift), labels, schedule=setup.schedule,
         t0=plan.t0, clip_norm=plan.clip_norm, shift=plan.shift,
         noise=SeededNoise(np.random.SeedSequence(0)),
     )  # fmt: skip
@@ -146,16 +145,14 @@ def _bare_loop(config: RunConfig, share: float = 1.0) -> float:
     steps = max(1, round(share * whole))
     started = time.perf_counter()
     for role in ("coarse", "fine"):
-        model = build_denoiser(config, role, spec=spec, schedule=schedule)
+        model = build_denoiser(setup, role)
         trainer = Trainer(model, build_optimizer_settings(config, role), device=device)
         if role == "coarse":
-            loss = coarse_batch_loss(
-                config, model, schedule, released, training=True, device=device
-            )
+            loss = coarse_batch_loss(setup, model, released, training=True, device=device)
         else:
             loss = fine_batch_loss(
-                config, model, schedule, plan, images=images.images.copy(),
-                labels=images.labels.copy(), device=device,
+                setup, model, images=images.images.copy(), labels=images.labels.copy(),
+                device=device,
             )  # fmt: skip
         trainer.train(
             loss,

@@ -49,17 +49,15 @@ def _measure(part: str, encoding: str, folder: Path) -> dict[str, Any]:
     from bench.cases import resident
     from fedpdm import wire
     from fedpdm.config import config_from_mapping
-    from fedpdm.data.spec import build_image_spec
-    from fedpdm.setup.build import build_denoiser, build_schedule
+    from fedpdm.setup.build import build_denoiser
+    from fedpdm.setup.run_setup import set_up
     from fedpdm.wire.types import CoarseUpdate
     from strategies.averaging import OrderedMean
 
     config = config_from_mapping(
         {"name": "large", "data": {"name": "cifar10"}, "coarse": {"preset": "paper"}}
     )
-    model = build_denoiser(
-        config, "coarse", spec=build_image_spec(config), schedule=build_schedule(config)
-    )
+    model = build_denoiser(set_up(config), "coarse")
     weights = {name: p.detach() for name, p in model.network.named_parameters()}
     size = sum(tensor.nbytes for tensor in weights.values())
     path = folder / f"{encoding}.bin"

@@ -53,17 +53,15 @@ def sampling() -> dict[str, Any]:
     from bench.federation import _config
     from fedpdm.data import denormalize, normalize
     from fedpdm.data.loading import load_split
-    from fedpdm.data.spec import build_image_spec
     from fedpdm.diffusion.sampling import sample
     from fedpdm.evaluation.measures import ImageJudge, group_labels
     from fedpdm.privacy.mechanism import clip_l2
-    from fedpdm.privacy.planning import build_release_plan
-    from fedpdm.setup.build import build_schedule
+    from fedpdm.setup.run_setup import set_up
 
     config = _config(num_clients=4, steps=1)
     train, test = load_split(config, "train"), load_split(config, "test")
-    schedule, spec = build_schedule(config), build_image_spec(config, train)
-    plan = build_release_plan(config, schedule, spec)
+    setup = set_up(config, train)
+    schedule, spec, plan = setup.schedule, setup.spec, setup.plan
     abar = schedule.alpha_bar(plan.t0)
     points = normalize(torch.tensor(train.images), shift=plan.shift)
     clipped = clip_l2(points, clip_norm=plan.clip_norm)

@@ -27,8 +27,8 @@ def server_memory() -> dict[str, Any]:
 
     from bench.cases import resident
     from fedpdm.config import AggregationConfig, config_from_mapping
-    from fedpdm.data.spec import build_image_spec
-    from fedpdm.setup.build import build_denoiser, build_schedule
+    from fedpdm.setup.build import build_denoiser
+    from fedpdm.setup.run_setup import set_up
     from fedpdm.storage.run_directory import RunDirectory
     from strategies.fedavg import CoarseFedAvg
     from strategies.roster import ServerSettings
@@ -79,9 +79,7 @@ def server_memory() -> dict[str, Any]:
     manager = SimpleClientManager()
     for number in range(clients):
         manager.register(Client(number))
-    model = build_denoiser(
-        config, "coarse", spec=build_image_spec(config), schedule=build_schedule(config)
-    )
+    model = build_denoiser(set_up(config), "coarse")
     weights = {name: p.detach() for name, p in model.network.named_parameters()}
     size = sum(tensor.nbytes for tensor in weights.values())
     with tempfile.TemporaryDirectory() as folder:

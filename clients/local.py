@@ -8,21 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from clients.bounds import check_run, flag, node_policy
 from clients.failures import Refusal
 from fedpdm.config import ConfigError, RunConfig, config_from_json, config_to_json
 from fedpdm.data import ImageSet
-from fedpdm.data.client_images import client_images, split_heldout
+from fedpdm.data.client_images import ClientImages, client_images, own_images
 from fedpdm.data.loading import build_partitions, load_split
-from fedpdm.data.members import MemberRecord, record_images
 from fedpdm.data.partition import ClientPartition
-from fedpdm.data.spec import ImageSpec, build_image_spec
 from fedpdm.deployment.acceptance import config_digest
 from fedpdm.deployment.policy import NodePolicy
 from fedpdm.privacy.releases import ReleaseStore
 from fedpdm.setup.flower_config import new_release_allowed, release_path, run_config_of, run_root
+from fedpdm.setup.run_setup import RunSetup, set_up
 from fedpdm.storage.client_store import ClientStore
 from fedpdm.storage.run_directory import RunDirectory
 
@@ -35,47 +32,28 @@ OWN_KEYS = ("data-dir", "store-dir")  # what a deployed node's config says of it
 class LocalClient:
     """One client's private side.
 
-    `images` are its raw images, each once; `train` and `heldout` index them (int64). `reference`
-    is the data set's public test split, None where no image metrics are measured. `raw_metrics`
-    says whether metrics computed on raw images may leave, `allow_new_release` whether images may
-    be noised once more. `indices` are the positions of the images in the split that a simulation
-    shares out, None elsewhere. `policy` holds a deployed node's own bounds, if it has any.
+    `held` are its raw images. `reference` is the data set's public test split, None where no image
+    metrics are measured. `raw_metrics` says whether metrics computed on raw images may leave,
+    `allow_new_release` whether images may be noised once more. `policy` holds a deployed node's own
+    bounds, if it has any.
     """
 
-    client_id: int
-    config: RunConfig
-    spec: ImageSpec
-    images: ImageSet
-    train: np.ndarray
-    heldout: np.ndarray
-    majority: tuple[int, ...]
-    minority: tuple[int, ...]
+    setup: RunSetup
+    held: ClientImages
     store: ClientStore
     releases: ReleaseStore
     raw_metrics: bool
     allow_new_release: bool
     reference: ImageSet | None
-    indices: np.ndarray | None = None
     policy: NodePolicy | None = None
 
-    @functools.cached_property
-    def members(self) -> MemberRecord | None:
-        """What training draws from and what it leaves out; None outside a simulation."""
-        if self.indices is None:
-            return None
-        every = record_images(self.images, self.indices)
-        return MemberRecord(
-            client_id=self.client_id,
-            train=every.subset(self.train),
-            heldout=every.subset(self.heldout),
-        )
+    @property
+    def client_id(self) -> int:
+        return self.held.client_id
 
     @property
-    def groups(self) -> dict[str, tuple[int, ...]]:
-        """Class groups by name: majority and minority, or all where there is no minority."""
-        if not self.minority:
-            return {"all": self.majority}
-        return {"majority": self.majority, "minority": self.minority}
+    def config(self) -> RunConfig:
+        return self.setup.config
 
 
 @functools.lru_cache(maxsize=2)
@@ -126,9 +104,7 @@ def _open(
                 f"run (client {client_id})"
             )
         train, test, parts = _simulated_data(config_to_json(config))
-        own = client_images(config, train, parts, client_id)
-        images, majority, minority = own.images, own.majority, own.minority
-        indices: np.ndarray | None = own.indices
+        held = client_images(config, train, parts, client_id)
         reference: ImageSet | None = test
         run = RunDirectory(run_root(flower_run_config, config, run_id))
         store = run.client_path(client_id)
@@ -145,32 +121,19 @@ def _open(
         policy = node_policy(node_config)
         check_run(policy, config, ReleaseStore(releases), node_config=node_config)
         root = Path(str(node_config["data-dir"]))
-        images, indices = load_split(config, "train", root=root), None
-        majority, minority = tuple(np.unique(images.labels).tolist()), ()
+        held = own_images(config, load_split(config, "train", root=root), client_id=client_id)
         allowed = policy or NodePolicy(allow_raw_metrics=True, allow_new_release=True)
         raw_metrics = flag(node_config, "raw-metrics") and allowed.allow_raw_metrics
         allow_new_release = flag(node_config, "allow-new-release") and allowed.allow_new_release
         wanted = raw_metrics and config.evaluation.image_metrics
         reference = load_split(config, "test", root=root) if wanted else None
-    first = images.distinct()
-    images = images if len(first) == len(images) else images.subset(first)
-    train_indices, heldout = split_heldout(
-        len(images), fraction=config.data.holdout_fraction, seed=config.run.seed, client=client_id
-    )
     return LocalClient(
-        client_id=client_id,
-        config=config,
-        spec=build_image_spec(config, images),
-        images=images,
-        train=train_indices,
-        heldout=heldout,
-        majority=tuple(majority),
-        minority=tuple(minority),
+        setup=set_up(config, held.images),
+        held=held,
         store=ClientStore(store),
         releases=ReleaseStore(releases),
         raw_metrics=raw_metrics,
         allow_new_release=allow_new_release,
         reference=reference,
-        indices=indices,
         policy=policy,
     )

@@ -121,7 +121,7 @@ class PFDMClient(NumPyClient):
             Reply(
                 round=round,
                 payload=None,
-                num_examples=len(self.local.train),
+                num_examples=len(self.local.held.train),
                 metrics=metrics,
                 request=request,
                 ledger=self.local.releases.ledger().head,
@@ -134,13 +134,13 @@ class PFDMClient(NumPyClient):
         """What the round's phase asks for besides fine training: the message and its metrics."""
         metrics: dict[str, Any] = {
             "client_id": self.local.client_id,
-            "num_released": len(self.local.images) if self.config.kind.releases else 0,
+            "num_released": len(self.local.held.images) if self.config.kind.releases else 0,
         }
         phase = str(config["phase"])
         if phase == "fine":
             return wire.encode_nothing(), metrics
         if phase == "release":
-            train = select(self.work.release(), torch.from_numpy(self.local.train))
+            train = select(self.work.release(), torch.from_numpy(self.local.held.train))
             self.work.record_members("coarse", "released")
             return self._upload(train), metrics
         if phase == "coarse":
@@ -155,7 +155,7 @@ class PFDMClient(NumPyClient):
     def _evaluate(self, parameters: NDArrays, config: dict[str, Scalar]) -> dict[str, Any]:
         final = bool(config.get("final", False))
         if not self.config.kind.has_shared_model:
-            metrics = {"client_id": self.local.client_id, "num_heldout": len(self.local.train)}
+            metrics = {"client_id": self.local.client_id, "num_heldout": len(self.local.held.train)}
             return metrics | (self._final_images(None) if final else {})
         received = wire.decode_model(parameters)
         with self.work.borrowed("coarse") as trainer:
@@ -164,7 +164,7 @@ class PFDMClient(NumPyClient):
             return self._evaluate_model(trainer.model, final=final)
 
     def _evaluate_model(self, coarse: Denoiser, *, final: bool) -> dict[str, Any]:
-        heldout = self.local.heldout if len(self.local.heldout) else self.local.train
+        heldout = self.local.held.heldout if len(self.local.held.heldout) else self.local.held.train
         loss, _ = self.work.coarse_loss(coarse, heldout, training=False)
         value = mean_loss(
             loss,
@@ -188,8 +188,6 @@ class PFDMClient(NumPyClient):
             return {}  # never selected for training
         options: dict[str, Any] = {
             "coarse": coarse,
-            "schedule": self.work.schedule,
-            "plan": self.work.plan,
             "generator": self.work.generator(Purpose.SAMPLING, last),
         }
         if not self.config.kind.has_fine_model:

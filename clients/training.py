@@ -18,17 +18,12 @@ from clients.local import LocalClient
 from clients.progress import count_progress, work_progress
 from clients.workers import WriteBehind, borrowed
 from fedpdm import wire
-from fedpdm.config import RunConfig
 from fedpdm.data.members import save_members
-from fedpdm.data.spec import ImageSpec
 from fedpdm.diffusion.denoisers import Denoiser
-from fedpdm.diffusion.schedule import NoiseSchedule
 from fedpdm.diffusion.training import BatchLoss, Progress, Trainer, class_weights, select_device
-from fedpdm.privacy.planning import ReleasePlan, build_release_plan, build_release_request
 from fedpdm.privacy.statement import client_statement, plain_text
 from fedpdm.privacy.types import ReleasedDataset
 from fedpdm.rng import Purpose, torch_generator
-from fedpdm.setup.build import build_schedule
 from fedpdm.setup.losses import coarse_batch_loss, fine_batch_loss, raw_coarse_batch_loss
 from fedpdm.wire.types import CoarseUpdate
 
@@ -40,20 +35,13 @@ def _show_from(show: Progress, start: int, total: int, done: int, _: int, loss: 
     show(start + done, total, loss)
 
 
-@functools.lru_cache(maxsize=4)
-def _planned(config: RunConfig, spec: ImageSpec) -> tuple[NoiseSchedule, ReleasePlan]:
-    """Calibrated once per process, not per message."""
-    schedule = build_schedule(config)
-    return schedule, build_release_plan(config, schedule, spec)
-
-
 class LocalTraining:
     """One client's training, between its images and its store. Use under the store's lock."""
 
     def __init__(self, local: LocalClient) -> None:
         self.local = local
         self.config = local.config
-        self.schedule, self.plan = _planned(local.config, local.spec)
+        self.setup = local.setup
         self.device = select_device(self.config.run.device)
         if self.config.run.threads:
             torch.set_num_threads(self.config.run.threads)
@@ -67,17 +55,13 @@ class LocalTraining:
         """The release of all local images; those never released before are noised now."""
         local, store = self.local, self.local.store
         local.releases.check_history(store.ledger_heads())
-        request = build_release_request(
-            self.config,
-            self.schedule,
-            self.plan,
-            client=local.client_id,
-            allow_new_release=local.allow_new_release,
+        request = self.setup.release_request(
+            client=local.client_id, allow_new_release=local.allow_new_release
         )
-        check_release(local.policy, local.releases, local.images, request)
+        check_release(local.policy, local.releases, local.held.images, request)
         head = local.releases.ledger().head
         released = local.releases.obtain(
-            local.images, request, progress=count_progress(f"{self.who} release", "image")
+            local.held.images, request, progress=count_progress(f"{self.who} release", "image")
         )
         if local.releases.ledger().head != head or store.load_statement() is None:
             statement = client_statement(local.releases, delta=self.config.privacy.delta)
@@ -94,16 +78,12 @@ class LocalTraining:
         options: dict[str, Any] = {"training": training, "device": self.device}
         if self.config.kind.releases:
             released = self.release()
-            loss = coarse_batch_loss(
-                self.config, model, self.schedule, released, subset=indices, **options
-            )
+            loss = coarse_batch_loss(self.setup, model, released, subset=indices, **options)
             return loss, released.seeded
-        images = self.local.images
+        images = self.local.held.images
         loss = raw_coarse_batch_loss(
-            self.config,
+            self.setup,
             model,
-            self.schedule,
-            shift=self.plan.shift,
             images=images.images[indices],
             labels=images.labels[indices],
             **options,
@@ -114,7 +94,7 @@ class LocalTraining:
         self, role: str, *, fresh: bool = False
     ) -> AbstractContextManager[Trainer[Denoiser]]:
         """A trainer for a block; see `clients.workers`."""
-        return borrowed(self.local, role, schedule=self.schedule, device=self.device, fresh=fresh)
+        return borrowed(self.local, role, device=self.device, fresh=fresh)
 
     def generator(self, purpose: Purpose, round: int, chunk: int = 0) -> torch.Generator:
         """The client's random stream for a purpose, round and chunk, on its device."""
@@ -129,9 +109,10 @@ class LocalTraining:
 
     def record_members(self, role: str, basis: str) -> None:
         """Note in the store that a model is trained on the images at `train`, in this form."""
-        if self.local.members is not None:
+        if self.local.held.members is not None:
             save_members(
-                self.local.store.root / "members.json", self.local.members.with_model(role, basis)
+                self.local.store.root / "members.json",
+                self.local.held.members.with_model(role, basis),
             )
 
     def train_coarse(
@@ -142,7 +123,7 @@ class LocalTraining:
         write: WriteBehind,
     ) -> tuple[NDArrays, dict[str, Any]]:
         """Local coarse steps from the received weights; Adam's moments stay with the client."""
-        store, indices = self.local.store, self.local.train
+        store, indices = self.local.store, self.local.held.train
         self.record_members("coarse", self.config.kind.basis)
         received = wire.decode_model(parameters)
         with self.borrowed("coarse") as trainer:
@@ -157,7 +138,7 @@ class LocalTraining:
             anchor = received if mu > 0 else None
             if self.config.aggregation.encoding == "float32":
                 received = {}  # weights are sent as they are
-            labels = torch.from_numpy(self.local.images.labels[indices])
+            labels = torch.from_numpy(self.local.held.images.labels[indices])
             where = f"{self.who} round {round} coarse"
             report = trainer.train(
                 loss,
@@ -206,8 +187,8 @@ class LocalTraining:
         """Fine steps on raw images, in chunks that are checkpointed and seeded one by one."""
         store = self.local.store
         self.record_members("fine", "raw")
-        labels = self.local.images.labels[self.local.train]
-        store.save_class_counts(np.bincount(labels, minlength=self.local.images.num_classes))
+        labels = self.local.held.train_labels
+        store.save_class_counts(np.bincount(labels, minlength=self.local.held.images.num_classes))
         chunks_done, state = store.load_partial(round) or (0, None)
         if state is None:
             state = store.load_state(store.last_round(), "fine")
@@ -225,15 +206,13 @@ class LocalTraining:
         """The round's chunks from `chunks_done` on; returns their metrics."""
         local, section, model = self.local, self.config.fine, trainer.model
         loss = fine_batch_loss(
-            self.config,
+            self.setup,
             model,
-            self.schedule,
-            self.plan,
-            images=local.images.images[local.train],
-            labels=local.images.labels[local.train],
+            images=local.held.images.images[local.held.train],
+            labels=local.held.train_labels,
             device=self.device,
         )
-        labels = torch.from_numpy(local.images.labels[local.train])
+        labels = torch.from_numpy(local.held.train_labels)
         where = f"{self.who} round {round} fine"
         show = work_progress(where)
         total, size = section.steps_per_round, section.checkpoint_every

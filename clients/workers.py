@@ -20,7 +20,6 @@ import torch
 from clients.local import LocalClient
 from fedpdm.config import RunKind
 from fedpdm.diffusion.denoisers import Denoiser
-from fedpdm.diffusion.schedule import NoiseSchedule
 from fedpdm.diffusion.training import Trainer
 from fedpdm.privacy.dpsgd import PrivateTrainer
 from fedpdm.setup.build import build_denoiser, build_dp_sgd, build_optimizer_settings
@@ -35,7 +34,7 @@ _lock = threading.Lock()
 
 @contextlib.contextmanager
 def borrowed(
-    local: LocalClient, role: str, *, schedule: NoiseSchedule, device: torch.device, fresh: bool
+    local: LocalClient, role: str, *, device: torch.device, fresh: bool
 ) -> Iterator[Trainer[Denoiser]]:
     """A trainer of the client's coarse or fine model, for this block only.
 
@@ -44,21 +43,19 @@ def borrowed(
     """
     config = local.config
     private = role == "coarse" and config.kind is RunKind.DP_SGD
-    noise = (config.privacy, len(local.train)) if private else None
-    key = (role, config.coarse if role == "coarse" else config.fine, config.run, local.spec,
+    noise = (config.privacy, len(local.held.train)) if private else None
+    key = (role, config.coarse if role == "coarse" else config.fine, config.run, local.setup.spec,
            config.schedule, str(device), noise)  # fmt: skip
     with _lock:
         trainer = _shelf.pop(key, None)
     if trainer is None or fresh:
-        model = build_denoiser(
-            config, role, spec=local.spec, schedule=schedule, client=local.client_id
-        )
+        model = build_denoiser(local.setup, role, client=local.client_id)
         settings = build_optimizer_settings(config, role)
         if private:
             trainer = PrivateTrainer(
                 model,
                 settings,
-                build_dp_sgd(config, num_images=len(local.train)),
+                build_dp_sgd(config, num_images=len(local.held.train)),
                 device=device,
             )
         else:

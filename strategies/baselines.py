@@ -13,13 +13,11 @@ import torch
 from flwr.common import NDArrays, Parameters, ndarrays_to_parameters
 
 from fedpdm import wire
-from fedpdm.config import RunConfig
 from fedpdm.data.client_images import client_images
 from fedpdm.data.loading import build_partitions, load_split
-from fedpdm.data.members import MemberRecord, record_images
-from fedpdm.data.spec import ImageSpec
 from fedpdm.diffusion.training import BatchLoss
 from fedpdm.setup.losses import raw_coarse_batch_loss
+from fedpdm.setup.run_setup import RunSetup
 from strategies.answers import ClientAnswer
 from strategies.coarse import CoarseStrategy
 from strategies.server_training import CoarseServerTraining
@@ -54,22 +52,16 @@ class TrainingAlone(CoarseStrategy):
 class CentralisedTraining(CoarseServerTraining):
     """The server trains one model on the raw training images of all clients: no privacy at all."""
 
-    def __init__(self, *, config: RunConfig, spec: ImageSpec, **options: Any) -> None:
-        super().__init__(config=config, spec=spec, **options)
+    def __init__(self, *, setup: RunSetup, **options: Any) -> None:
+        super().__init__(setup=setup, **options)
+        config = setup.config
         images = load_split(config, "train")
         parts = build_partitions(config, images)
         held = [client_images(config, images, parts, part.client_id) for part in parts]
         self._members = []
         for own in held:
-            every = record_images(own.images, own.indices)
-            self._members.append(
-                MemberRecord(
-                    client_id=own.client_id,
-                    train=every.subset(own.train),
-                    heldout=every.subset(own.heldout),
-                    trained={"coarse": "raw"},
-                )
-            )
+            assert own.members is not None  # a simulation
+            self._members.append(own.members.with_model("coarse", "raw"))
         self._pixels = np.concatenate([own.images.images[own.train] for own in held])
         self._labels = np.concatenate([own.train_labels for own in held])
 
@@ -81,10 +73,8 @@ class CentralisedTraining(CoarseServerTraining):
         records = [record.fields() for record in self._members]
         self._run.write_json("server/members.json", {"clients": records})
         loss = raw_coarse_batch_loss(
-            self._config,
+            self._setup,
             self._trainer.model,
-            self._schedule,
-            shift=self._spec.shift,
             images=self._pixels,
             labels=self._labels,
             training=True,

@@ -11,13 +11,12 @@ from flwr.server import ServerApp, ServerAppComponents, ServerConfig, SimpleClie
 
 from fedpdm.config import RunConfig, RunKind
 from fedpdm.data.loading import build_partitions, load_split
-from fedpdm.data.spec import ImageSpec, build_image_spec
-from fedpdm.privacy.planning import build_release_plan
 from fedpdm.privacy.releases import ReleaseStore
 from fedpdm.reporting.run_files import RunLog, draw_split, finish_run
 from fedpdm.reporting.trackers import open_trackers
-from fedpdm.setup.build import build_denoiser, build_schedule
+from fedpdm.setup.build import build_denoiser
 from fedpdm.setup.flower_config import is_resumed, release_path, run_config_of, run_root
+from fedpdm.setup.run_setup import set_up
 from fedpdm.storage.run_directory import RunDirectory
 from strategies.baselines import CentralisedTraining, TrainingAlone
 from strategies.coarse import CoarseStrategy
@@ -44,14 +43,12 @@ def build_strategy(
     somebody else's strategy, made with the keywords of `CoarseStrategy` in place of that one.
     """
     images = load_split(config, "train") if config.run.simulation else None
-    spec: ImageSpec = build_image_spec(config, images)
-    schedule = build_schedule(config)
-    plan = build_release_plan(config, schedule, spec)
+    setup = set_up(config, images)
     run.open(config, resume=resume)
     log = RunLog(run)
     if images is not None:
         draw_split(run, config, build_partitions(config, images), images)
-    model = build_denoiser(config, "coarse", spec=spec, schedule=schedule)
+    model = build_denoiser(setup, "coarse")
     section = config.aggregation
     options: dict[str, Any] = {
         "settings": ServerSettings(
@@ -72,7 +69,7 @@ def build_strategy(
         "weights": {name: p.detach() for name, p in model.network.named_parameters()},
         "run": run,
         "announce": log.say,
-        "finish": functools.partial(finish_run, run, config, plan, log, stores),
+        "finish": functools.partial(finish_run, run, setup, log, stores),
     }
     strategy: CoarseStrategy
     if own is not None:
@@ -80,9 +77,9 @@ def build_strategy(
     elif config.kind is RunKind.ALONE:
         strategy = TrainingAlone(**options)
     elif config.kind is RunKind.CENTRALISED:
-        strategy = CentralisedTraining(config=config, spec=spec, **options)
+        strategy = CentralisedTraining(setup=setup, **options)
     elif config.kind is RunKind.SERVER:
-        strategy = CoarseServerTraining(config=config, spec=spec, **options)
+        strategy = CoarseServerTraining(setup=setup, **options)
     elif section.secure:
         strategy = SecureFedAvg(aggregation=section, **options)
     else:

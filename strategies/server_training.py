@@ -17,8 +17,6 @@ import torch
 from flwr.common import NDArrays, Parameters, ndarrays_to_parameters
 
 from fedpdm import wire
-from fedpdm.config import RunConfig
-from fedpdm.data.spec import ImageSpec
 from fedpdm.diffusion.training import BatchLoss, Trainer, class_weights, select_device
 from fedpdm.privacy.mechanism import (
     release_metadata,
@@ -26,16 +24,15 @@ from fedpdm.privacy.mechanism import (
     restore_release,
     same_release,
 )
-from fedpdm.privacy.planning import build_release_plan
 from fedpdm.privacy.types import ReleasedDataset
 from fedpdm.rng import Purpose, torch_generator
 from fedpdm.setup.build import (
     build_denoiser,
     build_optimizer_settings,
-    build_schedule,
     server_steps_per_round,
 )
 from fedpdm.setup.losses import coarse_batch_loss
+from fedpdm.setup.run_setup import RunSetup
 from fedpdm.storage.run_directory import RunDirectory
 from strategies.answers import ClientAnswer
 from strategies.coarse import CoarseStrategy, Weights
@@ -65,16 +62,14 @@ def kept_releases(run: RunDirectory) -> list[ReleasedDataset]:
 class CoarseServerTraining(CoarseStrategy):
     """Collects `ReleasedDataset`s in the first round and trains on them in every round."""
 
-    def __init__(self, *, config: RunConfig, spec: ImageSpec, **options: Any) -> None:
+    def __init__(self, *, setup: RunSetup, **options: Any) -> None:
         super().__init__(**options)
-        self._config = config
-        self._schedule = build_schedule(config)
-        self._plan = build_release_plan(config, self._schedule, spec)
-        self._spec = spec
+        config = setup.config
+        self._config, self._setup, self._spec = config, setup, setup.spec
         self._accepted: list[int] = []  # whose releases came in this round
         self._releasing = False
         self._device = select_device(config.run.device)
-        model = build_denoiser(config, "coarse", spec=spec, schedule=self._schedule)
+        model = build_denoiser(setup, "coarse")
         settings = build_optimizer_settings(config, "coarse", at_server=True)
         self._trainer = Trainer(model, settings, device=self._device)
         self._trainer.load_weights(self.weights, what="initial coarse weights")
@@ -117,8 +112,9 @@ class CoarseServerTraining(CoarseStrategy):
     def _check(self, released: ReleasedDataset, answer: ClientAnswer) -> None:
         """`wire.WireError` for a release that is not what was asked for."""
         got, shape = released.parameters, tuple(released.x_tilde.shape[1:])
+        plan = self._setup.plan
         wanted = release_parameters(
-            self._schedule, t0=self._plan.t0, clip_norm=self._plan.clip_norm, shift=self._plan.shift
+            self._setup.schedule, t0=plan.t0, clip_norm=plan.clip_norm, shift=plan.shift
         )
         if released.seeded and not self.settings.simulation:
             raise wire.WireError(
@@ -146,9 +142,8 @@ class CoarseServerTraining(CoarseStrategy):
         """(loss on all releases, their labels)."""
         released = self._collected()
         loss = coarse_batch_loss(
-            self._config,
+            self._setup,
             self._trainer.model,
-            self._schedule,
             released,
             training=True,
             device=self._device,

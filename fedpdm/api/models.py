@@ -22,17 +22,16 @@ from fedpdm.diffusion.training import (
     select_device,
 )
 from fedpdm.privacy.mechanism import same_release
-from fedpdm.privacy.planning import build_release_plan
 from fedpdm.privacy.types import ReleasedDataset
 from fedpdm.rng import Purpose, torch_generator
 from fedpdm.setup.build import (
     build_denoiser,
     build_optimizer_settings,
-    build_schedule,
     coarse_share,
     sampler_options,
 )
 from fedpdm.setup.losses import coarse_batch_loss, fine_batch_loss
+from fedpdm.setup.run_setup import RunSetup, set_up, set_up_for
 
 __all__ = ["sample", "spec_of", "train_coarse", "train_fine"]
 
@@ -63,12 +62,12 @@ def train_coarse(
 
     if not releases:
         raise ValueError("releases must hold at least one release, got none")
-    schedule, first = build_schedule(config), releases[0]
+    first = releases[0]
     channels, resolution, _ = first.x_tilde.shape[1:]
-    spec = _spec(config, channels=channels, resolution=resolution)
-    plan = build_release_plan(config, schedule, spec)
+    setup = set_up_for(config, _spec(config, channels=channels, resolution=resolution))
+    plan = setup.plan
     wanted = {"t0": plan.t0, "clip_norm": plan.clip_norm, "shift": plan.shift}
-    wanted["num_steps"] = schedule.num_steps
+    wanted["num_steps"] = setup.schedule.num_steps
     for number, one in enumerate(releases):
         for name, value in wanted.items():
             if (got := getattr(one.parameters, name)) != value:
@@ -79,10 +78,8 @@ def train_coarse(
         if not same_release(one.parameters, first.parameters):
             raise ValueError(f"releases[{number}] was made with another schedule than releases[0]")
     joined = join_releases(releases)
-    trainer = _trainer(config, "coarse", spec, num_steps)
-    loss = coarse_batch_loss(
-        config, trainer.model, schedule, joined, training=True, device=trainer.device
-    )
+    trainer = _trainer(setup, "coarse", num_steps)
+    loss = coarse_batch_loss(setup, trainer.model, joined, training=True, device=trainer.device)
     weights = class_weights(joined.labels, balance=config.coarse.class_balance)
     stream = torch_generator(config.run.seed, Purpose.SERVER_TRAINING, device=trainer.device)
     return _trained(trainer, loss, weights, stream, progress, what="coarse model")
@@ -101,14 +98,11 @@ def train_fine(
     Arguments as for `train_coarse`; `client` chooses the random streams. Default `num_steps`: those
     of all rounds.
     """
-    schedule, spec = build_schedule(config), build_image_spec(config, images)
-    plan = build_release_plan(config, schedule, spec)
-    trainer = _trainer(config, "fine", spec, num_steps, client=client)
+    setup = set_up(config, images)
+    trainer = _trainer(setup, "fine", num_steps, client=client)
     loss = fine_batch_loss(
-        config,
+        setup,
         trainer.model,
-        schedule,
-        plan,
         images=images.images.copy(),  # an image set's arrays cannot be written to
         labels=images.labels.copy(),
         device=trainer.device,
@@ -148,7 +142,8 @@ def sample(
         or not (-1 <= classes.min() <= classes.max() < num_classes)
     ):
         raise ValueError(f"labels must be whole numbers in [-1, {num_classes - 1}], got {labels}")
-    schedule, spec = build_schedule(config), spec_of(config, model)
+    setup = set_up_for(config, spec_of(config, model))
+    spec = setup.spec
     share, device = None, next(model.parameters()).device
     if coarse is not None and fine is not None and config.sampling.coarse_worth is not None:
         if own is None:
@@ -162,7 +157,7 @@ def sample(
         generator=torch_generator(seed, Purpose.SAMPLING, device=device),
         batch_size=config.sampling.batch_size,
         coarse_share=share,
-        **sampler_options(config, schedule, build_release_plan(config, schedule, spec)),
+        **sampler_options(config, setup.schedule, setup.plan),
     )
     return denormalize(output.images.cpu(), shift=spec.shift).numpy()
 
@@ -190,15 +185,15 @@ def _spec(config: RunConfig, *, channels: int, resolution: int) -> ImageSpec:
 
 
 def _trainer(
-    config: RunConfig, role: str, spec: ImageSpec, num_steps: int | None, *, client: int = 0
+    setup: RunSetup, role: str, num_steps: int | None, *, client: int = 0
 ) -> Trainer[Denoiser]:
-    model = build_denoiser(config, role, spec=spec, schedule=build_schedule(config), client=client)
-    settings = build_optimizer_settings(config, role, at_server=role == "coarse")
+    model = build_denoiser(setup, role, client=client)
+    settings = build_optimizer_settings(setup.config, role, at_server=role == "coarse")
     if num_steps is not None:
         if num_steps < 1:
             raise ValueError(f"num_steps must be at least 1, got {num_steps}")
         settings = replace(settings, total_steps=num_steps)
-    return Trainer(model, settings, device=select_device(config.run.device))
+    return Trainer(model, settings, device=select_device(setup.config.run.device))
 
 
 def _trained(

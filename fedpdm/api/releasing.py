@@ -11,11 +11,9 @@ from fedpdm.config.suite import merge
 from fedpdm.data import ImageSet
 from fedpdm.data.client_images import client_images
 from fedpdm.data.loading import build_partitions, load_split
-from fedpdm.data.spec import build_image_spec
-from fedpdm.privacy.planning import build_release_plan, build_release_request
 from fedpdm.privacy.releases import ReleaseStore, SpentBudget
 from fedpdm.privacy.types import ReleasedDataset
-from fedpdm.setup.build import build_schedule
+from fedpdm.setup.run_setup import set_up
 
 __all__ = ["account", "configure", "load_images", "release", "share_out"]
 
@@ -77,10 +75,8 @@ def release(
             f"coarse: images {config.coarse.images}, training {config.coarse.training} releases "
             "nothing; must be released, and trained somewhere"
         )
-    schedule = build_schedule(config)
-    plan = build_release_plan(config, schedule, build_image_spec(config, images))
-    request = build_release_request(
-        config, schedule, plan, client=client, allow_new_release=allow_new_release
+    request = set_up(config, images).release_request(
+        client=client, allow_new_release=allow_new_release
     )
     return ReleaseStore(Path(store)).obtain(images, request)
 

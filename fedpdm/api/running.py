@@ -15,9 +15,9 @@ from fedpdm.data import ImageSet
 from fedpdm.data.client_images import ClientImages
 from fedpdm.diffusion.denoisers import Denoiser
 from fedpdm.evaluation.synthesis import Synthesizer
-from fedpdm.privacy.planning import build_release_plan
 from fedpdm.publishing.export import export_pipeline
-from fedpdm.setup.build import build_schedule, coarse_share, sampler_options
+from fedpdm.setup.build import coarse_share, sampler_options
+from fedpdm.setup.run_setup import set_up_for
 from fedpdm.storage.run_directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -86,8 +86,8 @@ def attack_model(
     model = coarse or fine
     if model is None:
         raise ValueError("give a coarse model, a fine model, or both")
-    schedule, spec = build_schedule(config), spec_of(config, model)
-    plan, everything = build_release_plan(config, schedule, spec), np.arange(len(members))
+    setup, everything = set_up_for(config, spec_of(config, model)), np.arange(len(members))
+    spec = setup.spec
     held = ClientImages(
         client_id=0,
         images=members,
@@ -106,7 +106,7 @@ def attack_model(
         shift=spec.shift,
         device=next(model.parameters()).device,
         options={
-            **sampler_options(config, schedule, plan),
+            **sampler_options(config, setup.schedule, setup.plan),
             "coarse_share": coarse_share(config, members.labels, num_classes=spec.num_classes),
         },
     )

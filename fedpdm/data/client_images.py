@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,10 +10,11 @@ import numpy as np
 
 from fedpdm.config import ConfigError, RunConfig
 from fedpdm.data.imageset import ImageSet
+from fedpdm.data.members import MemberRecord, record_images
 from fedpdm.data.partition import ClientPartition
 from fedpdm.rng import Purpose, numpy_rng
 
-__all__ = ["ClientImages", "client_images", "split_heldout"]
+__all__ = ["ClientImages", "client_images", "own_images", "split_heldout"]
 
 
 def split_heldout(
@@ -26,16 +28,17 @@ def split_heldout(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ClientImages:
-    """What a simulated client holds: `images` each once; `train`, `heldout` are positions there.
+    """What a client holds: `images` each once; `train`, `heldout` are positions there.
 
-    `indices` int64 (N,) are the positions of `images` in the split that is shared out.
+    `indices` int64 (N,) are the positions of `images` in the split that a simulation shares out,
+    None for a client whose images are its own.
     """
 
     client_id: int
     images: ImageSet
     train: np.ndarray
     heldout: np.ndarray
-    indices: np.ndarray
+    indices: np.ndarray | None
     majority: tuple[int, ...]
     minority: tuple[int, ...]
 
@@ -43,6 +46,56 @@ class ClientImages:
     def train_labels(self) -> np.ndarray:
         """int64 (n,) of the training images."""
         return self.images.labels[self.train]
+
+    @property
+    def groups(self) -> dict[str, tuple[int, ...]]:
+        """Class groups by name: majority and minority, or all where there is no minority."""
+        if not self.minority:
+            return {"all": self.majority}
+        return {"majority": self.majority, "minority": self.minority}
+
+    @functools.cached_property
+    def members(self) -> MemberRecord | None:
+        """What training draws from and what it leaves out; None outside a simulation."""
+        if self.indices is None:
+            return None
+        every = record_images(self.images, self.indices)
+        return MemberRecord(
+            client_id=self.client_id,
+            train=every.subset(self.train),
+            heldout=every.subset(self.heldout),
+        )
+
+
+def own_images(
+    config: RunConfig,
+    images: ImageSet,
+    *,
+    client_id: int,
+    indices: np.ndarray | None = None,
+    part: ClientPartition | None = None,
+) -> ClientImages:
+    """A client's images, of equal ones the first, and which of them are for training.
+
+    `part` says which classes are its majority in a simulation; elsewhere all that are there.
+    """
+    first = images.distinct()
+    if len(first) < len(images):
+        images = images.subset(first)
+        indices = None if indices is None else indices[first]
+    train, heldout = split_heldout(
+        len(images), fraction=config.data.holdout_fraction, seed=config.run.seed, client=client_id
+    )
+    there = tuple(np.unique(images.labels).tolist())
+    return ClientImages(
+        client_id=client_id,
+        images=images,
+        train=train,
+        heldout=heldout,
+        indices=indices,
+        majority=there if part is None else tuple(part.majority),
+        minority=() if part is None else tuple(part.minority),
+    )
 
 
 def client_images(
@@ -55,19 +108,10 @@ def client_images(
             "the federation must have as many nodes (num-supernodes)"
         )
     part = parts[client_id]
-    own, indices = images.subset(part.indices), part.indices
-    first = own.distinct()
-    if len(first) < len(own):
-        own, indices = own.subset(first), indices[first]
-    train, heldout = split_heldout(
-        len(own), fraction=config.data.holdout_fraction, seed=config.run.seed, client=client_id
-    )
-    return ClientImages(
+    return own_images(
+        config,
+        images.subset(part.indices),
         client_id=client_id,
-        images=own,
-        train=train,
-        heldout=heldout,
-        indices=indices,
-        majority=part.majority,
-        minority=part.minority,
+        indices=part.indices,
+        part=part,
     )

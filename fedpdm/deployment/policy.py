@@ -23,7 +23,7 @@ from fedpdm.data.spec import ImageSpec
 from fedpdm.privacy.accountant import epsilon_spent
 from fedpdm.privacy.mechanism import release_event
 from fedpdm.privacy.planning import build_release_plan
-from fedpdm.setup.build import build_schedule
+from fedpdm.setup.run_setup import build_schedule
 
 __all__ = ["NodePolicy", "PolicyError", "check_config", "check_total", "load_policy"]
 

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-
 from clients.local import LocalClient
 from clients.pfdm_client import PFDMClient
 from fedpdm import wire
 from fedpdm.config import RunConfig, config_from_mapping
 from fedpdm.data import ImageSet
-from fedpdm.data.spec import build_image_spec
+from fedpdm.data.client_images import own_images
 from fedpdm.privacy.releases import ReleaseStore
 from fedpdm.privacy.types import ReleasedDataset
-from fedpdm.setup.build import build_denoiser, build_schedule
+from fedpdm.setup.build import build_denoiser
+from fedpdm.setup.run_setup import set_up
 from fedpdm.storage.client_store import ClientStore
 from fedpdm.storage.files import StoreError
 
@@ -67,22 +66,17 @@ def upload_releases(
     """
     if len(images.distinct()) < len(images):
         raise ValueError("images must be distinct: the client releases equal images once")
-    spec, schedule = build_image_spec(config, images), build_schedule(config)
+    setup = set_up(config, images)
+    held = own_images(config, images, client_id=0)
     store = ReleaseStore(folder)
-    coarse = build_denoiser(config, "coarse", spec=spec, schedule=schedule)
+    coarse = build_denoiser(setup, "coarse")
     request = wire.encode_model(dict(coarse.network.named_parameters()))
     uploads = []
     for number in range(1, rounds + 1):
         client = PFDMClient(
             LocalClient(
-                client_id=0,
-                config=config,
-                spec=spec,
-                images=images,
-                train=np.arange(len(images)),
-                heldout=np.arange(0),
-                majority=tuple(np.unique(images.labels).tolist()),
-                minority=(),
+                setup=setup,
+                held=held,
                 store=ClientStore(folder),
                 releases=store,
                 raw_metrics=False,

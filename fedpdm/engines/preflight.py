@@ -18,7 +18,6 @@ from fedpdm.data.loading import build_partitions, load_split
 from fedpdm.data.partition import ClientPartition
 from fedpdm.data.spec import build_image_spec
 from fedpdm.diffusion.denoisers import PRESETS
-from fedpdm.diffusion.schedule import NoiseSchedule
 from fedpdm.diffusion.training import select_device
 from fedpdm.engines.run_checks import (
     check_models,
@@ -26,8 +25,8 @@ from fedpdm.engines.run_checks import (
     check_writable,
     nearest_folder,
 )
-from fedpdm.privacy.planning import ReleasePlan, build_release_request
 from fedpdm.privacy.releases import ReleaseStore
+from fedpdm.setup.run_setup import RunSetup, set_up_for
 from fedpdm.storage.run_directory import RunDirectory
 
 __all__ = ["check_run"]
@@ -51,7 +50,7 @@ def check_run(
     """
     if not config.run.simulation:
         raise ConfigError("run.simulation: false needs a deployed federation, not fedpdm run")
-    schedule = check_place(config, out, resume=resume)
+    check_place(config, out, resume=resume)
     device = select_device(config.run.device)
     images = load_split(config, "train")
     test = load_split(config, "test")
@@ -59,19 +58,17 @@ def check_run(
     _check_reference(config, test, partitions)
     spec = build_image_spec(config, images)
     _check_groups(config, images, partitions)
-    models = check_models(config, schedule, spec)
+    models = check_models(set_up_for(config, spec))
     _check_space(config, out, models.sizes, num_bytes=4 * images.images.size)
     if releases is not None:
         check_writable(releases)
     again = []
     if config.kind.releases:
         again = _check_releases(
-            config,
             images,
             partitions,
             {part.client_id: _release_root(out, releases, part.client_id) for part in partitions},
-            plan=models.plan,
-            schedule=schedule,
+            setup=models.setup,
             allow_new_release=allow_new_release,
         )
     counts = [len(part.indices) for part in partitions]
@@ -81,7 +78,7 @@ def check_run(
         f"({spec.channels}x{spec.resolution}x{spec.resolution}, {spec.num_classes} classes), "
         f"{len(counts)} clients with {min(counts)} to {max(counts)} images"
         + (f", {left_out} left out to balance the classes" if left_out else ""),
-        *models.lines(config, where=f", on {device}"),
+        *models.lines(where=f", on {device}"),
         f"run directory: {out}",
         *_notes(config, spec.resolution),
         *again,
@@ -93,13 +90,11 @@ def _release_root(out: Path, releases: Path | None, client: int) -> Path:
 
 
 def _check_releases(
-    config: RunConfig,
     images: ImageSet,
     partitions: Sequence[ClientPartition],
     roots: Mapping[int, Path],
     *,
-    plan: ReleasePlan,
-    schedule: NoiseSchedule,
+    setup: RunSetup,
     allow_new_release: bool,
 ) -> list[str]:
     """Ask stores that are there what the run would do to them; they refuse by `StoreError`.
@@ -111,13 +106,7 @@ def _check_releases(
         store = ReleaseStore(roots[part.client_id])
         if not store.ledger().records:
             continue
-        request = build_release_request(
-            config,
-            schedule,
-            plan,
-            client=part.client_id,
-            allow_new_release=allow_new_release,
-        )
+        request = setup.release_request(client=part.client_id, allow_new_release=allow_new_release)
         previews.append(store.preview(images.subset(part.indices), request))
     num_again = sum(preview.again for preview in previews)
     if not num_again:
@@ -126,7 +115,7 @@ def _check_releases(
     return [
         f"NEW RELEASE of {num_again} released images: epsilon of an image goes up to "
         f"{worst.epsilon_after:.4g} (from {worst.epsilon_before:.4g}) at delta "
-        f"{config.privacy.delta:g}"
+        f"{setup.config.privacy.delta:g}"
     ]
 
 

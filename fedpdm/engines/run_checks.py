@@ -10,25 +10,22 @@ from typing import Any
 import torch
 
 from fedpdm.config import ConfigError, RunConfig
-from fedpdm.data.spec import ImageSpec
 from fedpdm.diffusion.sampling import make_scheduler, sample
-from fedpdm.diffusion.schedule import NoiseSchedule
-from fedpdm.privacy.planning import ReleasePlan, build_release_plan
 from fedpdm.privacy.statement import baseline_statement
 from fedpdm.reporting.trackers import check_trackers
 from fedpdm.setup.build import (
     build_denoiser,
     build_optimizer_settings,
-    build_schedule,
     sampler_options,
 )
+from fedpdm.setup.run_setup import RunSetup, build_schedule
 from fedpdm.storage.run_directory import RunDirectory
 
 __all__ = ["RunModels", "check_models", "check_place", "check_writable", "nearest_folder"]
 
 
-def check_place(config: RunConfig, out: Path, *, resume: bool) -> NoiseSchedule:
-    """Refuse what needs no images to be refused, by `ConfigError`; the noise schedule."""
+def check_place(config: RunConfig, out: Path, *, resume: bool) -> None:
+    """Refuse what needs no images to be refused, by `ConfigError`."""
     wanted, there = config.aggregation.min_clients or 1, config.partition.num_clients
     if wanted > there:
         raise ConfigError(
@@ -38,23 +35,22 @@ def check_place(config: RunConfig, out: Path, *, resume: bool) -> NoiseSchedule:
     check_trackers(config)
     RunDirectory(out).check(config, resume=resume)
     check_writable(out)
-    schedule = build_schedule(config)
-    make_scheduler(config.sampling.scheduler, schedule.betas)
-    return schedule
+    make_scheduler(config.sampling.scheduler, build_schedule(config).betas)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunModels:
     """The release that is planned and the parameters of the two models, by role."""
 
-    plan: ReleasePlan
+    setup: RunSetup
     sizes: dict[str, int]
 
-    def lines(self, config: RunConfig, *, where: str = "") -> list[str]:
+    def lines(self, *, where: str = "") -> list[str]:
         """What clients send at which epsilon, and what is trained; `where` says on what."""
+        config = self.setup.config
         coarse, fine = config.coarse, config.fine
         return [
-            _what_leaves(config, self.plan),
+            _what_leaves(self.setup),
             f"models: coarse {coarse.preset} {self.sizes['coarse'] / 1e6:.2f} M, fine "
             f"{fine.preset} {self.sizes['fine'] / 1e6:.2f} M parameters{where}; "
             f"{config.run.rounds} rounds of {coarse.steps_per_round} coarse and "
@@ -62,23 +58,20 @@ class RunModels:
         ]
 
 
-def check_models(config: RunConfig, schedule: NoiseSchedule, spec: ImageSpec) -> RunModels:
-    """Calibrate, build the models, and sample once; `ConfigError` or `ValueError`."""
-    plan = build_release_plan(config, schedule, spec)
-    _check_sampler(config, schedule, plan)
+def check_models(setup: RunSetup) -> RunModels:
+    """Build the models, and sample once; `ConfigError` or `ValueError`."""
+    _check_sampler(setup)
     sizes = {
-        role: sum(
-            p.numel()
-            for p in build_denoiser(config, role, spec=spec, schedule=schedule).parameters()
-        )
+        role: sum(p.numel() for p in build_denoiser(setup, role).parameters())
         for role in ("coarse", "fine")
     }
-    build_optimizer_settings(config, "coarse")
-    return RunModels(plan=plan, sizes=sizes)
+    build_optimizer_settings(setup.config, "coarse")
+    return RunModels(setup=setup, sizes=sizes)
 
 
-def _what_leaves(config: RunConfig, plan: ReleasePlan) -> str:
+def _what_leaves(setup: RunSetup) -> str:
     """The line that says what clients send and at which epsilon."""
+    config, plan = setup.config, setup.plan
     if not config.kind.releases:
         statement = baseline_statement(config)
         epsilon = statement["epsilon"]
@@ -106,7 +99,7 @@ def check_writable(out: Path) -> None:
         raise ConfigError(f"{out}: cannot be written, no permission in {folder}")
 
 
-def _check_sampler(config: RunConfig, schedule: NoiseSchedule, plan: ReleasePlan) -> None:
+def _check_sampler(setup: RunSetup) -> None:
     """Sample one pixel with denoisers that answer 0: whatever goes from noise to images ends there.
 
     Some diffusers schedulers can be made but not stepped, or run from image to noise.
@@ -117,7 +110,7 @@ def _check_sampler(config: RunConfig, schedule: NoiseSchedule, plan: ReleasePlan
     ) -> torch.Tensor:
         return torch.zeros_like(x_t)
 
-    name = config.sampling.scheduler
+    name = setup.config.sampling.scheduler
     try:
         output = sample(
             black,
@@ -125,7 +118,7 @@ def _check_sampler(config: RunConfig, schedule: NoiseSchedule, plan: ReleasePlan
             torch.ones(1, 1, 1, 1),
             labels=torch.zeros(1, dtype=torch.int64),
             generator=torch.Generator().manual_seed(0),
-            **sampler_options(config, schedule, plan),
+            **sampler_options(setup.config, setup.schedule, setup.plan),
         )
     except Exception as error:  # third-party schedulers raise anything
         line = " ".join(str(error).split())[:200]

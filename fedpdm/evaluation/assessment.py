@@ -32,7 +32,7 @@ from fedpdm.evaluation.judging import GroupReference, check_counts, reference_ro
 from fedpdm.evaluation.measures import group_labels
 from fedpdm.evaluation.synthesis import Synthesizer, open_synthesizer
 from fedpdm.rng import Purpose, numpy_rng, torch_generator
-from fedpdm.setup.build import build_schedule
+from fedpdm.setup.run_setup import build_schedule
 from fedpdm.storage.run_directory import RunDirectory
 
 __all__ = ["assess_run", "check_scoring", "handover_curve"]

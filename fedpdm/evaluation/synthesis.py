@@ -17,13 +17,12 @@ from fedpdm.config import RunConfig
 from fedpdm.data import ImageSet, denormalize
 from fedpdm.data.client_images import ClientImages, client_images
 from fedpdm.data.loading import build_partitions, load_split
-from fedpdm.data.spec import build_image_spec
 from fedpdm.diffusion.denoisers import Denoiser
 from fedpdm.diffusion.sampling import sample_in_batches
 from fedpdm.diffusion.training import load_named, select_device
-from fedpdm.privacy.planning import build_release_plan
 from fedpdm.rng import Purpose, torch_generator
-from fedpdm.setup.build import build_denoiser, build_schedule, coarse_share, sampler_options
+from fedpdm.setup.build import build_denoiser, coarse_share, sampler_options
+from fedpdm.setup.run_setup import set_up
 from fedpdm.storage.client_store import ClientStore
 from fedpdm.storage.files import read_tensors
 from fedpdm.storage.run_directory import RunDirectory
@@ -88,8 +87,8 @@ def open_synthesizer(
             raise ValueError(f"{run.root}: this run has not finished ({name} is missing)")
     images = load_split(config, "train") if images is None else images
     own = client_images(config, images, build_partitions(config, images), client_id)
-    spec, schedule = build_image_spec(config, images), build_schedule(config)
-    plan = build_release_plan(config, schedule, spec)
+    setup = set_up(config, images)
+    spec = setup.spec
     device = select_device(config.run.device)
     weights: dict[str, Mapping[str, torch.Tensor]] = {}
     if config.kind.has_shared_model:
@@ -107,7 +106,7 @@ def open_synthesizer(
         }
     models: dict[str, Denoiser] = {}
     for role, tensors in weights.items():
-        model = build_denoiser(config, role, spec=spec, schedule=schedule).to(device)
+        model = build_denoiser(setup, role).to(device)
         target = dict(model.network.named_parameters())
         load_named(target, {k: v.to(device) for k, v in tensors.items()}, what=f"{role} weights")
         models[role] = model.eval()
@@ -118,7 +117,7 @@ def open_synthesizer(
         coarse=models.get("coarse"),
         fine=models.get("fine"),
         image_shape=spec.shape,
-        shift=plan.shift,
+        shift=spec.shift,
         device=device,
-        options={**sampler_options(config, schedule, plan), "coarse_share": share},
+        options={**sampler_options(config, setup.schedule, setup.plan), "coarse_share": share},
     )

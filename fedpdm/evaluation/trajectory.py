@@ -16,13 +16,12 @@ import torch
 
 from fedpdm.config import RunConfig
 from fedpdm.data import denormalize
-from fedpdm.data.spec import build_image_spec
 from fedpdm.diffusion.denoisers import NO_LABEL, DenoisingFunction
 from fedpdm.diffusion.sampling import sample
 from fedpdm.diffusion.training import load_named, select_device
-from fedpdm.privacy.planning import build_release_plan
 from fedpdm.rng import Purpose, torch_generator
-from fedpdm.setup.build import build_denoiser, build_schedule, sampler_options
+from fedpdm.setup.build import build_denoiser, sampler_options
+from fedpdm.setup.run_setup import set_up
 
 __all__ = ["Chain", "State", "coarse_chain", "record_states"]
 
@@ -59,10 +58,10 @@ def coarse_chain(config: RunConfig, weights: Mapping[str, torch.Tensor]) -> Chai
 
     `ValueError` if the weights are not this config's.
     """
-    spec, schedule = build_image_spec(config), build_schedule(config)
-    plan = build_release_plan(config, schedule, spec)
+    setup = set_up(config)
+    spec = setup.spec
     device = select_device(config.run.device)
-    model = build_denoiser(config, "coarse", spec=spec, schedule=schedule).to(device)
+    model = build_denoiser(setup, "coarse").to(device)
     target = dict(model.network.named_parameters())
     load_named(target, {k: v.to(device) for k, v in weights.items()}, what="coarse weights")
     return Chain(
@@ -70,9 +69,9 @@ def coarse_chain(config: RunConfig, weights: Mapping[str, torch.Tensor]) -> Chai
         fine=None,
         image_shape=spec.shape,
         num_classes=spec.num_classes,
-        shift=plan.shift,
+        shift=spec.shift,
         device=device,
-        options=sampler_options(config, schedule, plan),
+        options=sampler_options(config, setup.schedule, setup.plan),
     )
 
 

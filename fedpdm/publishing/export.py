@@ -37,7 +37,8 @@ from fedpdm.publishing.pipeline import PFDMPipeline
 from fedpdm.reporting.pictures import draw_image_grid
 from fedpdm.reporting.pictures.files import png_path
 from fedpdm.rng import Purpose, torch_generator
-from fedpdm.setup.build import build_denoiser, build_schedule, coarse_share
+from fedpdm.setup.build import build_denoiser, coarse_share
+from fedpdm.setup.run_setup import set_up_for
 from fedpdm.storage.client_store import ClientStore
 from fedpdm.storage.files import StoreError, read_tensors
 from fedpdm.storage.run_directory import RunDirectory
@@ -75,12 +76,14 @@ def export_pipeline(
     folder = Path(store or run.client_path(client_id))
     fine, ledger = _client(run, folder, privacy, client_id=client_id)
     shape = ledger["image_shape"]
-    schedule, t0, shift = build_schedule(config), int(privacy["t0"]), float(privacy["shift"])
+    t0, shift = int(privacy["t0"]), float(privacy["shift"])
     num_classes = len(coarse.get("class_embedding.weight", ())) - 1  # the last is "no label"
     spec = ImageSpec(channels=shape[0], resolution=shape[1], num_classes=num_classes, shift=shift)
+    setup = set_up_for(config, spec)
+    schedule = setup.schedule
     models: dict[str, Any] = {}
     for role, weights in (("coarse", coarse), ("fine", fine)):
-        models[role] = build_denoiser(config, role, spec=spec, schedule=schedule)
+        models[role] = build_denoiser(setup, role)
         target = dict(models[role].network.named_parameters())
         load_named(target, weights, what=f"{role} weights for client {client_id}")
     scheduler = make_scheduler(config.sampling.scheduler, schedule.betas)

@@ -15,12 +15,12 @@ from fedpdm.data import ImageSet
 from fedpdm.data.loading import record_partitions
 from fedpdm.data.partition import ClientPartition, partition_table
 from fedpdm.privacy.dpsgd import SeededDraws
-from fedpdm.privacy.planning import ReleasePlan, build_noise
+from fedpdm.privacy.planning import build_noise
 from fedpdm.privacy.releases import ReleaseStore
 from fedpdm.privacy.statement import baseline_statement, plain_text, run_statement
 from fedpdm.reporting.pictures import draw_image_grid, draw_partition
 from fedpdm.reporting.versions import software_versions
-from fedpdm.setup.build import build_schedule
+from fedpdm.setup.run_setup import RunSetup
 from fedpdm.storage.client_store import ClientStore
 from fedpdm.storage.files import write_tensors
 from fedpdm.storage.run_directory import RunDirectory
@@ -105,8 +105,7 @@ def _columns(labels: np.ndarray) -> np.ndarray:
 
 def finish_run(
     run: RunDirectory,
-    config: RunConfig,
-    plan: ReleasePlan,
+    setup: RunSetup,
     log: RunLog,
     stores: Sequence[ReleaseStore],
     ema: Mapping[str, torch.Tensor],
@@ -116,10 +115,11 @@ def finish_run(
 
     `stores` are the clients' release stores in simulation, empty elsewhere.
     """
+    config = setup.config
     if config.kind.releases:
         noise_source = build_noise(config, client=0, release=1).description
         statement = run_statement(
-            config, plan, build_schedule(config), noise_source=noise_source, stores=stores
+            config, setup.plan, setup.schedule, noise_source=noise_source, stores=stores
         )
     else:
         noise_source, statement = "none", baseline_statement(config)

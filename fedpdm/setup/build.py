@@ -8,38 +8,26 @@ import numpy as np
 import torch
 
 from fedpdm.config import CoarseConfig, ConfigError, FineConfig, RunConfig
-from fedpdm.data.spec import ImageSpec
 from fedpdm.diffusion.denoisers import PRESETS, Denoiser, DenoiserSpec
-from fedpdm.diffusion.schedule import NoiseSchedule, make_schedule
+from fedpdm.diffusion.schedule import NoiseSchedule
 from fedpdm.diffusion.training import OptimizerSettings
 from fedpdm.privacy.dpsgd import DpSgdSettings, dp_sgd_noise_multiplier
 from fedpdm.privacy.planning import ReleasePlan
 from fedpdm.rng import Purpose, seed_sequence
+from fedpdm.setup.run_setup import RunSetup
 
 __all__ = [
     "build_denoiser",
     "build_dp_sgd",
     "build_optimizer_settings",
-    "build_schedule",
     "coarse_share",
     "sampler_options",
 ]
 
 
-def build_schedule(config: RunConfig) -> NoiseSchedule:
-    section = config.schedule
-    return make_schedule(
-        section.kind,
-        num_steps=section.num_steps,
-        beta_start=section.beta_start,
-        beta_end=section.beta_end,
-    )
-
-
-def build_denoiser(
-    config: RunConfig, role: str, *, spec: ImageSpec, schedule: NoiseSchedule, client: int = 0
-) -> Denoiser:
+def build_denoiser(setup: RunSetup, role: str, *, client: int = 0) -> Denoiser:
     """A freshly initialised coarse or fine denoiser, its weights drawn from the run's seed."""
+    config, spec = setup.config, setup.spec
     section: CoarseConfig | FineConfig = config.coarse if role == "coarse" else config.fine
     smallest = PRESETS[section.preset].stride
     if spec.resolution < smallest:
@@ -59,7 +47,7 @@ def build_denoiser(
     seed = int(seed_sequence(config.run.seed, purpose, client=client).generate_state(1)[0])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Denoiser(denoiser_spec, schedule)
+        return Denoiser(denoiser_spec, setup.schedule)
 
 
 def server_steps_per_round(config: RunConfig) -> int:

@@ -5,23 +5,20 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from fedpdm.config import RunConfig
 from fedpdm.data import normalize
 from fedpdm.diffusion.denoisers import Denoiser
 from fedpdm.diffusion.objectives import denoising_loss, drop_labels, truncated_loss
-from fedpdm.diffusion.schedule import NoiseSchedule
 from fedpdm.diffusion.training import BatchLoss
 from fedpdm.privacy.mechanism import clip_l2
-from fedpdm.privacy.planning import ReleasePlan
 from fedpdm.privacy.types import ReleasedDataset
+from fedpdm.setup.run_setup import RunSetup
 
 __all__ = ["coarse_batch_loss", "fine_batch_loss", "raw_coarse_batch_loss"]
 
 
 def coarse_batch_loss(
-    config: RunConfig,
+    setup: RunSetup,
     denoiser: Denoiser,
-    schedule: NoiseSchedule,
     released: ReleasedDataset,
     *,
     training: bool,
@@ -32,15 +29,16 @@ def coarse_batch_loss(
 
     Indices count within `subset` (int64 positions in the release) where it is given.
     """
+    section, schedule = setup.config.coarse, setup.schedule
     x_tilde, labels = released.x_tilde.to(device), released.labels.to(device)
     positions = None if subset is None else torch.from_numpy(subset).to(device)
-    dropout = config.coarse.label_dropout if training else 0.0
+    dropout = section.label_dropout if training else 0.0
 
     def loss(indices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         if positions is not None:
             indices = positions[indices]
         chosen = drop_labels(labels[indices], probability=dropout, generator=generator)
-        if config.coarse.objective == "truncated":
+        if section.objective == "truncated":
             return truncated_loss(
                 denoiser,
                 schedule,
@@ -55,8 +53,8 @@ def coarse_batch_loss(
             x_tilde[indices],
             labels=chosen,
             t_max=schedule.num_steps,
-            weighting=config.coarse.weighting,
-            timesteps=config.coarse.timesteps,
+            weighting=section.weighting,
+            timesteps=section.timesteps,
             generator=generator,
         )
 
@@ -64,11 +62,9 @@ def coarse_batch_loss(
 
 
 def raw_coarse_batch_loss(
-    config: RunConfig,
+    setup: RunSetup,
     denoiser: Denoiser,
-    schedule: NoiseSchedule,
     *,
-    shift: float,
     images: np.ndarray,
     labels: np.ndarray,
     training: bool,
@@ -78,7 +74,7 @@ def raw_coarse_batch_loss(
 
     Arguments as in `fine_batch_loss`; t is drawn from [1, T].
     """
-    section = config.coarse
+    section, schedule, shift = setup.config.coarse, setup.schedule, setup.spec.shift
     pixels, classes = torch.from_numpy(images).to(device), torch.from_numpy(labels).to(device)
     dropout = section.label_dropout if training else 0.0
 
@@ -98,10 +94,8 @@ def raw_coarse_batch_loss(
 
 
 def fine_batch_loss(
-    config: RunConfig,
+    setup: RunSetup,
     denoiser: Denoiser,
-    schedule: NoiseSchedule,
-    plan: ReleasePlan,
     *,
     images: np.ndarray,
     labels: np.ndarray,
@@ -112,7 +106,7 @@ def fine_batch_loss(
     `images` uint8 (N, C, H, W) stay so on the device and are normalised there, `labels` int64 (N,).
     A share of each batch is clipped and flagged so.
     """
-    section = config.fine
+    section, schedule, plan = setup.config.fine, setup.schedule, setup.plan
     pixels, classes = torch.from_numpy(images).to(device), torch.from_numpy(labels).to(device)
     t_max = schedule.num_steps if section.t_range == "all" else plan.t0
 

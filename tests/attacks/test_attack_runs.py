@@ -66,9 +66,11 @@ def test_clients_record_what_they_train_on(finished: dict[str, Path]) -> None:
         local = local_of(config, finished["pfdm"], client)
         assert kept["trained"] == {"coarse": "released", "fine": "raw"}
         assert (kept["client_id"], kept["split"]) == (client, "train")
-        for name, rows in (("train", local.train), ("heldout", local.heldout)):
+        for name, rows in (("train", local.held.train), ("heldout", local.held.heldout)):
             assert len(kept[name]["indices"]) == len(rows) == 30
-            assert np.array_equal(images.images[kept[name]["indices"]], local.images.images[rows])
+            assert np.array_equal(
+                images.images[kept[name]["indices"]], local.held.images.images[rows]
+            )
             digests = images.image_digests()[kept[name]["indices"]]
             assert kept[name]["sha256"] == [bytes(row).hex() for row in digests]
         held = {*kept["train"]["indices"], *kept["heldout"]["indices"]}

@@ -15,7 +15,6 @@ from clients.local import open_local_client
 from clients.workers import WriteBehind, borrowed
 from fedpdm.config import RunConfig
 from fedpdm.engines.inprocess import run_in_process
-from fedpdm.setup.build import build_schedule
 from fedpdm.storage.files import StoreError
 from tests.support.federations import flat, node, small_config
 
@@ -63,8 +62,8 @@ def local(config: RunConfig, out: Path):
 
 def test_a_trainer_is_lent_to_one_at_a_time_and_comes_back(tmp_path: Path) -> None:
     config = small_config()
-    client, schedule = local(config, tmp_path), build_schedule(config)
-    options = {"schedule": schedule, "device": CPU, "fresh": False}
+    client = local(config, tmp_path)
+    options = {"device": CPU, "fresh": False}
     with (
         borrowed(client, "fine", **options) as first,
         borrowed(client, "fine", **options) as second,
@@ -78,22 +77,22 @@ def test_a_trainer_is_lent_to_one_at_a_time_and_comes_back(tmp_path: Path) -> No
 
 def test_a_fresh_trainer_has_the_seeds_weights(tmp_path: Path) -> None:
     config = small_config()
-    client, schedule = local(config, tmp_path), build_schedule(config)
-    with borrowed(client, "fine", schedule=schedule, device=CPU, fresh=True) as trainer:
+    client = local(config, tmp_path)
+    with borrowed(client, "fine", device=CPU, fresh=True) as trainer:
         wanted = {name: tensor.clone() for name, tensor in trainer.weights().items()}
         for tensor in trainer.weights().values():
             tensor.zero_()
-    with borrowed(client, "fine", schedule=schedule, device=CPU, fresh=True) as trainer:
+    with borrowed(client, "fine", device=CPU, fresh=True) as trainer:
         for name, tensor in trainer.weights().items():
             assert torch.equal(tensor, wanted[name])
 
 
 def test_a_trainer_that_failed_is_not_lent_again(tmp_path: Path) -> None:
     config = small_config()
-    client, schedule = local(config, tmp_path), build_schedule(config)
+    client = local(config, tmp_path)
     with (
         pytest.raises(ZeroDivisionError),
-        borrowed(client, "fine", schedule=schedule, device=CPU, fresh=False),
+        borrowed(client, "fine", device=CPU, fresh=False),
     ):
         raise ZeroDivisionError
     assert not workers._shelf

@@ -277,7 +277,7 @@ def test_a_client_whose_ledger_is_gone_does_not_release_again(tmp_path: Path) ->
     def answer(round: int) -> dict[str, Any]:
         local = open_local_client(node(config, 0), flat(config, tmp_path), 0)
         client = PFDMClient(local)
-        model = build_denoiser(config, "coarse", spec=local.spec, schedule=client.work.schedule)
+        model = build_denoiser(local.setup, "coarse")
         weights = {name: p.detach() for name, p in model.network.named_parameters()}
         asked = {"round": round, "phase": "coarse"}
         return client.fit(wire.encode_model(weights), asked)[2]

@@ -17,8 +17,8 @@ from fedpdm.privacy.mechanism import SeededNoise, SystemNoise
 from fedpdm.privacy.planning import build_release_plan, build_release_request
 from fedpdm.privacy.releases import ReleaseStore
 from fedpdm.setup import losses as batches
-from fedpdm.setup.build import build_schedule
 from fedpdm.setup.flower_config import run_config_of
+from fedpdm.setup.run_setup import build_schedule
 from fedpdm.storage.files import StoreError
 from tests.support.deployments import Federation, deployment
 from tests.support.leaks import Search, private_things
@@ -130,12 +130,12 @@ def test_a_store_of_a_simulation_is_refused(tmp_path: Path) -> None:
     federation = deployment(tmp_path)
     local = local_of(federation, 0)
     schedule = build_schedule(local.config)
-    plan = build_release_plan(local.config, schedule, local.spec)
+    plan = build_release_plan(local.config, schedule, local.setup.spec)
     options = {"client": 0, "allow_new_release": False}
     simulated = run_config_of(with_config(federation, run={"simulation": True}).run_config)
     request = build_release_request(simulated, schedule, plan, **options)
     assert request.noise(1).description == SeededNoise.description
-    local.releases.obtain(local.images, request)
+    local.releases.obtain(local.held.images, request)
     before = store_tree(federation, 0)
     for kind, config in (("train", FIRST), ("evaluate", {"round": 1, "final": False})):
         sent = federation.ask(0, kind, config)
@@ -144,7 +144,7 @@ def test_a_store_of_a_simulation_is_refused(tmp_path: Path) -> None:
     assert store_tree(federation, 0) == before
     request = build_release_request(local.config, schedule, plan, **options)
     with pytest.raises(StoreError, match="release 1 was made with seeded noise in a simulation"):
-        ReleaseStore(local.releases.root).obtain(local.images, request)
+        ReleaseStore(local.releases.root).obtain(local.held.images, request)
 
 
 @pytest.mark.parametrize("kind", ["get_properties", "train", "evaluate"])

@@ -18,9 +18,9 @@ from PIL import Image
 
 import fedpdm
 from fedpdm import wire
-from fedpdm.data.spec import build_image_spec
 from fedpdm.privacy.ledger import read_ledger
-from fedpdm.setup.build import build_denoiser, build_schedule
+from fedpdm.setup.build import build_denoiser
+from fedpdm.setup.run_setup import set_up
 from fedpdm.storage.client_store import ClientStore
 from tests.support.markdown_pages import ROOT
 
@@ -153,8 +153,8 @@ def test_the_custom_strategy_does_what_it_says(tmp_path: Path) -> None:
         evaluation={"image_metrics": False},
     )
     run = fedpdm.run(config, tmp_path / "run", strategy=example["ClientsAlike"])
-    spec, schedule = build_image_spec(config), build_schedule(config)
-    model = build_denoiser(config, "coarse", spec=spec, schedule=schedule)
+    setup = set_up(config)
+    model = build_denoiser(setup, "coarse")
     before = {name: p.detach() for name, p in model.network.named_parameters()}
     updates = []
     for client in range(3):

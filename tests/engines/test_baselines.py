@@ -19,8 +19,8 @@ from fedpdm.privacy.calibration import UnreachableEpsilonError
 from fedpdm.privacy.dpsgd import DpSgdSettings, PrivateTrainer, dp_sgd_noise_multiplier
 from fedpdm.privacy.planning import build_release_plan
 from fedpdm.rng import Purpose, torch_generator
-from fedpdm.setup.build import build_schedule
 from fedpdm.setup.losses import raw_coarse_batch_loss
+from fedpdm.setup.run_setup import build_schedule, set_up
 from fedpdm.storage.client_store import ClientStore
 from strategies.answers import ClientAnswer
 from strategies.baselines import TrainingAlone
@@ -72,22 +72,20 @@ def optimizer_settings(config: RunConfig, steps: int) -> OptimizerSettings:
 
 
 def loss_on(
-    config: RunConfig, trainer: Trainer, schedule: Any, images: np.ndarray, labels: np.ndarray
+    config: RunConfig, trainer: Trainer, images: np.ndarray, labels: np.ndarray
 ) -> BatchLoss:
     return raw_coarse_batch_loss(
-        config, trainer.model, schedule, shift=-1.0, images=images, labels=labels,
-        training=True, device=CPU,
+        set_up(config), trainer.model, images=images, labels=labels, training=True, device=CPU,
     )  # fmt: skip
 
 
 def test_the_loss_of_raw_images_is_the_ddpm_loss_of_the_formula() -> None:
     config = baseline("fedavg", coarse={"label_dropout": 0.5})
-    model, schedule = untrained(config)
+    model = untrained(config)
     local = local_of(config, Path("unused"), 0)
-    images, labels = local.images.images[:20].copy(), local.images.labels[:20].copy()
+    images, labels = local.held.images.images[:20].copy(), local.held.images.labels[:20].copy()
     loss = raw_coarse_batch_loss(
-        config, model, schedule, shift=-1.0, images=images, labels=labels, training=True,
-        device=CPU,
+        set_up(config), model, images=images, labels=labels, training=True, device=CPU,
     )  # fmt: skip
     indices = torch.arange(20)
     found = loss(indices, torch.Generator().manual_seed(4))
@@ -115,14 +113,14 @@ def test_centralised_training_is_one_loop_over_everybodys_training_images(
 ) -> None:
     config, out, _ = finished["centralised"]
     clients = [local_of(config, out, client) for client in ((0, 1) if who == "all" else (0,))]
-    images = np.concatenate([local.images.images[local.train] for local in clients])
-    labels = np.concatenate([local.images.labels[local.train] for local in clients])
+    images = np.concatenate([local.held.images.images[local.held.train] for local in clients])
+    labels = np.concatenate([local.held.train_labels for local in clients])
     assert len(images) == 54 * len(clients)
-    model, schedule = untrained(config)
+    model = untrained(config)
     trainer = Trainer(model, optimizer_settings(config, 2 * 6), device=CPU)
     for round in (1, 2):
         trainer.train(
-            loss_on(config, trainer, schedule, images, labels),
+            loss_on(config, trainer, images, labels),
             sample_weights=torch.ones(len(images), dtype=torch.float64),
             num_steps=6,  # as many as both clients would take
             generator=torch_generator(3, Purpose.SERVER_TRAINING, round=round),
@@ -138,7 +136,7 @@ def test_one_client_of_federated_averaging_is_local_training(tmp_path: Path, kin
     )
     run_in_process(config, tmp_path / "run")
     local = local_of(config, tmp_path / "run", 0)
-    model, schedule = untrained(config)
+    model = untrained(config)
     options = optimizer_settings(config, 2 * 3)
     trainer = Trainer(model, options, device=CPU)
     if kind == "dp_sgd":
@@ -148,10 +146,10 @@ def test_one_client_of_federated_averaging_is_local_training(tmp_path: Path, kin
         private = DpSgdSettings(noise_multiplier=sigma, max_grad_norm=1.0, multiplicity=4)
         trainer = PrivateTrainer(model, options, private, device=CPU)
     start = {name: tensor.clone() for name, tensor in trainer.weights().items()}
-    images, labels = local.images.images[local.train], local.images.labels[local.train]
+    images, labels = local.held.images.images[local.held.train], local.held.train_labels
     for round in (1, 2):  # one uninterrupted model and optimiser
         trainer.train(
-            loss_on(config, trainer, schedule, images, labels),
+            loss_on(config, trainer, images, labels),
             sample_weights=torch.ones(54, dtype=torch.float64),
             num_steps=3,
             generator=torch_generator(3, Purpose.COARSE_TRAINING, client=0, round=round),
@@ -170,7 +168,7 @@ def test_variants_of_the_average(tmp_path: Path, kind: str) -> None:
         "pull": {"method": "fedprox", "proximal_mu": 100.0},
         "int8": {"encoding": "int8"},
     }
-    start = dict(untrained(baseline(kind))[0].network.named_parameters())
+    start = dict(untrained(baseline(kind)).network.named_parameters())
     weights, up = {}, {}
     for name, aggregation in chosen.items():
         config = baseline(kind, run={"rounds": 1}, aggregation={"ema_decay": 0.0, **aggregation})
@@ -256,7 +254,7 @@ def test_a_budget_that_no_release_reaches_is_no_matter(
         asked.append(1)
         raise UnreachableEpsilonError("out of reach")
 
-    monkeypatch.setattr("fedpdm.setup.build.calibrate_t0", out_of_reach)
+    monkeypatch.setattr("fedpdm.privacy.planning.calibrate_t0", out_of_reach)
     config, spec = baseline(kind), build_image_spec(baseline(kind))
     assert build_release_plan(config, build_schedule(config), spec).t0 == 1000
     assert not asked

@@ -21,7 +21,6 @@ from fedpdm.engines.inprocess import run_in_process
 from fedpdm.privacy.dpsgd import PrivateTrainer
 from fedpdm.privacy.statement import baseline_statement, plain_text
 from fedpdm.publishing.export import export_pipeline
-from fedpdm.setup.build import build_schedule
 from fedpdm.storage.files import write_tensors
 from fedpdm.storage.run_directory import RunDirectory
 from fedpdm.wire.types import CoarseUpdate
@@ -54,17 +53,17 @@ def test_the_noise_is_calibrated_for_each_clients_own_number_of_images(tmp_path:
     config = baseline(
         "dp_sgd", run={"rounds": 3}, partition={"kind": "dirichlet", "alpha": 1.0}, fine={"lr": 0.1}
     )
-    schedule, sizes, sigmas = build_schedule(config), [], []
+    sizes, sigmas = [], []
     for client in (0, 1):
         local = local_of(config, tmp_path, client)
-        with borrowed(local, "coarse", schedule=schedule, device=CPU, fresh=False) as trainer:
+        with borrowed(local, "coarse", device=CPU, fresh=False) as trainer:
             assert isinstance(trainer, PrivateTrainer)
         privacy = trainer.privacy
         assert (privacy.max_steps, trainer.settings.batch_size) == (9, 16)
         assert (privacy.max_grad_norm, privacy.multiplicity) == (1.0, 4)
-        sizes.append(len(local.train))
+        sizes.append(len(local.held.train))
         sigmas.append(privacy.noise_multiplier)
-    assert sizes[0] < len(local.images) < sizes[1] + len(local.heldout) + 1
+    assert sizes[0] < len(local.held.images) < sizes[1] + len(local.held.heldout) + 1
     for num_images, sigma in zip(sizes, sigmas, strict=True):
         exact = spent(pld.PLDAccountant(), sigma, num_images=num_images, steps=9)
         assert EPSILON * (1 - 1e-3) < exact <= EPSILON * (1 + 1e-9)
@@ -80,9 +79,7 @@ def test_fine_models_are_trained_without_that_noise(tmp_path: Path) -> None:
     for kind in ("fedavg", "pfdm"):
         config = baseline(kind)
         local = local_of(config, tmp_path, 0)
-        with borrowed(
-            local, "coarse", schedule=build_schedule(config), device=CPU, fresh=False
-        ) as trainer:
+        with borrowed(local, "coarse", device=CPU, fresh=False) as trainer:
             assert not isinstance(trainer, PrivateTrainer)
 
 

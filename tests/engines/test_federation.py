@@ -18,14 +18,14 @@ import yaml
 
 from fedpdm import wire
 from fedpdm.config import RunConfig, config_to_yaml
-from fedpdm.data.spec import build_image_spec
 from fedpdm.diffusion.training import Trainer, class_weights
 from fedpdm.engines import inprocess
 from fedpdm.engines.inprocess import run_in_process
 from fedpdm.privacy.mechanism import select
 from fedpdm.rng import Purpose, torch_generator
-from fedpdm.setup.build import build_denoiser, build_optimizer_settings, build_schedule
+from fedpdm.setup.build import build_denoiser, build_optimizer_settings
 from fedpdm.setup.losses import coarse_batch_loss
+from fedpdm.setup.run_setup import set_up
 from fedpdm.storage.client_store import ClientStore
 from fedpdm.storage.files import read_tensors
 from strategies.roster import ClientFailure
@@ -122,15 +122,15 @@ def test_one_client_federated_equals_centralised(tmp_path: Path) -> None:
         evaluation={"image_metrics": False},
     )
     run_in_process(config, tmp_path / "run")
-    schedule, spec = build_schedule(config), build_image_spec(config)
+    setup = set_up(config)
     client = client_of(config, tmp_path / "run", 0)
     digests = release_digests(tmp_path / "run")
-    train = select(client.work.release(), torch.from_numpy(client.local.train))
+    train = select(client.work.release(), torch.from_numpy(client.local.held.train))
     assert release_digests(tmp_path / "run") == digests  # read back, not made
-    model = build_denoiser(config, "coarse", spec=spec, schedule=schedule)
+    model = build_denoiser(setup, "coarse")
     cpu = torch.device("cpu")
     trainer = Trainer(model, build_optimizer_settings(config, "coarse"), device=cpu)
-    loss = coarse_batch_loss(config, model, schedule, train, training=True, device=cpu)
+    loss = coarse_batch_loss(setup, model, train, training=True, device=cpu)
     for round in (1, 2, 3):  # one uninterrupted model and optimiser
         trainer.train(
             loss,

@@ -13,14 +13,13 @@ import torch
 from fedpdm.config import RunConfig
 from fedpdm.data import denormalize
 from fedpdm.data.loading import load_split
-from fedpdm.data.spec import build_image_spec
 from fedpdm.diffusion.denoisers import Denoiser
 from fedpdm.diffusion.sampling import sample
 from fedpdm.engines.inprocess import run_in_process
 from fedpdm.evaluation.synthesis import Synthesizer, open_synthesizer
-from fedpdm.privacy.planning import build_release_plan
 from fedpdm.rng import Purpose, torch_generator
-from fedpdm.setup.build import build_denoiser, build_schedule, coarse_share
+from fedpdm.setup.build import build_denoiser, coarse_share
+from fedpdm.setup.run_setup import set_up
 from fedpdm.storage.files import read_tensors, write_tensors
 from fedpdm.storage.run_directory import RunDirectory
 from tests.support.baselines import baseline, local_of
@@ -66,9 +65,7 @@ def apart(a: np.ndarray, b: np.ndarray) -> float:
 def loaded(out: Path, role: str, tensors: dict[str, torch.Tensor], prefix: str) -> Denoiser:
     """A denoiser with the weights that have a prefix."""
     config = RunDirectory(out).config()
-    model = build_denoiser(
-        config, role, spec=build_image_spec(config), schedule=build_schedule(config)
-    )
+    model = build_denoiser(set_up(config), role)
     with torch.no_grad():
         for name, parameter in model.network.named_parameters():
             parameter.copy_(tensors[prefix + name])
@@ -78,16 +75,16 @@ def loaded(out: Path, role: str, tensors: dict[str, torch.Tensor], prefix: str) 
 def by_hand(coarse: Denoiser | None, fine: Denoiser | None, out: Path) -> np.ndarray:
     """What client 1 draws for LABELS with seed 7, two at a time."""
     config = RunDirectory(out).config()
-    schedule, spec = build_schedule(config), build_image_spec(config)
+    setup = set_up(config)
     local = local_of(config, out, 1)
-    share = coarse_share(config, local.images.labels[local.train], num_classes=10)
+    share = coarse_share(config, local.held.train_labels, num_classes=10)
     generator = torch_generator(7, Purpose.SAMPLING, client=1)
     images = []
     for part in torch.from_numpy(LABELS).split(2):
         x_T = torch.randn((len(part), 3, 8, 8), generator=generator)
         output = sample(
-            coarse, fine, x_T, labels=part, generator=generator, schedule=schedule,
-            t0=build_release_plan(config, schedule, spec).t0, scheduler="dpm_solver", num_steps=3,
+            coarse, fine, x_T, labels=part, generator=generator, schedule=setup.schedule,
+            t0=setup.plan.t0, scheduler="dpm_solver", num_steps=3,
             coarse_share=share,
         )  # fmt: skip
         images.append(denormalize(output.images, shift=-1.0).numpy())
@@ -143,7 +140,7 @@ def test_each_kind_of_run_has_its_models(finished: dict[str, Path]) -> None:
         assert (synthesizer.coarse is not None, synthesizer.fine is not None) == (coarse, fine)
         assert synthesizer.config == config_of(kind)
         local = local_of(synthesizer.config, finished[kind], 0)
-        assert np.array_equal(synthesizer.own.train_labels, local.images.labels[local.train])
+        assert np.array_equal(synthesizer.own.train_labels, local.held.train_labels)
 
 
 def test_alone(finished: dict[str, Path]) -> None:

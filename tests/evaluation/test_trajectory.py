@@ -11,13 +11,13 @@ import torch
 
 from fedpdm.config import RunConfig
 from fedpdm.data import denormalize
-from fedpdm.data.spec import build_image_spec
 from fedpdm.diffusion.sampling import sample_in_batches
 from fedpdm.diffusion.schedule import make_schedule
 from fedpdm.diffusion.training import load_named
 from fedpdm.evaluation.trajectory import Chain, coarse_chain, record_states
 from fedpdm.rng import Purpose, torch_generator
-from fedpdm.setup.build import build_denoiser, build_schedule
+from fedpdm.setup.build import build_denoiser
+from fedpdm.setup.run_setup import set_up
 from tests.support.federations import small_config
 
 SCHEDULE = make_schedule("linear", num_steps=1000)
@@ -64,12 +64,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def test_recording_changes_nothing(options: dict[str, Any]) -> None:
     """The last state is what the sampler draws when nobody looks."""
     config = small_config()
-    spec, schedule = build_image_spec(config), build_schedule(config)
+    setup = set_up(config)
     torch.manual_seed(0)
-    coarse, fine = (
-        build_denoiser(config, role, spec=spec, schedule=schedule).eval()
-        for role in ("coarse", "fine")
-    )
+    coarse, fine = (build_denoiser(setup, role).eval() for role in ("coarse", "fine"))
+    spec = setup.spec
     watched = dataclasses.replace(chain(coarse, fine, **options), image_shape=spec.shape)
     states = record_states(watched, LABELS, seed=5, client=2)
     output = sample_in_batches(
@@ -150,8 +148,8 @@ def test_equal_seeds_draw_equal_noise_and_others_do_not() -> None:
 
 
 def weights_of(config: RunConfig) -> dict[str, torch.Tensor]:
-    spec, schedule = build_image_spec(config), build_schedule(config)
-    model = build_denoiser(config, "coarse", spec=spec, schedule=schedule)
+    setup = set_up(config)
+    model = build_denoiser(setup, "coarse")
     return {name: value.detach() for name, value in model.network.named_parameters()}
 
 
@@ -159,10 +157,10 @@ def test_the_shared_model_alone_has_the_given_weights() -> None:
     config = small_config()
     weights = {name: torch.full_like(v, 0.01) for name, v in weights_of(config).items()}
     made = coarse_chain(config, weights)
-    spec, schedule = build_image_spec(config), build_schedule(config)
-    model = build_denoiser(config, "coarse", spec=spec, schedule=schedule).eval()
+    setup = set_up(config)
+    model = build_denoiser(setup, "coarse").eval()
     load_named(dict(model.network.named_parameters()), weights, what="weights")
-    x = torch.randn((2, *spec.shape), generator=torch.Generator().manual_seed(0))
+    x = torch.randn((2, *setup.spec.shape), generator=torch.Generator().manual_seed(0))
     t, labels = torch.tensor([900, 700]), torch.tensor([0, 1])
     with torch.no_grad():
         assert made.coarse is not None

@@ -18,7 +18,7 @@ from fedpdm.privacy.noise import SeededNoise, SystemNoise
 from fedpdm.privacy.planning import ReleasePlan, build_release_plan
 from fedpdm.privacy.releases import ReleaseStore
 from fedpdm.privacy.statement import client_statement, plain_text, run_statement
-from fedpdm.setup.build import build_schedule
+from fedpdm.setup.run_setup import build_schedule
 from fedpdm.storage.files import StoreError
 from tests.support.federations import small_config
 from tests.support.release_toys import (

@@ -14,8 +14,6 @@ from PIL import Image
 
 from fedpdm.config import ConfigError, RunConfig
 from fedpdm.data.loading import build_partitions, load_split
-from fedpdm.data.spec import build_image_spec
-from fedpdm.privacy.planning import build_release_plan
 from fedpdm.reporting.run_files import (
     RunLog,
     draw_samples,
@@ -24,7 +22,7 @@ from fedpdm.reporting.run_files import (
     metrics_table,
     summarise,
 )
-from fedpdm.setup.build import build_schedule
+from fedpdm.setup.run_setup import set_up
 from fedpdm.storage.client_store import ClientStore
 from fedpdm.storage.files import read_tensors
 from fedpdm.storage.run_directory import RunDirectory
@@ -164,11 +162,9 @@ def test_one_client_has_no_mean_and_no_client_no_table() -> None:
 
 def finish(root: Path, config: RunConfig, clients: list[dict[str, Any]]) -> RunDirectory:
     run = RunDirectory(root)
-    schedule, spec = build_schedule(config), build_image_spec(config)
-    plan = build_release_plan(config, schedule, spec)
     history = {"rounds": [], "final": {"heldout_coarse_loss": 0.98765, "clients": clients}}
     store_samples(run, 0)
-    finish_run(run, config, plan, RunLog(run), [], {"w": torch.ones(2)}, history)
+    finish_run(run, set_up(config), RunLog(run), [], {"w": torch.ones(2)}, history)
     return run
 
 

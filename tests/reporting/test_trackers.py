@@ -19,7 +19,6 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fedpdm.config import ConfigError, RunConfig
-from fedpdm.data.spec import build_image_spec
 from fedpdm.engines.inprocess import run_in_process
 from fedpdm.engines.preflight import check_run
 from fedpdm.evaluation.synthesis import open_synthesizer
@@ -27,7 +26,8 @@ from fedpdm.reporting.pictures.tiles import tile_images
 from fedpdm.reporting.trackers import RunTrackers, check_trackers, open_trackers
 from fedpdm.reporting.trackers.following import flat_record
 from fedpdm.reporting.trackers.pictures import final_pictures, round_pictures
-from fedpdm.setup.build import build_denoiser, build_schedule
+from fedpdm.setup.build import build_denoiser
+from fedpdm.setup.run_setup import set_up
 from fedpdm.storage.run_directory import RunDirectory
 from strategies.rounds import RunAccount
 from tests.support.command_line import CONFIG
@@ -251,8 +251,8 @@ def test_a_resumed_run_goes_on_where_it_was(
 
 def test_a_deployed_server_shows_samples_of_the_shared_model_alone(tmp_path: Path) -> None:
     config = dataclasses.replace(small_config(), run=dataclasses.replace(CONFIG.run, rounds=1))
-    spec, schedule = build_image_spec(config), build_schedule(config)
-    model = build_denoiser(config, "coarse", spec=spec, schedule=schedule)
+    setup = set_up(config)
+    model = build_denoiser(setup, "coarse")
     weights = {name: value.detach() for name, value in model.network.named_parameters()}
     deployed = dataclasses.replace(config, run=dataclasses.replace(config.run, simulation=False))
     Image.new("RGB", (4, 4)).save(tmp_path / "samples.png")  # of somebody else

@@ -18,7 +18,8 @@ from fedpdm.data.spec import build_image_spec
 from fedpdm.diffusion.training import Trainer, TrainReport
 from fedpdm.privacy.mechanism import SeededNoise, SystemNoise, release
 from fedpdm.privacy.types import ReleasedDataset
-from fedpdm.setup.build import build_denoiser, build_schedule
+from fedpdm.setup.build import build_denoiser
+from fedpdm.setup.run_setup import build_schedule, set_up_for
 from fedpdm.storage.run_directory import RunDirectory
 from strategies.roster import ClientFailure
 from strategies.server_training import (
@@ -72,10 +73,9 @@ def nothing(client_id: int) -> FitRes:
 def make_server(root: Path, config: RunConfig = CONFIG, **changes: Any) -> Server:
     said: list[str] = []
     finished: list[Any] = []
-    model = build_denoiser(config, "coarse", spec=SPEC, schedule=SCHEDULE)
+    model = build_denoiser(set_up_for(config, SPEC), "coarse")
     strategy = CoarseServerTraining(
-        config=config,
-        spec=SPEC,
+        setup=set_up_for(config, SPEC),
         settings=settings(**{"simulation": True, **changes}),
         weights={name: p.detach() for name, p in model.network.named_parameters()},
         run=RunDirectory(root),

@@ -12,12 +12,11 @@ import torch
 
 from clients.local import LocalClient, open_local_client
 from fedpdm.config import RunConfig
-from fedpdm.data.spec import build_image_spec
 from fedpdm.diffusion.denoisers import Denoiser
-from fedpdm.diffusion.schedule import NoiseSchedule
 from fedpdm.engines import inprocess
 from fedpdm.engines.inprocess import run_in_process
-from fedpdm.setup.build import build_denoiser, build_schedule
+from fedpdm.setup.build import build_denoiser
+from fedpdm.setup.run_setup import set_up
 from fedpdm.storage.files import read_tensors
 from tests.support.federations import flat, node, small_config
 
@@ -55,10 +54,9 @@ def local_of(config: RunConfig, out: Path, client: int) -> LocalClient:
     return open_local_client(node(config, client), flat(config, out), 0)
 
 
-def untrained(config: RunConfig) -> tuple[Denoiser, NoiseSchedule]:
+def untrained(config: RunConfig) -> Denoiser:
     """The shared model that a run begins with."""
-    schedule, spec = build_schedule(config), build_image_spec(config)
-    return build_denoiser(config, "coarse", spec=spec, schedule=schedule), schedule
+    return build_denoiser(set_up(config), "coarse")
 
 
 def final_weights(out: Path) -> dict[str, torch.Tensor]:

@@ -11,13 +11,12 @@ import torch
 
 from fedpdm.config import RunConfig, config_from_mapping
 from fedpdm.data import ImageSet
-from fedpdm.data.spec import build_image_spec
 from fedpdm.diffusion.denoisers import Denoiser
 from fedpdm.diffusion.training import Trainer
-from fedpdm.privacy.planning import build_release_plan, build_release_request
 from fedpdm.privacy.releases import ReleaseStore
 from fedpdm.privacy.statement import client_statement, plain_text, run_statement
-from fedpdm.setup.build import build_denoiser, build_optimizer_settings, build_schedule
+from fedpdm.setup.build import build_denoiser, build_optimizer_settings
+from fedpdm.setup.run_setup import set_up
 from fedpdm.storage.client_store import ClientStore, Reply
 from fedpdm.storage.files import write_tensors
 from fedpdm.storage.run_directory import RunDirectory
@@ -41,9 +40,9 @@ class FakeRun:
         )
         self.run = RunDirectory(root)
         self.run.open(self.config, resume=False)
-        self.schedule = build_schedule(self.config)
-        self.spec = build_image_spec(self.config)
-        self.plan = build_release_plan(self.config, self.schedule, self.spec)
+        self.setup = set_up(self.config)
+        self.schedule, self.spec = self.setup.schedule, self.setup.spec
+        self.plan = self.setup.plan
         self.coarse = self._trained("coarse", seed=3)
         write_tensors(root / "coarse.safetensors", self.coarse.ema())
         self.fine: dict[int, Trainer] = {}
@@ -56,7 +55,7 @@ class FakeRun:
 
     def _trained(self, role: str, *, seed: int) -> Trainer:
         """No steps, but an average that differs from the weights."""
-        model = build_denoiser(self.config, role, spec=self.spec, schedule=self.schedule)
+        model = build_denoiser(self.setup, role)
         settings = build_optimizer_settings(self.config, role)
         trainer = Trainer(model, settings, device=torch.device("cpu"))
         generator = seeded(seed)
@@ -72,9 +71,7 @@ class FakeRun:
             class_names=("0",),
             background=self.spec.shift,
         )
-        request = build_release_request(
-            self.config, self.schedule, self.plan, client=client, allow_new_release=False
-        )
+        request = self.setup.release_request(client=client, allow_new_release=False)
         releases = ReleaseStore(store.root)
         self.images[client] = images
         releases.obtain(images, request)
@@ -86,10 +83,8 @@ class FakeRun:
 
     def release_again(self, client: int, *, t0: int) -> None:
         """Noise the client's images at another t0; its store goes back to the run's statement."""
-        plan = dataclasses.replace(self.plan, t0=t0)
-        request = build_release_request(
-            self.config, self.schedule, plan, client=client, allow_new_release=True
-        )
+        setup = dataclasses.replace(self.setup, plan=dataclasses.replace(self.plan, t0=t0))
+        request = setup.release_request(client=client, allow_new_release=True)
         ReleaseStore(self.run.client_path(client)).obtain(self.images[client], request)
 
     def averaged(self, trainer: Trainer) -> Denoiser:

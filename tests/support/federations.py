@@ -11,8 +11,8 @@ from clients.local import open_local_client
 from clients.pfdm_client import PFDMClient
 from fedpdm import wire
 from fedpdm.config import RunConfig, config_from_mapping, config_to_json
-from fedpdm.data.spec import build_image_spec
-from fedpdm.setup.build import build_denoiser, build_schedule
+from fedpdm.setup.build import build_denoiser
+from fedpdm.setup.run_setup import set_up
 
 SMALL: dict[str, dict[str, Any]] = {
     "run": {"rounds": 2, "seed": 3, "threads": 1},
@@ -57,6 +57,6 @@ def client_of(config: RunConfig, out: Path, client: int) -> PFDMClient:
 
 def initial_message(config: RunConfig) -> list[np.ndarray]:
     """The coarse model that the server begins with."""
-    schedule, spec = build_schedule(config), build_image_spec(config)
-    model = build_denoiser(config, "coarse", spec=spec, schedule=schedule)
+    setup = set_up(config)
+    model = build_denoiser(setup, "coarse")
     return wire.encode_model(dict(model.network.named_parameters()))

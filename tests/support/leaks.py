@@ -56,10 +56,10 @@ def weights(tensors: Mapping[str, torch.Tensor]) -> Iterator[bytes]:
 def private_things(node: Mapping[str, Any], run_config: Mapping[str, Any]) -> dict[str, set[bytes]]:
     """What a client has after a run, by kind."""
     local = open_local_client(dict(node), dict(run_config), 0)
-    images = local.images.images
-    digests = local.images.image_digests()
+    images = local.held.images.images
+    digests = local.held.images.image_digests()
     things: dict[str, set[bytes]] = {"images": set(), "fine model": set(), "samples": set()}
-    for form in image_forms(images, shift=local.spec.shift, clip_norm=8.0):
+    for form in image_forms(images, shift=local.setup.spec.shift, clip_norm=8.0):
         things["images"] |= {piece for image in form for piece in windows(image.tobytes())}
     things["digests"] = {form for row in digests for form in _texts(row.tobytes())}
     for round in (1, 2):

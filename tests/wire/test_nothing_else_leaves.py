@@ -41,7 +41,9 @@ class Recorded:
         """What a client has that may not leave it in this mode."""
         local = self.local(client)
         things = private_things(self.federation.nodes[client], self.federation.run_config)
-        kept = local.heldout if self.training == "server" else np.arange(len(local.images))
+        kept = (
+            local.held.heldout if self.training == "server" else np.arange(len(local.held.images))
+        )
         things["release"] = release_rows(local, kept)
         return things
 
@@ -107,7 +109,7 @@ def test_the_search_finds_what_is_planted(recorded: Recorded) -> None:
 def test_the_search_finds_whole_things(recorded: Recorded) -> None:
     """An image in any form, the fine model's average, a release, an error with a path in it."""
     local, search = recorded.local(1), Search(recorded.things(1))
-    image = local.images.images[len(local.images) // 2]
+    image = local.held.images.images[len(local.held.images) // 2]
     state = local.store.load_state(2, "fine")
     ema = {name: tensor for name, tensor in state.items() if name.startswith("ema.")}
     assert ema
@@ -115,9 +117,9 @@ def test_the_search_finds_whole_things(recorded: Recorded) -> None:
     for planted, kind in (
         (image.tobytes(), "images"),
         (image.transpose(1, 2, 0).tobytes(), "images"),
-        ((image / 127.5 - 1.0 - local.spec.shift).astype(np.float16).tobytes(), "images"),
+        ((image / 127.5 - 1.0 - local.setup.spec.shift).astype(np.float16).tobytes(), "images"),
         (wire.encode_model(ema)[0].tobytes(), "fine model"),
-        (rows[local.heldout[0]].numpy().tobytes(), "release"),
+        (rows[local.held.heldout[0]].numpy().tobytes(), "release"),
         (f"{local.store.root}/rounds: no such file".encode(), "paths"),
         ((local.releases.root / "ledger.jsonl").read_bytes(), "ledger"),
     ):
@@ -141,11 +143,11 @@ def test_a_message_has_no_room_for_more(recorded: Recorded) -> None:
         count = records[f"{name}.num_examples"]
         if sent.kind == "train":
             assert fields == {f"{name}.metrics", f"{name}.num_examples", f"{name}.parameters"}
-            assert dict(count) == {"num_examples": len(local.train)}
-            assert sent.metrics["num_released"] == len(local.images)
+            assert dict(count) == {"num_examples": len(local.held.train)}
+            assert sent.metrics["num_released"] == len(local.held.images)
         else:
             assert fields == {f"{name}.metrics", f"{name}.num_examples", f"{name}.loss"}
-            assert dict(count) == {"num_examples": len(local.heldout)}
+            assert dict(count) == {"num_examples": len(local.held.heldout)}
             loss = dict(records[f"{name}.loss"])
             assert loss == {"loss": sent.metrics["heldout_coarse_loss"]}
 
@@ -164,8 +166,8 @@ def test_payloads_are_updates_or_the_stored_release(recorded: Recorded) -> None:
         elif number == 1:
             released = wire.decode_release(payload, who="it", client_id=sent.client)
             stored = read_tensors(local.releases.root / "releases" / "000001.safetensors")[0]
-            assert torch.equal(released.x_tilde, stored["x_tilde"][local.train])
-            assert released.labels.tolist() == local.images.labels[local.train].tolist()
+            assert torch.equal(released.x_tilde, stored["x_tilde"][local.held.train])
+            assert released.labels.tolist() == local.held.train_labels.tolist()
             assert released.seeded is recorded.simulated
             again = wire.encode_release(released, client_id=sent.client)
         else:

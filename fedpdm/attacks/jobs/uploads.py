@@ -20,13 +20,12 @@ from fedpdm.attacks.jobs.upload_attacks import linkage_work, reconstruction_work
 from fedpdm.attacks.membership import AttackTarget
 from fedpdm.attacks.pretraining import pretrain
 from fedpdm.data import ImageSet
-from fedpdm.data.spec import build_image_spec
 from fedpdm.evaluation.synthesis import Synthesizer
 from fedpdm.privacy.mechanism import select
-from fedpdm.privacy.planning import build_release_plan, build_release_request
 from fedpdm.privacy.releases import ReleaseStore
 from fedpdm.privacy.types import ReleasedDataset
-from fedpdm.setup.build import build_optimizer_settings, build_schedule
+from fedpdm.setup.build import build_optimizer_settings
+from fedpdm.setup.run_setup import set_up
 from fedpdm.storage.run_directory import RunDirectory
 
 __all__ = ["pretrained_attacker", "stored_release", "upload_works"]
@@ -119,15 +118,8 @@ def stored_release(
     """What a client of a finished run released, in the order of its images; nothing is noised."""
     client = one.own.client_id
     folder = run.client_path(client) if releases is None else releases / str(client)
-    schedule = build_schedule(one.config)
-    spec = build_image_spec(one.config, one.own.images)
-    request = build_release_request(
-        one.config,
-        schedule,
-        build_release_plan(one.config, schedule, spec),
-        client=client,
-        allow_new_release=False,
-    )
+    setup = set_up(one.config, one.own.images)
+    request = setup.release_request(client=client, allow_new_release=False)
     store = ReleaseStore(folder)
     missing = len(one.own.images)
     if folder.exists():

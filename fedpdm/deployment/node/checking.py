@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from fedpdm.config import ConfigError
 from fedpdm.data.loading import load_split
-from fedpdm.data.spec import ImageSpec, build_image_spec
+from fedpdm.data.spec import build_image_spec
 from fedpdm.deployment.acceptance import acceptance_of
 from fedpdm.deployment.certificates import read_node_certificate
 from fedpdm.deployment.invitation import Software, installed_software, read_invitation
@@ -32,11 +32,10 @@ from fedpdm.deployment.node.statement import (
     statement_text,
 )
 from fedpdm.deployment.policy import check_config
-from fedpdm.diffusion.schedule import NoiseSchedule
-from fedpdm.privacy.planning import ReleasePlan, build_release_plan
 from fedpdm.privacy.releases import ReleaseStore
 from fedpdm.privacy.statement import baseline_statement
-from fedpdm.setup.build import build_denoiser, build_schedule
+from fedpdm.setup.build import build_denoiser
+from fedpdm.setup.run_setup import RunSetup, set_up
 from fedpdm.storage.files import StoreError
 
 __all__ = ["check_node"]
@@ -192,13 +191,8 @@ class _Checking:
     def _sizes(self) -> dict[str, int]:
         """Parameters of the two models, and values in all images."""
         images = self._given(self.report.images)
-        _, schedule, spec, _ = self._planned
-        config = self._given(self.report.invitation).config
         sizes = {
-            role: sum(
-                p.numel()
-                for p in build_denoiser(config, role, spec=spec, schedule=schedule).parameters()
-            )
+            role: sum(p.numel() for p in build_denoiser(self._setup, role).parameters())
             for role in ("coarse", "fine")
         }
         return sizes | {"values": images.images.size}
@@ -220,41 +214,44 @@ class _Checking:
 
     def bounds(self) -> str:
         policy = self._given(self.report.policy)
-        client, schedule, _, plan = self._planned
-        config = self._given(self.report.invitation).config
+        setup = self._setup
+        config, plan = setup.config, setup.plan
         check_config(policy, config)
         if not config.kind.releases:
             return "nothing is released"
         total = check_spending(
             policy,
             config,
-            schedule,
+            setup.schedule,
             plan,
             self._given(self.report.store),
             self._given(self.report.images),
-            client_id=client,
+            client_id=self._client,
         )
         return f"t0 {plan.t0}, epsilon {total:.4g} in all at delta {policy.delta:g}: within bounds"
 
     def statement(self) -> str:
         policy, store = self._given(self.report.policy), self._given(self.report.store)
         images = self._given(self.report.images)
-        client, schedule, _, plan = self._planned
-        config = self._given(self.report.invitation).config
+        setup = self._setup
+        config, plan = setup.config, setup.plan
         if config.kind.releases:
             statement = node_statement(
                 config,
-                schedule,
+                setup.schedule,
                 plan,
                 store,
                 images,
-                client_id=client,
+                client_id=self._client,
                 allow_new_release=policy.allow_new_release,
                 raw_metrics=policy.allow_raw_metrics and config.evaluation.image_metrics,
             )
             self.report.text = statement_text(statement, self.report.counts())
         else:
-            statement = baseline_statement(config) | {"images": len(images), "client_id": client}
+            statement = baseline_statement(config) | {
+                "images": len(images),
+                "client_id": self._client,
+            }
             self.report.text = statement["words"] + "\n"
         self.report.statement = statement
         record = acceptance_of(store.ledger(), config)
@@ -267,12 +264,13 @@ class _Checking:
         return f"{words}, accepted {record.at} by {record.fields['by']}{changed}"
 
     @functools.cached_property
-    def _planned(self) -> tuple[int, NoiseSchedule, ImageSpec, ReleasePlan]:
+    def _setup(self) -> RunSetup:
         config = self._given(self.report.invitation).config
-        schedule = build_schedule(config)
-        spec = build_image_spec(config, self._given(self.report.images))
-        client = self._given(self.report.certificate).client_id
-        return client, schedule, spec, build_release_plan(config, schedule, spec)
+        return set_up(config, self._given(self.report.images))
+
+    @property
+    def _client(self) -> int:
+        return self._given(self.report.certificate).client_id
 
     def _given(self, found: T | None) -> T:
         if found is None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from fedpdm.config import ConfigError, RunConfig
-from fedpdm.data.spec import build_image_spec
 from fedpdm.engines.run_checks import check_models, check_place
+from fedpdm.setup.run_setup import set_up
 
 __all__ = ["check_deployed_run"]
 
@@ -19,15 +19,15 @@ def check_deployed_run(config: RunConfig, out: Path, *, resume: bool) -> list[st
     """
     if config.run.simulation:
         raise ConfigError("run.simulation: must be false for a deployed federation, got true")
-    schedule = check_place(config, out, resume=resume)
-    spec = build_image_spec(config)
-    models = check_models(config, schedule, spec)
+    check_place(config, out, resume=resume)
+    setup = set_up(config)
+    models, spec = check_models(setup), setup.spec
     there = config.partition.num_clients
     needed = config.aggregation.min_clients or there
     return [
         f"{config.name}: {config.data.name} ({spec.channels}x{spec.resolution}x{spec.resolution}, "
         f"{spec.num_classes} classes), {there} clients, {needed} needed for a round",
-        *models.lines(config),
+        *models.lines(),
         f"run directory: {out}",
         *_notes(config),
     ]

@@ -1,0 +1,62 @@
+"""What a run's configuration means, worked out once and passed on."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+from fedpdm.config import RunConfig
+from fedpdm.data import ImageSet
+from fedpdm.data.spec import ImageSpec, build_image_spec
+from fedpdm.diffusion.schedule import NoiseSchedule, make_schedule
+from fedpdm.privacy.planning import ReleasePlan, build_release_plan, build_release_request
+from fedpdm.privacy.releases import ReleaseRequest
+
+__all__ = ["RunSetup", "build_schedule", "set_up", "set_up_for"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSetup:
+    """A run's configuration, the shape of its images, its noise schedule and what is released.
+
+    `set_up` makes one from a config and the images at hand, `set_up_for` from their shape.
+    """
+
+    config: RunConfig
+    spec: ImageSpec
+    schedule: NoiseSchedule
+    plan: ReleasePlan
+
+    def release_request(self, *, client: int, allow_new_release: bool) -> ReleaseRequest:
+        """What a client of this run asks of its release store."""
+        return build_release_request(
+            self.config, self.schedule, self.plan,
+            client=client, allow_new_release=allow_new_release,
+        )  # fmt: skip
+
+
+def build_schedule(config: RunConfig) -> NoiseSchedule:
+    """The configured noise schedule."""
+    section = config.schedule
+    return make_schedule(
+        section.kind,
+        num_steps=section.num_steps,
+        beta_start=section.beta_start,
+        beta_end=section.beta_end,
+    )
+
+
+def set_up(config: RunConfig, images: ImageSet | None = None) -> RunSetup:
+    """The set-up of a run on these images; without them, on the shape of the configured set.
+
+    `ConfigError` for images that are not square and for a budget that no release keeps to.
+    """
+    return set_up_for(config, build_image_spec(config, images))
+
+
+@functools.lru_cache(maxsize=8)
+def set_up_for(config: RunConfig, spec: ImageSpec) -> RunSetup:
+    """The set-up of a run on images of this shape. A process calibrates once, not per message."""
+    schedule = build_schedule(config)
+    plan = build_release_plan(config, schedule, spec)
+    return RunSetup(config=config, spec=spec, schedule=schedule, plan=plan)
