@@ -105,11 +105,12 @@ def _denoiser(recipe: Recipe, images: ImageSet) -> Any:
     import torch
 
     from fedpdm.diffusion.denoisers import Denoiser, DenoiserSpec
+    from fedpdm.diffusion.presets import PRESETS
     from fedpdm.diffusion.schedule import make_schedule
 
     torch.manual_seed(0)
     spec = DenoiserSpec(
-        preset=recipe.preset,
+        preset=PRESETS[recipe.preset],
         resolution=images.images.shape[-1],
         channels=images.images.shape[1],
         num_classes=images.num_classes,

@@ -27,6 +27,7 @@ def training_step() -> dict[str, Any]:
 
     from fedpdm.diffusion.denoisers import Denoiser, DenoiserSpec
     from fedpdm.diffusion.objectives import denoising_loss, truncated_loss
+    from fedpdm.diffusion.presets import PRESETS
     from fedpdm.diffusion.schedule import make_schedule
     from fedpdm.diffusion.training import OptimizerSettings, Trainer, select_device
 
@@ -36,7 +37,7 @@ def training_step() -> dict[str, Any]:
     torch.manual_seed(0)
     schedule = make_schedule("linear")
     spec = DenoiserSpec(
-        preset="paper" if on_gpu else "tiny", resolution=side, channels=3, num_classes=10,
+        preset=PRESETS["paper" if on_gpu else "tiny"], resolution=side, channels=3, num_classes=10,
         prediction="epsilon", knows_clipping=False,
     )  # fmt: skip
     images = torch.randn(512, 3, side, side, device=device)

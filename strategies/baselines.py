@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from flwr.common import NDArrays, Parameters, ndarrays_to_parameters
+from flwr.common import Parameters, ndarrays_to_parameters
 
 from fedpdm import wire
 from fedpdm.data.client_images import client_images
@@ -18,7 +18,6 @@ from fedpdm.data.loading import build_partitions, load_split
 from fedpdm.diffusion.training import BatchLoss
 from fedpdm.setup.losses import raw_coarse_batch_loss
 from fedpdm.setup.run_setup import RunSetup
-from strategies.answers import ClientAnswer
 from strategies.coarse import CoarseStrategy
 from strategies.server_training import CoarseServerTraining
 
@@ -39,13 +38,7 @@ class TrainingAlone(CoarseStrategy):
     def evaluation_message(self) -> Parameters:
         return ndarrays_to_parameters(wire.encode_nothing())
 
-    def accept(self, round: int, answer: ClientAnswer, message: NDArrays) -> None:
-        if message:
-            raise wire.WireError(
-                f"client {answer.client_id} sent a message where none was asked for"
-            )
-
-    def conclude(self, round: int) -> dict[str, float]:
+    def merge(self, round: int) -> dict[str, float]:
         return {}
 
 

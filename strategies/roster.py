@@ -28,8 +28,9 @@ class ClientFailure(RuntimeError):
 class ServerSettings:
     """The server's part of the configuration. `min_clients` nodes are waited for, `wait_seconds` at
     most; only in a `simulation` may privacy noise be seeded, and the `basis` of updates be other
-    images than released ones. A client with more than `max_examples` images is refused. A
-    node has `answer_seconds` to say which client it is."""
+    images than released ones. A client with more than `max_examples` images is refused, an update
+    longer than `max_update_norm` shortened. A node has `answer_seconds` to say which client it
+    is."""
 
     rounds: int
     min_clients: int
@@ -43,6 +44,7 @@ class ServerSettings:
     encoding: str = "float32"
     basis: str = "released"
     max_examples: int | None = None
+    max_update_norm: float | None = None
     answer_seconds: float | None = None
 
 

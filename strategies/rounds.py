@@ -14,10 +14,10 @@ from fedpdm.reporting.trackers import RunTrackers
 from strategies.answers import ClientAnswer, mean_metrics, round_line
 from strategies.roster import ClientFailure, ServerSettings
 
-__all__ = ["RoundAccount", "RunAccount"]
+__all__ = ["CurrentRound", "RoundBook"]
 
 
-class RoundAccount:
+class CurrentRound:
     """One round of training, from its requests on.
 
     `seen` are Flower's names of the nodes that answered, `answers` the good ones, `problems` lines
@@ -37,7 +37,7 @@ class RoundAccount:
         return time.perf_counter() - self._started
 
 
-class RunAccount:
+class RoundBook:
     """The rounds of a run, those of earlier processes included.
 
     `history` is what `metrics.json` holds: a record for each round, and the final evaluation.
@@ -46,7 +46,7 @@ class RunAccount:
     def __init__(self, settings: ServerSettings, announce: Callable[[str], None]) -> None:
         self.history: dict[str, Any] = {"rounds": []}
         self.rounds_done = 0
-        self.now = RoundAccount()
+        self.now = CurrentRound()
         self.trackers: RunTrackers | None = None
         self._settings = settings
         self._announce = announce
@@ -66,7 +66,7 @@ class RunAccount:
 
     def begin(self, problems: Sequence[str] = ()) -> None:
         """A round begins; `problems` are about nodes that are not asked."""
-        self.now = RoundAccount(problems)
+        self.now = CurrentRound(problems)
 
     def report(self, round: int, what: str, problems: Sequence[str], *, num_good: int) -> None:
         """Say what failed; `ClientFailure` if the run is to stop, or nobody is left."""

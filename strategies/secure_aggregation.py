@@ -75,7 +75,7 @@ class SecureFedAvg(CoarseFedAvg):
         self._counts.append(answer.num_examples)
         self._sum = message  # the same for all
 
-    def conclude(self, round: int) -> dict[str, float]:
+    def merge(self, round: int) -> dict[str, float]:
         try:
             if not self._sum:
                 raise SumError("no update to average")
@@ -94,7 +94,7 @@ class SecureFedAvg(CoarseFedAvg):
 
         A client whose answer is refused here is in the sum already, so the round stops.
         """
-        now, round = self.account.now, self.account.number(server_round)
+        now, round = self.book.now, self.book.number(server_round)
         known = len(now.problems)  # of nodes that were not asked
         for proxy, result in results:
             self.receive_fit(server_round, proxy, result)
@@ -108,7 +108,7 @@ class SecureFedAvg(CoarseFedAvg):
         """`ClientFailure`: the workflow ended without a sum."""
         self.abandon()
         why = list(problems) or ["secure aggregation stopped before there was a sum"]
-        self.account.report(self.account.number(server_round), "fit", why, num_good=0)
+        self.book.report(self.book.number(server_round), "fit", why, num_good=0)
 
 
 class WatchedGrid:

@@ -21,6 +21,7 @@ from fedpdm.storage.run_directory import RunDirectory
 from strategies.baselines import CentralisedTraining, TrainingAlone
 from strategies.coarse import CoarseStrategy
 from strategies.fedavg import CoarseFedAvg
+from strategies.own import own_strategy
 from strategies.roster import ServerSettings
 from strategies.secure_aggregation import SecureFedAvg, SecureServer
 from strategies.server_training import CoarseServerTraining
@@ -42,6 +43,7 @@ def build_strategy(
     `stores` are the clients' release stores where this party holds them (simulation). `own` is
     somebody else's strategy, made with the keywords of `CoarseStrategy` in place of that one.
     """
+    own = own or own_strategy(config.aggregation.method)
     images = load_split(config, "train") if config.run.simulation else None
     setup = set_up(config, images)
     run.open(config, resume=resume)
@@ -64,6 +66,7 @@ def build_strategy(
             encoding=section.encoding,
             basis=config.kind.basis,
             max_examples=section.max_examples,
+            max_update_norm=section.max_update_norm,
             answer_seconds=section.round_timeout,
         ),
         "weights": {name: p.detach() for name, p in model.network.named_parameters()},

@@ -83,11 +83,8 @@ class CoarseServerTraining(CoarseStrategy):
 
     def accept(self, round: int, answer: ClientAnswer, message: NDArrays) -> None:
         """A release goes to disk at once."""
-        if self.phase(round) == "fine":
-            if message:
-                raise wire.WireError(
-                    f"client {answer.client_id} sent a message where none was asked for"
-                )
+        if self.phase(round) != "release":
+            super().accept(round, answer, message)
             return
         released = wire.decode_release(
             message, who=f"client {answer.client_id}", client_id=answer.client_id
@@ -150,7 +147,7 @@ class CoarseServerTraining(CoarseStrategy):
         )
         return loss, released.labels
 
-    def conclude(self, round: int) -> dict[str, float]:
+    def merge(self, round: int) -> dict[str, float]:
         """Train on all that there is."""
         loss, labels = self.training_data()
         balance = self._config.coarse.class_balance
@@ -164,8 +161,11 @@ class CoarseServerTraining(CoarseStrategy):
             what=f"server round {round} coarse",
         )
         self.weights = {k: v.cpu().clone() for k, v in self._trainer.weights().items()}
-        self.ema = {k: v.cpu().clone() for k, v in self._trainer.ema().items()}
         return {"coarse_loss": report.loss, "server_steps": report.num_steps}
+
+    def average(self, round: int) -> None:
+        """The trainer's average, over steps."""
+        self.ema = {k: v.cpu().clone() for k, v in self._trainer.ema().items()}
 
     def extra_state(self) -> Weights:
         return self._trainer.state()

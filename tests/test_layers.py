@@ -16,8 +16,8 @@ PACKAGES = ("fedpdm", "clients", "strategies")
 RANKS: dict[str, int] = {
     "fedpdm": 0,  # the package itself; its shortcuts are those of fedpdm.api
     "fedpdm.rng": 1,
+    "fedpdm.diffusion": 0,  # below the config, which reads the names of its choices there
     "fedpdm.config": 1,
-    "fedpdm.diffusion": 1,
     "fedpdm.storage": 2,
     "fedpdm.data": 3,
     "fedpdm.privacy": 4,
@@ -89,8 +89,17 @@ ONLY_IN = {
     "ray": (),
     "yaml": ("fedpdm.config",),
 }
-# Modules that may not import a library.
-NEVER = {"fedpdm.privacy.accountant": ("torch", "numpy")}
+# Names that a config may say are no run config.
+NAMES = ("fedpdm.config.names",)
+# Modules that may not import a library: reading a config is light.
+LIGHT = ("torch", "numpy", "flwr")
+NEVER = {
+    "fedpdm.privacy.accountant": ("torch", "numpy"),
+    "fedpdm.diffusion.names": LIGHT,
+    "fedpdm.diffusion.presets": LIGHT,
+}
+# The one module that imports what a config names (`package.module:NAME`).
+IMPORTS_BY_NAME = ("fedpdm.config.plugins",)
 # Where a release may be copied with other rows; it is constructed in the mechanism alone.
 MAY_REPLACE_IMAGES = {
     ("fedpdm.privacy.mechanism.records", "select"),
@@ -157,7 +166,7 @@ def check_imports(tree: ast.AST, module: str, *, is_package: bool) -> Iterator[s
         if module in ALONE:
             yield f"{where}: stands alone, imports {target}"
             continue
-        if is_science(module) and other == "fedpdm.config":
+        if is_science(module) and other == "fedpdm.config" and target not in NAMES:
             yield f"{where}: science does not see a run config"
 
 
@@ -178,7 +187,7 @@ def check_calls(tree: ast.AST, module: str) -> Iterator[str]:
         replaced = {keyword.arg for keyword in node.keywords} & {"x_tilde", None}
         if name == "replace" and replaced and (module, inside.get(node)) not in MAY_REPLACE_IMAGES:
             yield f"{where}: replaces the images of a release"
-        if name in ("__import__", "import_module"):
+        if name in ("__import__", "import_module") and module not in IMPORTS_BY_NAME:
             yield f"{where}: imports by a name that no test can read"
         if science and name == "print":
             yield f"{where}: prints"
@@ -288,6 +297,8 @@ PLANTED = [
     ("fedpdm.setup.build", "from fedpdm.api import release", "imports upwards, fedpdm.api"),
     ("fedpdm.setup.build", "from fedpdm import newcomer", "fedpdm.newcomer, which has no layer"),
     ("fedpdm.privacy.noise", "from fedpdm.config import RunConfig", "does not see a run config"),
+    ("fedpdm.diffusion.presets", "import torch", "may not import torch"),
+    ("fedpdm.diffusion.schedule", "from fedpdm.config.names import x", "imports upwards"),
     ("fedpdm.wire", "import flwr", "imports flwr"),
     ("fedpdm.wire", "from flwr.common import NDArrays", "imports flwr"),
     ("fedpdm.engines.flower", "import ray", "imports ray"),
@@ -326,10 +337,13 @@ ALLOWED = [
     ),
     ("fedpdm.privacy.mechanism.records", "def select():\n    return replace(r, x_tilde=x)"),
     ("fedpdm.data.own", "from fedpdm.data.rawsplit import RawSplit"),
+    ("fedpdm.data.coloring", "from fedpdm.config.names import COLORINGS"),
+    ("fedpdm.config.schema", "from fedpdm.diffusion.presets import PRESETS"),
     ("fedpdm.engines.inprocess", "from flwr.server import Server\nfrom clients.local import x"),
     ("clients.local", "from fedpdm import wire\nprint(1)"),
     ("fedpdm.setup.flower_config", "import fedpdm\nassert x is not None"),
     ("fedpdm", "from fedpdm.api import release"),
+    ("fedpdm.config.plugins", "importlib.import_module(name)"),
 ]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from fedpdm.config import ConfigError, RunConfig
-from fedpdm.data import DATASETS, ImageSet, denormalize
+from fedpdm.data import ImageSet, data_set, denormalize
 from fedpdm.data.spec import ImageSpec, build_image_spec
 from fedpdm.diffusion.denoisers import Denoiser
 from fedpdm.diffusion.sampling import sample_in_batches
@@ -169,7 +169,7 @@ def spec_of(config: RunConfig, model: Denoiser) -> ImageSpec:
         channels=model.spec.channels,
         resolution=model.spec.resolution,
         num_classes=model.spec.num_classes,
-        shift=DATASETS[config.data.name].background if shift is None else shift,
+        shift=data_set(config.data.name).background if shift is None else shift,
     )
 
 

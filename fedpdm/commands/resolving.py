@@ -43,8 +43,15 @@ def resolve_run(options: argparse.Namespace) -> tuple[RunConfig, Path]:
         return RunDirectory(options.out).config(), options.out.absolute()
     config = load_config(options.experiment, options.overrides)
     root = config.data.root or os.environ.get("FEDPDM_DATA")
-    if root and config.data.name != "digits":
+    if root and _has_files(config.data.name):
         data = dataclasses.replace(config.data, root=str(Path(root).expanduser().absolute()))
         config = dataclasses.replace(config, data=data)
     out = options.out or Path(os.environ.get("FEDPDM_RUNS", "runs")) / config.name
     return config, out.absolute()
+
+
+def _has_files(name: str) -> bool:
+    """Whether a data set lies in files; it is only here that reading sets is imported."""
+    from fedpdm.data import data_set
+
+    return bool(data_set(name).needs)

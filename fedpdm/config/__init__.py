@@ -16,6 +16,7 @@ from fedpdm.config.reading import (
     config_to_yaml,
     load_config,
     load_toy_config,
+    own_code,
     read_policy,
     toy_config_from_mapping,
 )
@@ -67,6 +68,7 @@ __all__ = [
     "load_paper_values",
     "load_suite",
     "load_toy_config",
+    "own_code",
     "read_policy",
     "toy_config_from_mapping",
 ]

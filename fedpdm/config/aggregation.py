@@ -6,11 +6,13 @@ import math
 from dataclasses import dataclass
 
 from fedpdm.config.keys import ConfigError, key
+from fedpdm.config.names import ENCODINGS
+from fedpdm.config.plugins import is_named
 
-__all__ = ["ENCODINGS", "ROBUST", "AggregationConfig", "check_aggregation", "check_counts"]
+__all__ = ["METHODS", "ROBUST", "AggregationConfig", "check_aggregation", "check_counts"]
 
-ENCODINGS = ("float32", "bfloat16", "int8")
 ROBUST = ("median", "trimmed_mean", "krum")
+METHODS = ("fedavg", "fedavgm", "fedadam", "fedprox", *ROBUST)
 LARGEST_SECURE_COUNT = 1_000_000  # images
 LARGEST_SECURE_ROUND = 1000  # clients: beyond it little is left of 32 bits for a number
 
@@ -22,7 +24,8 @@ class AggregationConfig:
     method: str = key(
         "fedavg",
         "server optimiser, or a robust mean of equal votes (docs/aggregation.md)",
-        choices=("fedavg", "fedavgm", "fedadam", "fedprox", *ROBUST),
+        choices=METHODS,
+        own=True,
     )
     server_lr: float | None = key(
         None, "fedavgm (default 1) and fedadam (default 0.01, bias-corrected)", above=0.0
@@ -65,17 +68,13 @@ def check_aggregation(section: AggregationConfig, *, training: str, num_clients:
     `training` is `coarse.training`; `num_clients` are connected, of which a share takes part in
     each round.
     """
-    protected = section.method in ROBUST or section.max_update_norm is not None or section.secure
-    if protected and training != "federated":
-        what = next(
-            name
-            for name, on in (
-                ("secure", section.secure),
-                ("max_update_norm", section.max_update_norm is not None),
-                (f"method: {section.method}", True),
-            )
-            if on
-        )
+    needing = (
+        ("secure", section.secure),
+        ("max_update_norm", section.max_update_norm is not None),
+        (f"method: {section.method}", section.method in ROBUST or is_named(section.method)),
+    )
+    what = next((name for name, on in needing if on), None)
+    if what is not None and training != "federated":
         raise ConfigError(
             f"aggregation.{what}: needs coarse.training: federated, got {training}, which "
             "aggregates no updates"
@@ -114,7 +113,7 @@ def check_counts(section: AggregationConfig, *, num_updates: int) -> None:
 
 
 def _check_secure(section: AggregationConfig, *, num_asked: int) -> None:
-    if section.method in ROBUST or section.max_update_norm is not None:
+    if section.method in ROBUST or is_named(section.method) or section.max_update_norm is not None:
         key_name = "max_update_norm" if section.max_update_norm is not None else "method"
         raise ConfigError(
             f"aggregation.{key_name}: a server that sees only the sum cannot look at single "

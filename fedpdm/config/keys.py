@@ -13,5 +13,9 @@ class ConfigError(ValueError):
 
 
 def key(default: Any, doc: str, **checks: Any) -> Any:
-    """A config key: default, one-line description and checks (low, high, above, below, choices)."""
+    """A config key: default, one-line description and checks.
+
+    Checks are low, high, above, below and choices; with `own=True` code of one's own may stand for
+    a choice, as `package.module:NAME` (`fedpdm.config.plugins`).
+    """
     return field(default=default, metadata={"doc": doc, **checks})

@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from fedpdm.config.plugins import check_form, is_named
 from fedpdm.config.schema import ConfigError, RunConfig
 from fedpdm.config.toy import ToyConfig
 
@@ -31,6 +32,7 @@ __all__ = [
     "config_to_yaml",
     "load_config",
     "load_toy_config",
+    "own_code",
     "read_mapping",
     "read_policy",
     "toy_config_from_mapping",
@@ -81,7 +83,9 @@ def _check(value: Any, checks: Mapping[str, Any], path: str) -> None:
         for index, each in enumerate(value):
             _check(each, checks, f"{path}[{index}]")
         return
-    if (choices := checks.get("choices")) and value not in choices:
+    if checks.get("own") and is_named(value):
+        check_form(value, key=path)
+    elif (choices := checks.get("choices")) and value not in choices:
         near = difflib.get_close_matches(str(value), choices, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ConfigError(f"{path}: must be one of {', '.join(choices)}, got {value!r}{hint}")
@@ -235,8 +239,21 @@ def config_to_yaml(config: RunConfig | ToyConfig) -> str:
     return yaml.safe_dump(plain, sort_keys=False)
 
 
+def own_code(config: RunConfig) -> dict[str, str]:
+    """Key -> `package.module:NAME` for all code of one's own that a config names."""
+    return {
+        f"{section.name}.{key.name}": value
+        for section in dataclasses.fields(config)
+        if dataclasses.is_dataclass(getattr(config, section.name))
+        for key in dataclasses.fields(getattr(config, section.name))
+        if key.metadata.get("own")
+        and is_named(value := getattr(getattr(config, section.name), key.name))
+    }
+
+
 def config_keys(kind: type[RunConfig] | type[ToyConfig] = RunConfig) -> list[dict[str, Any]]:
-    """Every key of a section in order: `key`, `default`, `meaning`, and `choices` or None."""
+    """Every key of a section in order: `key`, `default`, `meaning`, `choices` or None, and `own`:
+    whether code of one's own may stand for a choice."""
     keys = []
     for section in dataclasses.fields(kind):
         default = section.default
@@ -250,6 +267,7 @@ def config_keys(kind: type[RunConfig] | type[ToyConfig] = RunConfig) -> list[dic
                     "default": getattr(default, key.name),
                     "meaning": key.metadata["doc"],
                     "choices": list(choices) if choices else None,
+                    "own": bool(key.metadata.get("own")),
                 }
             )
     return keys
@@ -259,7 +277,8 @@ def config_reference(kind: type[RunConfig] | type[ToyConfig] = RunConfig) -> str
     """Every key with its default and meaning, as a Markdown table (docs are made from it)."""
     lines = ["| key | default | meaning |", "|---|---|---|", "| `name` | file name | of the run |"]
     for key in config_keys(kind):
-        choices = f" ({', '.join(key['choices'])})" if key["choices"] else ""
+        own = ", or package.module:NAME" if key["own"] else ""
+        choices = f" ({', '.join(key['choices'])}{own})" if key["choices"] else ""
         value = json.dumps(key["default"])
         lines.append(f"| `{key['key']}` | `{value}` | {key['meaning']}{choices} |")
     return "\n".join(lines)

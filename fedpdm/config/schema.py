@@ -7,6 +7,17 @@ from dataclasses import dataclass
 from fedpdm.config.aggregation import AggregationConfig, check_aggregation
 from fedpdm.config.keys import ConfigError, key
 from fedpdm.config.kind import RunKind
+from fedpdm.config.names import CLASS_LABELS, COLORINGS, DATA_SETS, PARTITIONS
+from fedpdm.diffusion.names import (
+    DECAYS,
+    OBJECTIVES,
+    PRECISIONS,
+    PREDICTIONS,
+    SCHEDULE_KINDS,
+    TIMESTEPS,
+)
+from fedpdm.diffusion.presets import PRESETS
+from fedpdm.diffusion.weightings import WEIGHTINGS
 
 __all__ = [
     "AggregationConfig",
@@ -40,7 +51,7 @@ class RunSection:
     rounds: int = key(10, "federated rounds", low=1)
     simulation: bool = key(True, "one party holds all data; allows seeded noise and raw metrics")
     device: str = key("auto", "auto, cpu, cuda, cuda:1, ...")
-    precision: str = key("auto", "number format", choices=("auto", "float32", "bfloat16"))
+    precision: str = key("auto", "number format", choices=PRECISIONS)
     threads: int = key(1, "torch threads per client process; 0 leaves torch's default", low=0)
     trackers: tuple[str, ...] = key(
         (),
@@ -56,18 +67,16 @@ class DataConfig:
     name: str = key(
         "digits",
         "data set",
-        choices=(
-            "digits", "mnist", "colored_mnist", "fashion_mnist", "cifar10", "celeba",
-            "image_folder", "npz",
-        ),
-    )  # fmt: skip
+        choices=tuple(DATA_SETS),
+        own=True,
+    )
     root: str | None = key(None, "data directory (or .npz file); default: FEDPDM_DATA")
     download: bool = key(False, "let torchvision download what is missing")
     resolution: int | None = key(None, "resize to this many pixels; default: native", low=4)
     coloring: str | None = key(
         None,
         "colours for one-channel sets (docs/data.md)",
-        choices=("by_label", "correlated", "independent", "none"),
+        choices=COLORINGS,
     )
     color_correlation: float | None = key(
         None,
@@ -78,7 +87,7 @@ class DataConfig:
     class_label: str = key(
         "digit",
         "what the class is: the set's own; of coloured sets also the colour, or both",
-        choices=("digit", "color", "both"),
+        choices=CLASS_LABELS,
     )
     attributes: tuple[str, ...] | None = key(
         None, "celeba: attributes whose combinations are classes; default: Black_Hair and Male"
@@ -99,7 +108,7 @@ class PartitionConfig:
     kind: str = key(
         "majority_minority",
         "split",
-        choices=("iid", "dirichlet", "majority_minority", "own"),
+        choices=PARTITIONS,
     )
     num_clients: int = key(4, "clients", low=1)
     alpha: float | None = key(None, "dirichlet concentration", above=0.0)
@@ -133,7 +142,7 @@ class PrivacyConfig:
 class ScheduleConfig:
     """The diffusion chain."""
 
-    kind: str = key("linear", "noise schedule", choices=("linear", "cosine", "squared_cosine"))
+    kind: str = key("linear", "noise schedule", choices=SCHEDULE_KINDS)
     num_steps: int = key(1000, "T", low=2)
     beta_start: float = key(1e-4, "first beta (linear)", above=0.0, below=1.0)
     beta_end: float = key(0.02, "last beta (linear)", above=0.0, below=1.0)
@@ -143,15 +152,13 @@ class ScheduleConfig:
 class _ModelConfig:
     """What coarse and fine training have in common."""
 
-    preset: str = key("tiny", "U-Net", choices=("micro", "tiny", "tiny_patch", "small", "paper"))
-    prediction: str | None = key(
-        None, "network output; default: the preset's", choices=("sample", "epsilon", "v")
-    )
+    preset: str = key("tiny", "U-Net", choices=tuple(PRESETS), own=True)
+    prediction: str | None = key(None, "network output; default: the preset's", choices=PREDICTIONS)
     steps_per_round: int = key(100, "gradient steps per client and round", low=0)
     batch_size: int = key(32, "images per step", low=1)
     lr: float = key(2e-3, "peak learning rate", above=0.0)
     warmup_steps: int = key(100, "linear warm-up", low=0)
-    decay: str = key("cosine", "learning rate after warm-up", choices=("constant", "cosine"))
+    decay: str = key("cosine", "learning rate after warm-up", choices=DECAYS)
     weight_decay: float = key(0.0, "AdamW", low=0.0)
     grad_clip: float = key(1.0, "L2 bound on the gradient", above=0.0)
     ema_decay: float = key(0.999, "limit of the weight average", low=0.0, below=1.0)
@@ -161,9 +168,7 @@ class _ModelConfig:
     label_dropout: float = key(
         0.1, "share of unlabelled examples (for guidance)", low=0.0, below=1.0
     )
-    timesteps: str = key(
-        "uniform", "how often each t is trained at", choices=("uniform", "logit_normal")
-    )
+    timesteps: str = key("uniform", "how often each t is trained at", choices=TIMESTEPS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,11 +186,9 @@ class CoarseConfig(_ModelConfig):
         "noisy gradients)",
         choices=("released", "raw", "dp_sgd"),
     )
-    objective: str = key(
-        "truncated", "docs/method.md section 3", choices=("truncated", "noise_to_noise")
-    )
+    objective: str = key("truncated", "docs/method.md section 3", choices=OBJECTIVES)
     weighting: str = key(
-        "v", "loss weight (not for truncated)", choices=("snr", "v", "min_snr", "uniform")
+        "v", "loss weight (not for truncated)", choices=tuple(WEIGHTINGS), own=True
     )
     noise_multiplicity: int = key(4, "dp_sgd: draws of (t, noise) per image and step", low=1)
 
@@ -201,7 +204,7 @@ class FineConfig(_ModelConfig):
         "all", "all: t in [1, T], which is also training alone; below_t0: t in [1, t0]",
         choices=("all", "below_t0"),
     )  # fmt: skip
-    weighting: str = key("v", "loss weight", choices=("snr", "v", "min_snr", "uniform"))
+    weighting: str = key("v", "loss weight", choices=tuple(WEIGHTINGS), own=True)
     clipped_fraction: float = key(
         0.1, "share of examples that are clipped and flagged so", low=0.0, below=1.0
     )

@@ -21,11 +21,7 @@ from typing import Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["COLORINGS", "COLOR_NAMES", "PALETTE", "Coloring", "choose_colors", "colorize"]
-
-Coloring = Literal["by_label", "correlated", "independent", "none"]
-
-COLORINGS: Final[tuple[str, ...]] = ("by_label", "correlated", "independent", "none")
+__all__ = ["COLOR_NAMES", "PALETTE", "choose_colors", "colorize"]
 
 _NAMED: Final[tuple[tuple[str, tuple[int, int, int]], ...]] = (
     ("vermilion", (255, 75, 0)),

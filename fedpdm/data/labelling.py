@@ -4,28 +4,22 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from typing import Final, Literal
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedpdm.config.names import ClassLabel
 from fedpdm.data.coloring import COLOR_NAMES
 
 __all__ = [
-    "CLASS_LABELS",
     "DEFAULT_ATTRIBUTES",
-    "ClassLabel",
     "attribute_classes",
     "count_classes",
     "find_classes",
     "keep_classes",
     "label_by_color",
 ]
-
-ClassLabel = Literal["digit", "color", "both"]
-
-#: `digit` is the set's own class, whatever the set; `both` is one class per class and colour.
-CLASS_LABELS: Final[tuple[str, ...]] = ("digit", "color", "both")
 
 #: The groups of PFDM's CelebA experiments (docs/method.md, section 5).
 DEFAULT_ATTRIBUTES: Final = ("Black_Hair", "Male")

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpdm.data import DATASETS, SPLITS, load_image_set, normalize, stratified_positions
+from fedpdm.config.names import DATA_SETS
+from fedpdm.data import SPLITS, data_set, load_image_set, normalize, stratified_positions
 from fedpdm.data.own import read_image_folder, read_npz
 from fedpdm.data.rawsplit import RawSplit
 
@@ -23,7 +24,6 @@ __all__ = ["QUANTILES", "PublicImages", "open_public_images", "sorted_norms"]
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 MAX_IMAGES = 20_000
 CHUNK_PIXELS = 1 << 21
-_OWN = ("image_folder", "npz")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ def open_public_images(
     `max_images` of them, chosen by `stratified_positions`. `ValueError` naming `option` for
     anything else, and for a source without images.
     """
-    names = [name for name in DATASETS if name not in _OWN]
+    names = [name for name in DATA_SETS if not data_set(name).clients_own]
     if source in names:
         images = load_image_set(source, split="train", resolution=resolution, max_images=max_images)
         return PublicImages(
@@ -86,7 +86,7 @@ def open_public_images(
         source=source,
         labels=labels[chosen],
         class_names=raws[0].class_names,
-        background=DATASETS[kind].background,
+        background=data_set(kind).background,
         read=lambda positions: _read(raws, chosen[positions], option, resolution),
     )
 

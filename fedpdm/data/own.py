@@ -14,12 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedpdm.data.rawsplit import ArrayReader, RawSplit, Split, split_of
+from fedpdm.data.registry import DataSet, Request
 from fedpdm.data.resizing import resize
 
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["IMAGE_SUFFIXES", "read_image_folder", "read_npz"]
+__all__ = ["IMAGE_FOLDER", "IMAGE_SUFFIXES", "NPZ", "read_image_folder", "read_npz"]
 
 #: File name endings, in any case, that count as images; other files are passed over.
 IMAGE_SUFFIXES: Final = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
@@ -242,3 +243,27 @@ def _npz_class_names(
                 f"data.root: {path}: labels{suffix}[{at}] must be in [0, {count}), got {part[at]}"
             )
     return tuple(str(k) for k in range(count)) if named is None else tuple(map(str, named))
+
+
+def _read_folder(request: Request) -> RawSplit:
+    return read_image_folder(request.path, request.split, same_size=request.resolution is None)
+
+
+def _read_file(request: Request) -> RawSplit:
+    return read_npz(request.path, request.split)
+
+
+IMAGE_FOLDER: Final = DataSet(
+    read=_read_folder,
+    description="own images, one folder per class",
+    needs="train/<class>/*.png or <class>/*.png (data.root is that folder)",
+    clients_own=True,
+    colorable=True,
+)
+NPZ: Final = DataSet(
+    read=_read_file,
+    description="own images, arrays in one .npz file",
+    needs="arrays images and labels (data.root is that .npz file)",
+    clients_own=True,
+    colorable=True,
+)

@@ -1,63 +1,105 @@
-"""Which data sets there are, and what is known of each before it is read."""
+"""What a data set is: one `DataSet`, of this package or of one's own, found by `data_set`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
+from pathlib import Path
 from typing import Final
 
-__all__ = ["DATASETS", "DatasetInfo"]
+from fedpdm.config import ConfigError
+from fedpdm.config.names import DATA_SETS, Coloring
+from fedpdm.config.plugins import is_named, load_named
+from fedpdm.data.rawsplit import RawSplit, Split
 
-_BLACK: Final = -1.0
-_MID_GREY: Final = 0.0
+__all__ = ["BLACK", "MID_GREY", "DataSet", "Request", "data_set"]
+
+BLACK: Final = -1.0
+MID_GREY: Final = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class DatasetInfo:
-    """What is known of a data set before it is read; None where only the files tell.
+class Request:
+    """What is to be read.
 
     Attributes:
-        num_classes: number of classes.
-        channels: channels of the loaded images (with the default colouring), 1 or 3.
-        resolution: height and width in pixels, without `resolution`.
-        background: public background level in [-1, 1], the default `shift`.
-        description: one line for people.
+        split: "train" or "test"; images of one's own without a split have `split_of`.
+        root: the folder or file where the images are; None for a set that needs none.
+        resolution: what `RawSplit.read` will be asked for, or None for the set's own.
+        attributes: those that make the classes, for a set that has attributes.
+        download: whether missing files may be fetched.
     """
 
-    num_classes: int | None
-    channels: int | None
-    resolution: int | None
-    background: float
+    split: Split
+    root: Path | None = None
+    resolution: int | None = None
+    attributes: Sequence[str] | None = None
+    download: bool = False
+
+    @property
+    def path(self) -> Path:
+        """`root` of a set that `needs` files."""
+        assert self.root is not None
+        return self.root
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSet:
+    """A data set: how it is read, and what is known of it before; None where only the files tell.
+
+    Attributes:
+        read: reads the labels of one split; pixels are decoded when they are asked for. ValueError
+            or OSError, one line, for what is not there.
+        description: one line for people.
+        num_classes: number of classes.
+        channels: channels of the loaded images (with the default colouring), 1 or 3.
+        resolution: height and width in pixels, without `data.resolution`.
+        background: public background level in [-1, 1], the default `shift`: -1 black, 0 mid-grey.
+        needs: what must lie at `data.root`, in words; empty for a set that needs no files.
+        fetches: whether `data.download` fetches them.
+        clients_own: whether the files are a client's own, not a public set that all know alike.
+        coloring: the default colouring.
+        colorable: whether images may be coloured: one channel, bright on black.
+        grey: for a set that is always coloured, the name of the same images in grey.
+        has_attributes: whether `data.attributes` may choose its classes.
+    """
+
+    read: Callable[[Request], RawSplit]
     description: str
+    num_classes: int | None = None
+    channels: int | None = None
+    resolution: int | None = None
+    background: float = MID_GREY
+    needs: str = ""
+    fetches: bool = False
+    clients_own: bool = False
+    coloring: Coloring = "none"
+    colorable: bool = False
+    grey: str | None = None
+    has_attributes: bool = False
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the shape of its images and its classes are known before it is read."""
+        return None not in (self.num_classes, self.channels, self.resolution)
 
 
-def _info(
-    num_classes: int | None,
-    channels: int | None,
-    resolution: int | None,
-    background: float,
-    description: str,
-) -> DatasetInfo:
-    return DatasetInfo(
-        num_classes=num_classes,
-        channels=channels,
-        resolution=resolution,
-        background=background,
-        description=description,
-    )
+def data_set(name: str) -> DataSet:
+    """The data set of a name of `DATA_SETS`, or of one's own at `package.module:NAME`.
 
-
-#: Data set name -> what is known of it.
-DATASETS: Final[Mapping[str, DatasetInfo]] = MappingProxyType(
-    {
-        "digits": _info(10, 3, 8, _BLACK, "scikit-learn's 1,797 scanned digits, coloured by label"),
-        "mnist": _info(10, 1, 28, _BLACK, "MNIST digits, grey"),
-        "colored_mnist": _info(10, 3, 28, _BLACK, "MNIST digits, each of an independent colour"),
-        "fashion_mnist": _info(10, 1, 28, _BLACK, "Fashion-MNIST clothes, grey"),
-        "cifar10": _info(10, 3, 32, _MID_GREY, "CIFAR-10 photographs"),
-        "celeba": _info(4, 3, 64, _MID_GREY, "CelebA faces, grouped by Black_Hair and Male"),
-        "image_folder": _info(None, None, None, _MID_GREY, "own images, one folder per class"),
-        "npz": _info(None, None, None, _MID_GREY, "own images, arrays in one .npz file"),
-    }
-)
+    `ConfigError`, one line, for a name that is not known and for what is no `DataSet`.
+    """
+    if not is_named(name) and name not in DATA_SETS:
+        close = difflib.get_close_matches(str(name), DATA_SETS, n=1)
+        guess = f"; did you mean {close[0]!r}?" if close else ""
+        raise ConfigError(
+            f"data.name: unknown data set {name!r}{guess} (known: {', '.join(DATA_SETS)})"
+        )
+    found = load_named(DATA_SETS.get(name, name), key="data.name")
+    if not isinstance(found, DataSet):
+        raise ConfigError(
+            f"data.name: {name!r} must be a fedpdm.data.registry.DataSet, "
+            f"is a {type(found).__name__}"
+        )
+    return found

@@ -9,39 +9,23 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpdm.data.coloring import COLORINGS, Coloring, choose_colors, colorize
+from fedpdm.config.names import CLASS_LABELS, COLORINGS, ClassLabel, Coloring
+from fedpdm.data.coloring import choose_colors, colorize
 from fedpdm.data.imageset import ImageSet
-from fedpdm.data.labelling import (
-    CLASS_LABELS,
-    ClassLabel,
-    find_classes,
-    keep_classes,
-    label_by_color,
-)
-from fedpdm.data.own import read_image_folder, read_npz
-from fedpdm.data.public import REQUIRED_FILES, read_digits, read_torchvision
+from fedpdm.data.labelling import find_classes, keep_classes, label_by_color
 from fedpdm.data.rawsplit import RawSplit, Split
-from fedpdm.data.registry import DATASETS
+from fedpdm.data.registry import DataSet, Request, data_set
 
 __all__ = ["SPLITS", "load_image_set", "stratified_positions"]
 
 SPLITS: Final[tuple[str, ...]] = ("train", "test")
-
-_DEFAULT_COLORING: Final[Mapping[str, Coloring]] = {
-    "digits": "by_label",
-    "colored_mnist": "independent",
-}
-_EXPECTED_OWN: Final = {
-    "image_folder": "train/<class>/*.png or <class>/*.png (data.root is that folder)",
-    "npz": "arrays images and labels (data.root is that .npz file)",
-}
 
 
 def load_image_set(
@@ -62,9 +46,9 @@ def load_image_set(
     """Read one split of a data set.
 
     Args:
-        name: a key of `DATASETS`.
+        name: a name of `fedpdm.config.names.DATA_SETS`, or `package.module:NAME`.
         split: "train" or "test". `digits`, and own images without a split of their own, have
-            a fixed public one (`read_digits`, `split_of`).
+            a fixed public one (`public.DIGITS`, `split_of`).
         root: folder in torchvision's layout; the folder of `image_folder`; the file of `npz`.
             Default: the environment variable FEDPDM_DATA. Not used by `digits`.
         resolution: height and width in pixels, >= 1: centre crop to a square, then antialiased
@@ -85,22 +69,22 @@ def load_image_set(
         download: let torchvision fetch missing files into `root`.
 
     Returns:
-        The images in the order of the files, with `DATASETS[name].background`.
+        The images in the order of the files, with the `background` of `data_set(name)`.
 
     Raises:
         ValueError: for a bad argument, an unreadable or unsuitable file, or no image at all.
         FileNotFoundError: for a missing folder or file; the line says how to get it.
         OSError: if a download fails.
     """
-    _check_choice("data.name", name, DATASETS, what="data set")
+    known = data_set(name)
     _check_choice("data.split", split, SPLITS, what="split")
     for key, number in (("resolution", resolution), ("max_images", max_images)):
         if number is not None and (not isinstance(number, int) or number < 1):
             raise ValueError(f"data.{key}: must be a whole number of at least 1, got {number!r}")
     _check_choice("data.class_label", class_label, CLASS_LABELS, what="class label")
-    if attributes is not None and name != "celeba":
+    if attributes is not None and not known.has_attributes:
         raise ValueError(f"data.attributes: only celeba has attributes, got data.name: {name}")
-    chosen = _resolve_coloring(name, coloring)
+    chosen = _resolve_coloring(name, known, coloring)
     if class_label != "digit" and chosen == "none":
         raise ValueError(
             f"data.class_label: {class_label} needs coloured images, got data.coloring: none "
@@ -111,9 +95,16 @@ def load_image_set(
             "data.color_correlation: needs data.coloring: correlated, "
             f"got {color_correlation:g} and {chosen}"
         )
-    raw = _read_raw(
-        name, split, root=root, resolution=resolution, attributes=attributes, download=download
+    raw = known.read(
+        Request(
+            split=split,
+            root=_resolve_root(name, known, root),
+            resolution=resolution,
+            attributes=attributes,
+            download=download,
+        )
     )
+    _check_raw(name, known, raw, attributes=attributes is not None)
     if len(raw.labels) == 0:
         raise ValueError(f"data.root: {name} has no {split} image")
     labels, class_names = raw.labels, raw.class_names
@@ -143,7 +134,7 @@ def load_image_set(
         images=np.ascontiguousarray(images),
         labels=labels[wanted],
         class_names=class_names,
-        background=DATASETS[name].background,
+        background=known.background,
     )
 
 
@@ -178,46 +169,35 @@ def stratified_positions(labels: NDArray[np.int64], *, max_images: int) -> NDArr
     return np.sort(by_priority[:max_images]).astype(np.int64)
 
 
-def _read_raw(
-    name: str,
-    split: Split,
-    *,
-    root: str | os.PathLike[str] | None,
-    resolution: int | None,
-    attributes: Sequence[str] | None,
-    download: bool,
-) -> RawSplit:
-    if name == "digits":
-        return read_digits(split)
-    folder = _resolve_root(name, root)
-    if name == "image_folder":
-        return read_image_folder(folder, split, same_size=resolution is None)
-    if name == "npz":
-        return read_npz(folder, split)
-    return read_torchvision(name, folder, split, attributes=attributes, download=download)
-
-
-def _resolve_root(name: str, root: str | os.PathLike[str] | None) -> Path:
+def _resolve_root(name: str, known: DataSet, root: str | os.PathLike[str] | None) -> Path | None:
+    if not known.needs:
+        return None
     given = root if root is not None else os.environ.get("FEDPDM_DATA") or None
     if given is None:
-        fetch = "" if name in _EXPECTED_OWN else ", and data.download: true to fetch them"
-        expected = _EXPECTED_OWN.get(name) or ", ".join(REQUIRED_FILES.get(name, ()))
+        fetch = ", and data.download: true to fetch them" if known.fetches else ""
         raise ValueError(
-            f"data.root: {name} needs a folder with {expected}; "
+            f"data.root: {name} needs a folder with {known.needs}; "
             f"set data.root or the environment variable FEDPDM_DATA{fetch}"
         )
     return Path(given).expanduser()
 
 
-def _resolve_coloring(name: str, coloring: Coloring | None) -> Coloring:
+def _resolve_coloring(name: str, known: DataSet, coloring: Coloring | None) -> Coloring:
     if coloring is None:
-        return _DEFAULT_COLORING.get(name, "none")
+        return known.coloring
     _check_choice("data.coloring", coloring, COLORINGS, what="colouring")
-    if name == "colored_mnist" and coloring == "none":
-        raise ValueError("data.coloring: colored_mnist cannot be none; use data.name: mnist")
-    if name in ("cifar10", "celeba") and coloring != "none":
+    if known.grey is not None and coloring == "none":
+        raise ValueError(f"data.coloring: {name} cannot be none; use data.name: {known.grey}")
+    if not known.colorable and coloring != "none":
         raise ValueError(f"data.coloring: {name} has colours already, got {coloring}")
     return coloring
+
+
+def _check_raw(name: str, known: DataSet, raw: RawSplit, *, attributes: bool) -> None:
+    """`ValueError` for a reader that reads something other than what its set says."""
+    count = len(raw.class_names)
+    if known.num_classes is not None and not attributes and count != known.num_classes:
+        raise ValueError(f"data.name: {name} has {known.num_classes} classes, {count} were read")
 
 
 def _check_choice(key: str, value: str, choices: Iterable[str], *, what: str) -> None:

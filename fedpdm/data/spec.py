@@ -10,7 +10,7 @@ from fedpdm.config import ConfigError, RunConfig
 from fedpdm.data.imageset import ImageSet
 from fedpdm.data.labelling import count_classes
 from fedpdm.data.loading import load_split
-from fedpdm.data.registry import DATASETS
+from fedpdm.data.registry import data_set
 
 __all__ = ["ImageSpec", "build_image_spec"]
 
@@ -31,9 +31,8 @@ class ImageSpec:
 
 def build_image_spec(config: RunConfig, images: ImageSet | None = None) -> ImageSpec:
     """Shape and shift, from the registry where it knows the set, else from the images."""
-    info = DATASETS[config.data.name]
-    known = info.num_classes is not None and info.channels is not None
-    if images is None and not known:
+    info = data_set(config.data.name)
+    if images is None and not info.is_known:
         images = load_split(config, "train")
     if images is not None:
         channels, height, width = images.images.shape[1:]
@@ -46,7 +45,9 @@ def build_image_spec(config: RunConfig, images: ImageSet | None = None) -> Image
         assert info.channels is not None
         assert info.num_classes is not None
         coloring = config.data.coloring
-        channels = info.channels if coloring is None else (1 if coloring == "none" else 3)
+        channels = info.channels
+        if coloring is not None and info.colorable:
+            channels = 1 if coloring == "none" else 3
         num_classes = count_classes(
             info.num_classes,
             class_label=typing.cast(Any, config.data.class_label),

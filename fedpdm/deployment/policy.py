@@ -6,6 +6,7 @@
     allow_raw_metrics: false
     allow_new_release: false
     code: [6f0c...]        # further digests of bundles that may ask (fedpdm node digest)
+    modules: [mypackage]   # installed here, of which a config may name code (package.module:NAME)
 
 A config that asks for more is refused before anything is released, at `fedpdm node check` and by
 the client app for every message. `code` is for bundles other than the installed one: what runs is
@@ -18,7 +19,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedpdm.config import ConfigError, RunConfig, key, read_policy
+from fedpdm.config import ConfigError, RunConfig, key, own_code, read_policy
 from fedpdm.data.spec import ImageSpec
 from fedpdm.privacy.accountant import epsilon_spent
 from fedpdm.privacy.mechanism import release_event
@@ -44,6 +45,7 @@ class NodePolicy:
     allow_raw_metrics: bool = key(False, "metrics on raw images may leave")
     allow_new_release: bool = key(False, "released images may be noised once more")
     code: tuple[str, ...] = key((), "digests of further app bundles that may ask")
+    modules: tuple[str, ...] = key((), "packages of which a config may name code")
 
 
 def load_policy(path: Path) -> NodePolicy:
@@ -59,7 +61,19 @@ def load_policy(path: Path) -> NodePolicy:
 
 
 def check_config(policy: NodePolicy, config: RunConfig) -> None:
-    """`PolicyError` if the config asks for more than the policy allows. Looks at no image."""
+    """`PolicyError` if the config asks for more than the policy allows. Looks at no image.
+
+    Code that the config names is not imported here. A strategy is the coordinator's alone: clients
+    never import it, and whatever it does with updates is post-processing.
+    """
+    for name, value in own_code(config).items():
+        module = value.partition(":")[0]
+        allowed = any(f"{module}.".startswith(f"{each}.") for each in policy.modules)
+        if name != "aggregation.method" and not allowed:
+            raise PolicyError(
+                f"{name}: {value} is code of a module that this node's policy does not name "
+                "(modules)"
+            )
     if config.run.simulation:
         raise PolicyError("run.simulation: true seeds the privacy noise; a node allows false only")
     if config.evaluation.image_metrics and not policy.allow_raw_metrics:

@@ -14,7 +14,6 @@ Salimans 2022), and for fine models a second block of the same indices that mean
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,15 +21,15 @@ import torch
 from diffusers import UNet2DModel
 from torch import nn
 
+from fedpdm.diffusion.names import PREDICTIONS
+from fedpdm.diffusion.presets import Preset
 from fedpdm.diffusion.schedule import NoiseSchedule
 
 __all__ = [
     "NO_LABEL",
-    "PRESETS",
     "Denoiser",
     "DenoiserSpec",
     "DenoisingFunction",
-    "Preset",
     "TrainableDenoiser",
 ]
 
@@ -51,90 +50,6 @@ class DenoisingFunction(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Preset:
-    """A U-Net by name: diffusers keyword arguments and the prediction type that suits it.
-
-    With `patch` p it works on p x p pixels as one with p^2 times the channels (pixel-unshuffle, Shi
-    et al. 2016): a wider network at a quarter of the positions for p = 2. `resolutions` are the
-    image sizes it is meant for, smallest and largest; it runs on any of at least its stride.
-    """
-
-    unet: Mapping[str, Any]
-    prediction: str
-    resolutions: tuple[int, int]
-    description: str
-    patch: int = 1
-
-    @property
-    def stride(self) -> int:
-        """Pixels per side that one position of the coarsest level stands for."""
-        return int(self.patch * 2 ** (len(self.unet["block_out_channels"]) - 1))
-
-
-def _blocks(kinds: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """`kinds` has a letter per level, top first: R residual, A residual with attention."""
-    down = tuple("DownBlock2D" if k == "R" else "AttnDownBlock2D" for k in kinds)
-    up = tuple("UpBlock2D" if k == "R" else "AttnUpBlock2D" for k in reversed(kinds))
-    return down, up
-
-
-def _unet(
-    kinds: str,
-    channels: tuple[int, ...],
-    layers: int,
-    groups: int,
-    head: int,
-    dropout: float = 0.0,
-) -> dict[str, Any]:
-    down, up = _blocks(kinds)
-    return {
-        "block_out_channels": channels,
-        "down_block_types": down,
-        "up_block_types": up,
-        "layers_per_block": layers,
-        "norm_num_groups": groups,
-        "attention_head_dim": head,
-        "dropout": dropout,
-    }
-
-
-PRESETS: Mapping[str, Preset] = {
-    "micro": Preset(
-        unet=_unet("RA", (24, 48), 1, 8, 16),
-        prediction="v",
-        resolutions=(8, 16),
-        description="8x8 on a laptop, about 0.4 M parameters",
-    ),
-    "tiny": Preset(
-        unet=_unet("RA", (32, 64), 1, 8, 16),
-        prediction="v",
-        resolutions=(8, 16),
-        description="8x8 and 16x16, about 0.7 M parameters",
-    ),
-    "tiny_patch": Preset(
-        unet=_unet("RA", (48, 96), 1, 8, 16),
-        prediction="v",
-        resolutions=(12, 32),
-        description="16x16 as 8x8 patches, about 1.6 M parameters, half of tiny's FLOPs",
-        patch=2,
-    ),
-    "small": Preset(
-        unet=_unet("RAR", (32, 64, 128), 1, 8, 16),
-        prediction="v",
-        resolutions=(16, 64),
-        description="28x28 and 32x32, about 2.6 M parameters",
-    ),
-    # Ho et al. 2020, appendix B: the CIFAR-10 U-Net, 35.7 M parameters.
-    "paper": Preset(
-        unet=_unet("RARR", (128, 256, 256, 256), 2, 32, 256, dropout=0.1),
-        prediction="epsilon",
-        resolutions=(32, 64),
-        description="the DDPM CIFAR-10 U-Net, about 35 M parameters",
-    ),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
 class DenoiserSpec:
     """Everything that determines a denoiser's architecture.
 
@@ -142,7 +57,7 @@ class DenoiserSpec:
     doubles the label table (fine models).
     """
 
-    preset: str
+    preset: Preset
     resolution: int
     channels: int
     num_classes: int
@@ -150,10 +65,9 @@ class DenoiserSpec:
     knows_clipping: bool
 
     def __post_init__(self) -> None:
-        if self.preset not in PRESETS:
-            raise ValueError(f"model.preset must be one of {', '.join(PRESETS)}, got {self.preset}")
-        if self.prediction not in ("sample", "epsilon", "v"):
-            raise ValueError(f"prediction must be sample, epsilon or v, got {self.prediction!r}")
+        if self.prediction not in PREDICTIONS:
+            known = f"{', '.join(PREDICTIONS[:-1])} or {PREDICTIONS[-1]}"
+            raise ValueError(f"prediction must be {known}, got {self.prediction!r}")
         for name in ("resolution", "channels", "num_classes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -161,7 +75,7 @@ class DenoiserSpec:
     @property
     def padded_resolution(self) -> int:
         """The network's resolution: images are zero-padded up to a multiple of its stride."""
-        stride = PRESETS[self.preset].stride
+        stride = self.preset.stride
         return -(-self.resolution // stride) * stride
 
     @property
@@ -184,7 +98,7 @@ class Denoiser(TrainableDenoiser):
     def __init__(self, spec: DenoiserSpec, schedule: NoiseSchedule) -> None:
         super().__init__()
         self.spec = spec
-        preset = PRESETS[spec.preset]
+        preset = spec.preset
         self._patch = preset.patch
         network: Any = UNet2DModel(
             sample_size=spec.padded_resolution // preset.patch,

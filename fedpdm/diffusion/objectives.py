@@ -1,8 +1,7 @@
 """Training losses, per example.
 
-All networks are trained through their clean-image estimate x0_hat. With SNR_t = abar_t /
-(1 - abar_t), a squared x0 error weighted by SNR_t is the DDPM epsilon loss (Eq. 14), by SNR_t + 1
-the v loss (Salimans and Ho 2022), by min(SNR_t, 5) min-SNR (Hang et al. 2023).
+All networks are trained through their clean-image estimate x0_hat, whose squared error is weighted
+by a function of SNR_t = abar_t / (1 - abar_t) (`fedpdm.diffusion.weightings`).
 
 Coarse, truncated (docs/method.md section 3): for t > t0, with r = abar_t / abar_t0 and
 x_t = sqrt(r) x_tilde + sqrt(1 - r) z, the mean of x_tilde given x_t and the clean image is
@@ -18,11 +17,11 @@ from __future__ import annotations
 import torch
 
 from fedpdm.diffusion.denoisers import NO_LABEL, DenoisingFunction
+from fedpdm.diffusion.names import TIMESTEPS
 from fedpdm.diffusion.schedule import NoiseSchedule, q_sample, q_sample_from
+from fedpdm.diffusion.weightings import WEIGHTINGS, Weighting
 
 __all__ = [
-    "TIMESTEPS",
-    "WEIGHTINGS",
     "bridge_coefficients",
     "denoising_loss",
     "draw_timesteps",
@@ -32,22 +31,14 @@ __all__ = [
     "weighted_error",
 ]
 
-TIMESTEPS = ("uniform", "logit_normal")
-WEIGHTINGS = ("snr", "v", "min_snr", "uniform")
 
-
-def snr_weight(abar: torch.Tensor, *, weighting: str, gamma: float = 5.0) -> torch.Tensor:
-    """Weight of the squared x0 error at abar (any shape): one of `WEIGHTINGS`."""
-    snr = abar / (1.0 - abar)
-    if weighting == "snr":
-        return snr
-    if weighting == "v":
-        return snr + 1.0
-    if weighting == "min_snr":
-        return snr.clamp_max(gamma)
-    if weighting == "uniform":
-        return torch.ones_like(snr)
-    raise ValueError(f"weighting must be one of {', '.join(WEIGHTINGS)}, got {weighting!r}")
+def snr_weight(abar: torch.Tensor, *, weighting: str | Weighting) -> torch.Tensor:
+    """Weight of the squared x0 error at abar (any shape): a name of `WEIGHTINGS`, or one's own."""
+    if isinstance(weighting, str):
+        if weighting not in WEIGHTINGS:
+            raise ValueError(f"weighting must be one of {', '.join(WEIGHTINGS)}, got {weighting!r}")
+        weighting = WEIGHTINGS[weighting]
+    return weighting.of_snr(abar / (1.0 - abar))
 
 
 def weighted_error(
@@ -92,7 +83,7 @@ def denoising_loss(
     labels: torch.Tensor,
     clipped: torch.Tensor | None = None,
     t_max: int,
-    weighting: str,
+    weighting: str | Weighting,
     timesteps: str = "uniform",
     generator: torch.Generator,
 ) -> torch.Tensor:

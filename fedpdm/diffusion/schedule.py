@@ -27,9 +27,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-__all__ = ["SCHEDULE_KINDS", "NoiseSchedule", "make_schedule", "q_sample", "q_sample_from"]
+from fedpdm.diffusion.names import SCHEDULE_KINDS
 
-SCHEDULE_KINDS = ("linear", "cosine", "squared_cosine")
+__all__ = ["NoiseSchedule", "make_schedule", "q_sample", "q_sample_from"]
 
 MAX_STEPS = 1_000_000
 COSINE_OFFSET = 0.008  # s; keeps the first betas from vanishing

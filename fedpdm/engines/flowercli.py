@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 
 from fedpdm.config import RunConfig, config_to_json
+from fedpdm.config.plugins import DIRECTORY_VARIABLE
 from fedpdm.deployment.code_digest import PACKAGES, code_root
 
 __all__ = [
@@ -34,7 +35,11 @@ class RunFailed(RuntimeError):
 
 
 def flower_environment(home: Path) -> dict[str, str]:
-    """This process's environment for Flower's commands: own home, nothing sent or installed."""
+    """This process's environment for Flower's commands: own home, nothing sent or installed.
+
+    Flower's processes work in other directories; code that a config names is found where this one
+    works all the same.
+    """
     environment = dict(os.environ)
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
     return environment | {
@@ -42,6 +47,7 @@ def flower_environment(home: Path) -> dict[str, str]:
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        DIRECTORY_VARIABLE: environment.get(DIRECTORY_VARIABLE) or os.getcwd(),
         "PYTHONUNBUFFERED": "1",
     }
 

@@ -17,7 +17,6 @@ from fedpdm.data.client_images import client_images
 from fedpdm.data.loading import build_partitions, load_split
 from fedpdm.data.partition import ClientPartition
 from fedpdm.data.spec import build_image_spec
-from fedpdm.diffusion.denoisers import PRESETS
 from fedpdm.diffusion.training import select_device
 from fedpdm.engines.run_checks import (
     check_models,
@@ -26,6 +25,7 @@ from fedpdm.engines.run_checks import (
     nearest_folder,
 )
 from fedpdm.privacy.releases import ReleaseStore
+from fedpdm.setup.build import find_preset
 from fedpdm.setup.run_setup import RunSetup, set_up_for
 from fedpdm.storage.run_directory import RunDirectory
 
@@ -148,7 +148,7 @@ def _notes(config: RunConfig, resolution: int) -> list[str]:
     """Lines on what runs but was meant for something else."""
     notes = []
     for role, section in (("coarse", config.coarse), ("fine", config.fine)):
-        low, high = PRESETS[section.preset].resolutions
+        low, high = find_preset(config, role).resolutions
         if not low <= resolution <= high:
             notes.append(
                 f"note: {role}.preset {section.preset} is meant for images of {low} to {high} "

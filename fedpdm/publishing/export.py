@@ -27,7 +27,6 @@ from diffusers.utils import logging as diffusers_logging
 from fedpdm.config import RunConfig
 from fedpdm.data.loading import load_split
 from fedpdm.data.spec import ImageSpec
-from fedpdm.diffusion.denoisers import PRESETS
 from fedpdm.diffusion.sampling import make_scheduler
 from fedpdm.diffusion.training import load_named, select_device
 from fedpdm.privacy.releases import ReleaseStore
@@ -99,8 +98,8 @@ def export_pipeline(
         fine_prediction=models["fine"].spec.prediction,
         num_classes=num_classes,
         resolution=spec.resolution,
-        coarse_patch=PRESETS[config.coarse.preset].patch,
-        fine_patch=PRESETS[config.fine.preset].patch,
+        coarse_patch=models["coarse"].spec.preset.patch,
+        fine_patch=models["fine"].spec.preset.patch,
         shift=shift,
         guidance_scale=config.sampling.guidance,
         coarse_share=_share(config, folder, num_classes=num_classes),

@@ -8,7 +8,9 @@ import numpy as np
 import torch
 
 from fedpdm.config import CoarseConfig, ConfigError, FineConfig, RunConfig
-from fedpdm.diffusion.denoisers import PRESETS, Denoiser, DenoiserSpec
+from fedpdm.config.plugins import find
+from fedpdm.diffusion.denoisers import Denoiser, DenoiserSpec
+from fedpdm.diffusion.presets import PRESETS, Preset
 from fedpdm.diffusion.schedule import NoiseSchedule
 from fedpdm.diffusion.training import OptimizerSettings
 from fedpdm.privacy.dpsgd import DpSgdSettings, dp_sgd_noise_multiplier
@@ -21,26 +23,34 @@ __all__ = [
     "build_dp_sgd",
     "build_optimizer_settings",
     "coarse_share",
+    "find_preset",
     "sampler_options",
 ]
+
+
+def find_preset(config: RunConfig, role: str) -> Preset:
+    """The U-Net of the coarse or fine model: a preset by name, or one's own."""
+    name = config.coarse.preset if role == "coarse" else config.fine.preset
+    return find(name, PRESETS, Preset, key=f"{role}.preset")
 
 
 def build_denoiser(setup: RunSetup, role: str, *, client: int = 0) -> Denoiser:
     """A freshly initialised coarse or fine denoiser, its weights drawn from the run's seed."""
     config, spec = setup.config, setup.spec
     section: CoarseConfig | FineConfig = config.coarse if role == "coarse" else config.fine
-    smallest = PRESETS[section.preset].stride
+    preset = find_preset(config, role)
+    smallest = preset.stride
     if spec.resolution < smallest:
         raise ConfigError(
             f"data.resolution: {role}.preset {section.preset} needs images of at least "
             f"{smallest}x{smallest}, got {spec.resolution}x{spec.resolution}"
         )
     denoiser_spec = DenoiserSpec(
-        preset=section.preset,
+        preset=preset,
         resolution=spec.resolution,
         channels=spec.channels,
         num_classes=spec.num_classes,
-        prediction=section.prediction or PRESETS[section.preset].prediction,
+        prediction=section.prediction or preset.prediction,
         knows_clipping=role == "fine",
     )
     purpose = Purpose.COARSE_INIT if role == "coarse" else Purpose.FINE_INIT

@@ -5,15 +5,24 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from fedpdm.config import RunConfig
+from fedpdm.config.plugins import find
 from fedpdm.data import normalize
 from fedpdm.diffusion.denoisers import Denoiser
 from fedpdm.diffusion.objectives import denoising_loss, drop_labels, truncated_loss
 from fedpdm.diffusion.training import BatchLoss
+from fedpdm.diffusion.weightings import WEIGHTINGS, Weighting
 from fedpdm.privacy.mechanism import clip_l2
 from fedpdm.privacy.types import ReleasedDataset
 from fedpdm.setup.run_setup import RunSetup
 
-__all__ = ["coarse_batch_loss", "fine_batch_loss", "raw_coarse_batch_loss"]
+__all__ = ["coarse_batch_loss", "find_weighting", "fine_batch_loss", "raw_coarse_batch_loss"]
+
+
+def find_weighting(config: RunConfig, role: str) -> Weighting:
+    """The loss weight of the coarse or fine model: one by name, or one's own."""
+    name = config.coarse.weighting if role == "coarse" else config.fine.weighting
+    return find(name, WEIGHTINGS, Weighting, key=f"{role}.weighting")
 
 
 def coarse_batch_loss(
@@ -33,6 +42,7 @@ def coarse_batch_loss(
     x_tilde, labels = released.x_tilde.to(device), released.labels.to(device)
     positions = None if subset is None else torch.from_numpy(subset).to(device)
     dropout = section.label_dropout if training else 0.0
+    weighting = find_weighting(setup.config, "coarse")
 
     def loss(indices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         if positions is not None:
@@ -53,7 +63,7 @@ def coarse_batch_loss(
             x_tilde[indices],
             labels=chosen,
             t_max=schedule.num_steps,
-            weighting=section.weighting,
+            weighting=weighting,
             timesteps=section.timesteps,
             generator=generator,
         )
@@ -77,6 +87,7 @@ def raw_coarse_batch_loss(
     section, schedule, shift = setup.config.coarse, setup.schedule, setup.spec.shift
     pixels, classes = torch.from_numpy(images).to(device), torch.from_numpy(labels).to(device)
     dropout = section.label_dropout if training else 0.0
+    weighting = find_weighting(setup.config, "coarse")
 
     def loss(indices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         return denoising_loss(
@@ -85,7 +96,7 @@ def raw_coarse_batch_loss(
             normalize(pixels[indices], shift=shift),
             labels=drop_labels(classes[indices], probability=dropout, generator=generator),
             t_max=schedule.num_steps,
-            weighting=section.weighting,
+            weighting=weighting,
             timesteps=section.timesteps,
             generator=generator,
         )
@@ -109,6 +120,7 @@ def fine_batch_loss(
     section, schedule, plan = setup.config.fine, setup.schedule, setup.plan
     pixels, classes = torch.from_numpy(images).to(device), torch.from_numpy(labels).to(device)
     t_max = schedule.num_steps if section.t_range == "all" else plan.t0
+    weighting = find_weighting(setup.config, "fine")
 
     def loss(indices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         x_0 = normalize(pixels[indices], shift=plan.shift)
@@ -126,7 +138,7 @@ def fine_batch_loss(
             labels=chosen,
             clipped=clipped,
             t_max=t_max,
-            weighting=section.weighting,
+            weighting=weighting,
             timesteps=section.timesteps,
             generator=generator,
         )

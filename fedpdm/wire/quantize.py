@@ -10,9 +10,10 @@ from collections.abc import Mapping
 
 import torch
 
-__all__ = ["ENCODINGS", "dequantize", "quantize"]
+from fedpdm.config.names import ENCODINGS
 
-ENCODINGS = ("float32", "bfloat16", "int8")
+__all__ = ["dequantize", "quantize"]
+
 SCALE = "#scale"
 
 

@@ -21,6 +21,7 @@ from fedpdm.attacks.membership import (
 )
 from fedpdm.attacks.roc import auc_interval
 from fedpdm.diffusion.denoisers import Denoiser, DenoiserSpec
+from fedpdm.diffusion.presets import PRESETS
 from fedpdm.rng import Purpose, seed_sequence
 from tests.support.membership_toys import SCHEDULE, images, memorising_target
 
@@ -140,7 +141,7 @@ def test_fitted_attacks_score_the_half_they_did_not_see() -> None:
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_every_attack_runs_on_a_unet(attack: str) -> None:
     spec = DenoiserSpec(
-        preset="micro",
+        preset=PRESETS["micro"],
         resolution=8,
         channels=3,
         num_classes=4,

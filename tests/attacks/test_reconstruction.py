@@ -31,6 +31,7 @@ from fedpdm.attacks.recovery import (
 from fedpdm.data import ImageSet
 from fedpdm.diffusion.denoisers import DenoiserSpec, DenoisingFunction
 from fedpdm.diffusion.gmm import GaussianMixture, MixtureDenoiser
+from fedpdm.diffusion.presets import PRESETS
 from fedpdm.diffusion.schedule import make_schedule
 from fedpdm.diffusion.training import OptimizerSettings
 from fedpdm.privacy.mechanism import release
@@ -452,7 +453,7 @@ def test_pretrained_attacker_learns_from_its_public_images() -> None:
     t0, clip_norm = 400, 5.0
     released = upload(private, labels, t0=t0, clip_norm=clip_norm)
     spec = DenoiserSpec(
-        preset="micro", resolution=8, channels=1, num_classes=1, prediction="v",
+        preset=PRESETS["micro"], resolution=8, channels=1, num_classes=1, prediction="v",
         knows_clipping=False,
     )  # fmt: skip
 
@@ -483,7 +484,7 @@ def test_pretrained_attacker_learns_from_its_public_images() -> None:
     assert all(torch.equal(a, b) for a, b in zip(fresh.parameters, again, strict=True))
 
     wrong = DenoiserSpec(
-        preset="micro", resolution=8, channels=3, num_classes=1, prediction="v",
+        preset=PRESETS["micro"], resolution=8, channels=3, num_classes=1, prediction="v",
         knows_clipping=False,
     )  # fmt: skip
     settings = OptimizerSettings(lr=1e-3, batch_size=4, total_steps=1)

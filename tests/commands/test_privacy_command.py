@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from fedpdm.diffusion.schedule import SCHEDULE_KINDS, make_schedule
+from fedpdm.diffusion.names import SCHEDULE_KINDS
+from fedpdm.diffusion.schedule import make_schedule
 from fedpdm.privacy.accountant import delta_spent, epsilon_bound, epsilon_spent
 from fedpdm.privacy.mechanism import release_event
 from tests.support.command_line import call, forget_surroundings, without_advice

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 
 from fedpdm.data import (
     COLOR_NAMES,
-    DATASETS,
     PALETTE,
     ImageSet,
     choose_colors,
     colorize,
+    data_set,
     denormalize,
     normalize,
     resize,
@@ -145,7 +145,7 @@ def test_normalize_takes_read_only_pixels_and_leaves_them_alone() -> None:
 
 def test_black_background_has_norm_zero_after_its_shift() -> None:
     black = np.zeros((1, 3, 8, 8), np.uint8)
-    assert normalize(black, shift=DATASETS["digits"].background).norm() == 0
+    assert normalize(black, shift=data_set("digits").background).norm() == 0
     assert normalize(black, shift=0.0).norm() == pytest.approx(192**0.5)
 
 

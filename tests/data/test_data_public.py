@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fedpdm.data import COLORINGS, DATASETS, ImageSet, load_image_set, normalize
+from fedpdm.config.names import COLORINGS, DATA_SETS
+from fedpdm.data import ImageSet, data_set, load_image_set, normalize
 from tests.support.pixels import Pixels, exactly, random_pixels
 
 
@@ -51,7 +52,7 @@ def test_digits_are_split_once_and_for_all() -> None:
 def test_digits_are_coloured_by_label_unless_told_otherwise() -> None:
     grey = load_image_set("digits", split="test", coloring="none")
     colored = load_image_set("digits", split="test")
-    info = DATASETS["digits"]
+    info = data_set("digits")
     assert colored.images.shape[1:] == (info.channels, info.resolution, info.resolution)
     assert (colored.num_classes, colored.background) == (info.num_classes, -1.0)
     assert np.array_equal(colored.labels, grey.labels)
@@ -75,7 +76,7 @@ def test_digits_resolution_and_max_images() -> None:
     [
         (
             {"name": "mnits"},
-            f"data.name: unknown data set 'mnits'; did you mean 'mnist'? {known(DATASETS)}",
+            f"data.name: unknown data set 'mnits'; did you mean 'mnist'? {known(DATA_SETS)}",
         ),
         (
             {"split": "valid"},
@@ -109,7 +110,7 @@ def test_bad_arguments(arguments: dict[str, object], message: str) -> None:
         load_image_set(**{"name": "digits", "split": "train", **arguments})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", [name for name in DATASETS if name != "digits"])
+@pytest.mark.parametrize("name", [name for name in DATA_SETS if name != "digits"])
 def test_no_root_says_what_is_needed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FEDPDM_DATA", raising=False)
     with pytest.raises(ValueError, match=rf"^data.root: {name} needs a folder with ") as caught:

@@ -13,8 +13,8 @@ import pytest
 from numpy.typing import NDArray
 from scipy.optimize import brentq
 
+from fedpdm.config.names import PARTITIONS
 from fedpdm.data.partition import (
-    KINDS,
     ClientPartition,
     partition,
     partition_record,
@@ -46,7 +46,7 @@ def table(parts: tuple[ClientPartition, ...], labels: NDArray[np.int64]) -> NDAr
     return counts
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PARTITIONS)
 def test_every_image_goes_to_exactly_one_client(kind: str) -> None:
     parts = share(kind)
     assert [part.client_id for part in parts] == list(range(len(parts)))
@@ -267,7 +267,7 @@ def test_a_group_without_images_is_refused(
 # --- balanced totals ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PARTITIONS)
 def test_balanced_totals_are_those_of_the_rarest_class(kind: str) -> None:
     parts = share(kind, balanced=True)
     assert table(parts, LABELS).sum(axis=0).tolist() == [7] * 6

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from fedpdm.diffusion.denoisers import NO_LABEL, PRESETS, Denoiser, DenoiserSpec
+from fedpdm.diffusion.denoisers import NO_LABEL, Denoiser, DenoiserSpec
+from fedpdm.diffusion.presets import PRESETS
 from fedpdm.diffusion.schedule import make_schedule, q_sample
 
 LINEAR = make_schedule("linear")
@@ -27,6 +28,7 @@ def make_spec(**options: object) -> DenoiserSpec:
         "knows_clipping": False,
         **options,
     }
+    given["preset"] = PRESETS[str(given["preset"])]
     return DenoiserSpec(**given)  # type: ignore[arg-type]
 
 

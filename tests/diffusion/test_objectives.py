@@ -16,7 +16,6 @@ from scipy.stats import norm
 
 from fedpdm.diffusion.denoisers import NO_LABEL
 from fedpdm.diffusion.objectives import (
-    WEIGHTINGS,
     bridge_coefficients,
     denoising_loss,
     draw_timesteps,
@@ -26,6 +25,7 @@ from fedpdm.diffusion.objectives import (
     weighted_error,
 )
 from fedpdm.diffusion.schedule import NoiseSchedule, make_schedule, q_sample
+from fedpdm.diffusion.weightings import WEIGHTINGS, min_snr
 from tests.support.oracles import GaussianPosterior, binomial_bounds, zero_mean_fault
 
 SCHEDULE = make_schedule("linear", num_steps=200, beta_start=1e-3, beta_end=0.06)
@@ -219,7 +219,7 @@ def test_weights_turn_the_error_into_the_epsilon_and_v_losses() -> None:
     assert abs(float(noise.mean())) < 5 / math.sqrt(noise.numel())
     with pytest.raises(ValueError, match="one of snr, v, min_snr, uniform, got 'p2'"):
         snr_weight(torch.tensor([0.5]), weighting="p2")
-    assert snr_weight(torch.tensor([0.9]), weighting="min_snr", gamma=2.0).item() == 2.0
+    assert snr_weight(torch.tensor([0.9]), weighting=min_snr(2.0)).item() == 2.0
 
 
 def test_weighted_error_is_per_example() -> None:

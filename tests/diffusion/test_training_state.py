@@ -11,6 +11,7 @@ import torch
 
 from fedpdm.diffusion.denoisers import Denoiser, DenoiserSpec
 from fedpdm.diffusion.objectives import denoising_loss
+from fedpdm.diffusion.presets import PRESETS
 from fedpdm.diffusion.schedule import make_schedule
 from fedpdm.diffusion.training import (
     Trainer,
@@ -25,7 +26,7 @@ from tests.support.toys import CPU, copies, same, settings, toy_trainer, train
 
 def denoiser_trainer(seed: int) -> tuple[Trainer, Callable[..., torch.Tensor]]:
     spec = DenoiserSpec(
-        preset="micro", resolution=8, channels=1, num_classes=3, prediction="v",
+        preset=PRESETS["micro"], resolution=8, channels=1, num_classes=3, prediction="v",
         knows_clipping=False,
     )  # fmt: skip
     schedule = make_schedule("linear")

@@ -24,7 +24,7 @@ from PIL import Image
 from fedpdm.config import config_to_yaml
 from fedpdm.privacy.ledger import read_ledger
 from fedpdm.storage.files import read_json
-from strategies.rounds import RunAccount
+from strategies.rounds import RoundBook
 from tests.attacks.test_attack_unet import tiny
 from tests.data.test_data_public import write_idx
 from tests.support.command_line import call, forget_surroundings
@@ -161,7 +161,7 @@ def execute(line: str, rule: Here, folder: Path, monkeypatch: pytest.MonkeyPatch
         return 0
     with monkeypatch.context() as patch:
         if rule.interrupted:
-            patch.setattr(RunAccount, "tell", interrupt)
+            patch.setattr(RoundBook, "tell", interrupt)
         return call(*words)
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedpdm.diffusion.schedule import SCHEDULE_KINDS, NoiseSchedule, make_schedule
+from fedpdm.diffusion.names import SCHEDULE_KINDS
+from fedpdm.diffusion.schedule import NoiseSchedule, make_schedule
 from fedpdm.privacy.accountant import ACCOUNTINGS, compose, epsilon_bound, epsilon_spent
 from fedpdm.privacy.calibration import UnreachableEpsilonError, calibrate, calibrate_t0, rounded
 from fedpdm.privacy.mechanism import release_event

@@ -13,7 +13,8 @@ from opacus.grad_sample import GradSampleModule
 from opacus.validators import ModuleValidator
 from torch import nn
 
-from fedpdm.diffusion.denoisers import PRESETS, Denoiser
+from fedpdm.diffusion.denoisers import Denoiser
+from fedpdm.diffusion.presets import PRESETS
 from fedpdm.privacy.dpsgd import ExampleGradients, add_clipped, check_network
 from tests.support.dpsgd_toys import K, N, denoiser, drawn, rows_loss
 from tests.support.toys import seeded

@@ -11,6 +11,7 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscr
 
 from fedpdm.data import denormalize
 from fedpdm.diffusion.denoisers import NO_LABEL, Denoiser, DenoiserSpec
+from fedpdm.diffusion.presets import PRESETS
 from fedpdm.diffusion.sampling import make_scheduler, sample
 from fedpdm.diffusion.schedule import NoiseSchedule, make_schedule
 from fedpdm.publishing.pipeline import PFDMPipeline
@@ -29,7 +30,7 @@ def make_denoiser(
     schedule: NoiseSchedule, *, resolution: int, prediction: str, is_fine: bool
 ) -> Denoiser:
     spec = DenoiserSpec(
-        preset="tiny",
+        preset=PRESETS["tiny"],
         resolution=resolution,
         channels=1,
         num_classes=3,

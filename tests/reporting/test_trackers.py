@@ -29,7 +29,7 @@ from fedpdm.reporting.trackers.pictures import final_pictures, round_pictures
 from fedpdm.setup.build import build_denoiser
 from fedpdm.setup.run_setup import set_up
 from fedpdm.storage.run_directory import RunDirectory
-from strategies.rounds import RunAccount
+from strategies.rounds import RoundBook
 from tests.support.command_line import CONFIG
 from tests.support.federations import small_config
 
@@ -232,15 +232,15 @@ def test_a_resumed_run_goes_on_where_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, config = tmp_path / "run", tracked("tensorboard", rounds=3)
-    told = RunAccount.tell
+    told = RoundBook.tell
 
-    def break_after_round_2(self: RunAccount) -> None:
+    def break_after_round_2(self: RoundBook) -> None:
         told(self)
         if self.rounds_done == 2:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(RunAccount, "tell", break_after_round_2)
+        patch.setattr(RoundBook, "tell", break_after_round_2)
         with pytest.raises(KeyboardInterrupt):
             run_in_process(config, out)
     assert [step for step, _ in scalars(out / "trackers" / "tensorboard")["coarse_loss"]] == [1, 2]

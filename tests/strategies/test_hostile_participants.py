@@ -19,7 +19,7 @@ from flwr.common import Code, FitRes, Parameters, Status, ndarrays_to_parameters
 
 from fedpdm import wire
 from fedpdm.wire.types import CoarseUpdate
-from strategies import coarse
+from strategies import exchange
 from strategies.answers import LONGEST_LINE, one_line
 from strategies.roster import ClientFailure
 from tests.strategies.test_strategies_server import make_server, nothing, upload
@@ -168,7 +168,7 @@ def test_what_is_too_large_is_refused_before_it_is_decoded(
     def decode(_: Any) -> Any:
         raise AssertionError("was decoded")
 
-    monkeypatch.setattr(coarse, "decode_arrays", decode)
+    monkeypatch.setattr(exchange, "decode_arrays", decode)
     server = fedavg_server(tmp_path / "updates")
     server.ask(1)
     with pytest.raises(ClientFailure, match="client 1: its message has 70528 bytes, where at most"):

@@ -8,6 +8,7 @@ import torch
 
 from fedpdm.diffusion.denoisers import Denoiser, DenoiserSpec
 from fedpdm.diffusion.objectives import denoising_loss, weighted_error
+from fedpdm.diffusion.presets import PRESETS
 from fedpdm.diffusion.schedule import make_schedule, q_sample
 from tests.support.toys import seeded
 
@@ -20,7 +21,7 @@ UNIFORM = torch.ones(N, dtype=torch.float64)
 
 def denoiser(preset: str = "micro", seed: int = 0) -> Denoiser:
     spec = DenoiserSpec(
-        preset=preset, resolution=8, channels=3, num_classes=3, prediction="v",
+        preset=PRESETS[preset], resolution=8, channels=3, num_classes=3, prediction="v",
         knows_clipping=False,
     )  # fmt: skip
     torch.manual_seed(seed)

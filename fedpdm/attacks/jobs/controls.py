@@ -24,6 +24,7 @@ from fedpdm.attacks.membership import AttackTarget
 from fedpdm.data import ImageSet, denormalize, load_image_set, normalize
 from fedpdm.diffusion.denoisers import Denoiser, DenoiserSpec
 from fedpdm.diffusion.objectives import denoising_loss, drop_labels
+from fedpdm.diffusion.presets import PRESETS
 from fedpdm.diffusion.sampling import sample_in_batches
 from fedpdm.diffusion.schedule import make_schedule
 from fedpdm.diffusion.training import (
@@ -94,7 +95,7 @@ def train_control(
     """
     schedule, where = make_schedule("linear"), torch.device(device)
     spec = DenoiserSpec(
-        preset=preset,
+        preset=PRESETS[preset],
         resolution=images.images.shape[-1],
         channels=images.images.shape[1],
         num_classes=images.num_classes,

@@ -21,16 +21,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["KINDS", "ClientPartition", "PartitionKind", "checked_labels", "partition"]
+from fedpdm.config.names import PARTITIONS, PartitionKind
 
-PartitionKind = Literal["iid", "dirichlet", "majority_minority", "own"]
-
-KINDS: Final[tuple[str, ...]] = ("iid", "dirichlet", "majority_minority", "own")
+__all__ = ["ClientPartition", "checked_labels", "partition"]
 
 _PARAMETERS: Final[dict[str, tuple[str, ...]]] = {
     "iid": (),
@@ -84,7 +82,7 @@ def partition(
 
     Args:
         labels: (N,) integers in [0, num_classes).
-        kind: one of `KINDS`, see the module.
+        kind: one of `PARTITIONS`, see the module.
         num_clients: M, in [1, N]; exactly 1 for `own`.
         num_classes: K >= 1.
         rng: decides which images go where; equal states give equal partitions.
@@ -258,8 +256,8 @@ def checked_labels(labels: NDArray[np.int64], *, num_classes: int) -> NDArray[np
 
 
 def _check_num_clients(num_clients: int, *, num_images: int, kind: str) -> None:
-    if kind not in KINDS:
-        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    if kind not in PARTITIONS:
+        raise ValueError(f"kind must be one of {', '.join(PARTITIONS)}, got {kind!r}")
     if num_clients < 1:
         raise ValueError(f"num_clients must be at least 1, got {num_clients}")
     if num_clients > num_images:

@@ -11,6 +11,7 @@ import os
 from typing import Any
 
 from fedpdm.config import ConfigError
+from fedpdm.config.plugins import DIRECTORY_VARIABLE
 from fedpdm.deployment.acceptance import acceptance_of, config_digest
 from fedpdm.deployment.certificates import read_node_certificate
 from fedpdm.deployment.code_digest import code_digest
@@ -74,6 +75,7 @@ def prepare_node(settings: NodeSettings) -> NodeCommand:
     environment = flower_environment(home)
     environment["PATH"] = f"{home / 'commands'}{os.pathsep}{environment['PATH']}"
     environment["PYTHONSAFEPATH"] = "1"
+    environment[DIRECTORY_VARIABLE] = str(empty)  # a config names installed code alone
     environment[ALLOWED_VARIABLE] = " ".join(policy.code)
     return NodeCommand(
         client_id=certificate.client_id,
