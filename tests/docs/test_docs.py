@@ -124,6 +124,33 @@ def test_links_lead_somewhere(page: str) -> None:
         assert not anchor or anchor in slugs(path.read_text()), f"{page}: {target}"
 
 
+def test_the_readme_is_short_and_shows_a_picture() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 200
+    (picture,) = re.findall(r"!\[[^]]+\]\(([^)]+)\)", text)
+    assert (ROOT / picture).stat().st_size < 300_000
+    assert "make demo " in text
+    assert "make test " in text
+
+
+def test_the_readme_claims_no_more_than_the_tables_show() -> None:
+    """Each row of its headline table is cut out of the same row of docs/results.md."""
+
+    def rows(text: str) -> list[dict[str, str]]:
+        lines = [[c.strip() for c in line.strip("| ").split("|")] for line in text.splitlines()]
+        head, cells = lines[0], lines[2:]
+        return [dict(zip(head, row, strict=True)) for row in cells]
+
+    readme = (ROOT / "README.md").read_text()
+    claimed = rows(re.findall(r"(?:^\| method \|.*\n)(?:^\|.*\n)+", readme, re.MULTILINE)[0])
+    page = (ROOT / "docs" / "results.md").read_text().split("## Colorized MNIST, profile cpu")[1]
+    shown = rows(re.findall(r"(?:^\| method \|.*\n)(?:^\|.*\n)+", page, re.MULTILINE)[0])
+    measured = {row["method"]: row for row in shown}
+    assert len(claimed) >= 5
+    for row in claimed:
+        assert row == {name: measured[row["method"]][name] for name in row}
+
+
 def test_the_sites_menu_has_every_page() -> None:
     class Loader(yaml.SafeLoader):
         """Icons of the theme are written with a tag."""
