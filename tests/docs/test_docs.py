@@ -6,6 +6,7 @@ tests/docs/test_docs_commands.py executes the commands.
 from __future__ import annotations
 
 import argparse
+import ast
 import re
 import subprocess
 from pathlib import Path
@@ -18,6 +19,7 @@ from fedpdm.cli import main
 from fedpdm.config import RunConfig, config_from_mapping
 from tests.support.command_line import CONFIG, call, forget_surroundings
 from tests.support.markdown_pages import PAGES, ROOT, Block, all_blocks, blocks_of, commands_of
+from tests.test_layers import RANKS
 
 BLOCKS = all_blocks()
 COMMANDS = [(block, words) for block in BLOCKS for words in commands_of(block, "fedpdm")]
@@ -149,6 +151,22 @@ def test_the_readme_claims_no_more_than_the_tables_show() -> None:
     assert len(claimed) >= 5
     for row in claimed:
         assert row == {name: measured[row["method"]][name] for name in row}
+
+
+def test_the_architecture_page_has_every_room_and_the_ranks() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| (`.*`) \|$", text, re.MULTILINE)
+    shown = {room: int(rank) for rank, rooms in rows for room in re.findall(r"`([\w.]+)`", rooms)}
+    assert shown == RANKS
+    rooms = text.split("## The rooms")[1].split("## The way of an image")[0]
+    described = set(re.findall(r"\*\*`([\w.]+)`\*\*", rooms))
+    assert described == RANKS.keys() - {"fedpdm"}
+
+
+def test_every_package_says_what_it_is_for() -> None:
+    for room in RANKS.keys() - {"fedpdm.rng", "fedpdm.cli"}:
+        text = (ROOT / room.replace(".", "/") / "__init__.py").read_text()
+        assert "import" in (ast.get_docstring(ast.parse(text)) or ""), room
 
 
 def test_the_sites_menu_has_every_page() -> None:
