@@ -91,8 +91,8 @@ ONLY_IN = {
 }
 # Modules that may not import a library.
 NEVER = {"fedpdm.privacy.accountant": ("torch", "numpy")}
-# The one module that imports what a config names (`package.module:NAME`).
-IMPORTS_BY_NAME = ("fedpdm.config.plugins",)
+# What a config names (`package.module:NAME`), and modules by the paths that they once had.
+IMPORTS_BY_NAME = ("fedpdm.config.plugins", "fedpdm")
 # Where a release may be copied with other rows; it is constructed in the mechanism alone.
 MAY_REPLACE_IMAGES = {
     ("fedpdm.privacy.mechanism.records", "select"),
