@@ -63,18 +63,22 @@ MOVED: dict[str, tuple[str, ...]] = {
 }
 
 
+def _old_path(name: str) -> str:
+    """The longest path of `MOVED` that is `name` or holds it, or nothing."""
+    return max((old for old in MOVED if f"{name}.".startswith(f"{old}.")), key=len, default="")
+
+
 class _MovedModules(MetaPathFinder, Loader):
     """Imports a module of `MOVED`, or one inside it, as the very module that it is now."""
 
     def find_spec(
         self, fullname: str, path: Any = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        old = ".".join(fullname.split(".")[:2])
-        return importlib.machinery.ModuleSpec(fullname, self) if old in MOVED else None
+        return importlib.machinery.ModuleSpec(fullname, self) if _old_path(fullname) else None
 
     def exec_module(self, module: ModuleType) -> None:
         name = module.__name__
-        old = ".".join(name.split(".")[:2])
+        old = _old_path(name)
         now = [importlib.import_module(new + name.removeprefix(old)) for new in MOVED[old]]
         if len(now) == 1:
             sys.modules[name] = now[0]
