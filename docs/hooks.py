@@ -1,9 +1,7 @@
-"""What mkdocs fills in when it builds the site: the configuration table and the commands' help.
+"""What mkdocs changes when it builds the site.
 
-In tables, numbers of a cell stay on one line, and keys break where their parts meet.
-
-A page says where with `<!-- configuration -->`, `<!-- toy configuration -->` or
-`<!-- command line -->` on a line of its own.
+The help of every command replaces `<!-- command line -->` on a line of its own. In tables, the
+numbers of a cell stay on one line, and a key breaks after a dot or an underscore.
 """
 
 from __future__ import annotations
@@ -16,7 +14,6 @@ from unittest import mock
 
 from fedpdm.cli import main
 from fedpdm.commands.terminal import walk_commands
-from fedpdm.config import ToyConfig, config_reference
 
 __all__ = ["command_line", "on_page_content", "on_page_markdown"]
 
@@ -49,15 +46,8 @@ def command_line() -> str:
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """mkdocs calls this with every page's text."""
-    made = {
-        "<!-- configuration -->": config_reference,
-        "<!-- toy configuration -->": lambda: config_reference(ToyConfig),
-        "<!-- command line -->": command_line,
-    }
-    for mark, make in made.items():
-        if f"\n{mark}\n" in markdown:
-            markdown = markdown.replace(mark, make())
-    return markdown
+    mark = "<!-- command line -->"
+    return markdown.replace(mark, command_line()) if f"\n{mark}\n" in markdown else markdown
 
 
 def on_page_content(html: str, **_: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from fedpdm.config import ConfigError, RunConfig, config_from_mapping
 from fedpdm.data import ImageSet
 from fedpdm.privacy.accountant import epsilon_spent
 from fedpdm.privacy.mechanism import release_event
+from fedpdm.privacy.types import ReleasedDataset
 from fedpdm.setup.run_setup import build_schedule
 from fedpdm.storage.files import StoreError
 
@@ -74,6 +76,67 @@ def test_every_name_is_there() -> None:
     for name in fedpdm.__all__:
         assert getattr(fedpdm, name) is getattr(fedpdm.api, name)
         assert getattr(fedpdm, name).__doc__, name
+
+
+# What the documentation, the examples and the notebook named before the modules moved.
+OLD_PATHS = {
+    "fedpdm.accountant": "epsilon_spent",
+    "fedpdm.api.models": "train_coarse",
+    "fedpdm.api.releasing": "release",
+    "fedpdm.api.running": "run",
+    "fedpdm.attacks.auditing": "audit",
+    "fedpdm.attacks.linkage": "linkage_attack",
+    "fedpdm.attacks.membership.running": "run_membership",
+    "fedpdm.build": "load_public build_schedule",
+    "fedpdm.calibration": "calibrate Calibration calibrate_t0 UnreachableEpsilonError",
+    "fedpdm.cli": "main",
+    "fedpdm.config": "ToyConfig config_reference",
+    "fedpdm.data.imageset": "ImageSet",
+    "fedpdm.denoisers": "Denoiser",
+    "fedpdm.export": "export_pipeline load_pipeline sample_grid",
+    "fedpdm.ledger": "read_ledger",
+    "fedpdm.mechanism": "release",
+    "fedpdm.mechanism.events": "release_event",
+    "fedpdm.mechanism.gaussian": "clip_l2",
+    "fedpdm.noise": "SystemNoise",
+    "fedpdm.objectives": "denoising_loss",
+    "fedpdm.pictures": "draw_image_grid",
+    "fedpdm.pipeline": "PFDMPipeline",
+    "fedpdm.releases.store": "ReleaseStore",
+    "fedpdm.sampling": "sample",
+    "fedpdm.schedule": "make_schedule",
+    "fedpdm.training": "Trainer",
+    "fedpdm.types": "ReleasedDataset CoarseUpdate TrainReport SamplerOutput",
+    "fedpdm.wire": "decode_update",
+}
+
+
+@pytest.mark.parametrize("form", ["import {0}", "from {1} import {2}", "from {0} import {3}"])
+def test_paths_that_the_documentation_once_named_still_import(form: str) -> None:
+    lines = ["import sys, fedpdm", "assert 'torch' not in sys.modules"]
+    for path, names in OLD_PATHS.items():
+        package, _, module = path.rpartition(".")
+        lines.append(form.format(path, package, module, names.replace(" ", ", ")))
+        lines += [f"fedpdm{path.removeprefix('fedpdm')}.{name}" for name in names.split()]
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_moved_module_is_loaded_once() -> None:
+    for old, new in (
+        ("fedpdm.mechanism.gaussian", "fedpdm.privacy.mechanism.gaussian"),
+        ("fedpdm.releases", "fedpdm.privacy.releases"),
+    ):
+        module = importlib.import_module(old)
+        assert module is importlib.import_module(new)
+        assert module.__name__ == new
+    assert importlib.import_module("fedpdm.types").ReleasedDataset is ReleasedDataset
+    with pytest.raises(ModuleNotFoundError, match=r"fedpdm\.privacy\.mechanism\.guessing"):
+        importlib.import_module("fedpdm.mechanism.guessing")
+    with pytest.raises(ModuleNotFoundError, match=r"fedpdm\.newcomer"):
+        importlib.import_module("fedpdm.newcomer")
 
 
 def test_configure_is_the_yaml_files_reading(tmp_path: Path) -> None:

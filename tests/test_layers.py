@@ -98,8 +98,8 @@ NEVER = {
     "fedpdm.diffusion.names": LIGHT,
     "fedpdm.diffusion.presets": LIGHT,
 }
-# The one module that imports what a config names (`package.module:NAME`).
-IMPORTS_BY_NAME = ("fedpdm.config.plugins",)
+# What a config names (`package.module:NAME`), and modules by the paths that they once had.
+IMPORTS_BY_NAME = ("fedpdm.config.plugins", "fedpdm")
 # Where a release may be copied with other rows; it is constructed in the mechanism alone.
 MAY_REPLACE_IMAGES = {
     ("fedpdm.privacy.mechanism.records", "select"),

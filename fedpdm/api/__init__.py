@@ -3,7 +3,8 @@
 `from fedpdm import release, train_coarse, ...` gives the names below. Every function here
 calls the code that a federation runs: settings are those of the YAML files (`configure`), images
 are noised once for ever by a client's store (`release`), models are trained with the configured
-objectives, and what is drawn or attacked is what the run's own commands would draw or attack.
+objectives, and samples and attacks are those of the command line. It may import every room but
+`commands`; nothing in fedpdm imports it.
 
 Where `run.simulation` is true (the default), noise is seeded and protects from nobody who knows the
 seed: set it to false for real images of people.

@@ -1,4 +1,4 @@
-"""Audit of a release path with canaries: does what left the client keep to what is claimed?
+"""Audit of a release path with canaries: do the uploads keep to the claimed epsilon?
 
 The auditor draws a game (`canaries`), runs the real path on its images, and judges everything
 that left: lower bounds on epsilon from the adversary's guesses (`bounds`), the noise itself, which
@@ -54,7 +54,7 @@ __all__ = ["AuditReport", "audit", "residuals"]
 
 @dataclass(frozen=True, kw_only=True)
 class AuditReport:
-    """What the audit saw; `dataclasses.asdict` of it is JSON.
+    """The audit's result; `dataclasses.asdict` of it is JSON.
 
     Attributes:
         image_shape: (C, H, W); num_uploads: releases that were sent, replays included.

@@ -69,7 +69,7 @@ class CanaryGame:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class GameScores:
-    """What the adversary has after the uploads, (m,) each.
+    """What the adversary computes from the uploads, (m,) each.
 
     Attributes:
         scores: float64, log-likelihood ratio of `first` against `second`, in nats.

@@ -1,8 +1,8 @@
 """Collusion: everybody else's published models together against one client.
 
-A client's fine model has seen its own images only. So the fine models of all others, published,
-and the coarse model, which has seen releases only, should tell nothing about a client beyond the
-coarse model. The colluders pool what they have:
+A client's fine model has seen its own images only, and the coarse model releases only. So all other
+clients' published fine models should tell nothing about a client beyond what the coarse one tells.
+The colluders pool what they have:
 
 * reconstruction: the mean of the models' x0_hat (`PooledDenoiser`), and each model by itself;
 * membership: the sum of the models' standardised scores (`pooled_scores`), against the coarse

@@ -89,8 +89,8 @@ class ControlJudgement:
     lies; `num_near` of the generated images, a share `near_fraction` in [`near_low`, `near_high`],
     lie below it. At chance the share is `control_share` or less. `control_flagged_fraction` of the
     held-out images have a ratio of at most 1, in [`control_flagged_low`, `control_flagged_high`]:
-    images that differ little by nature, such as ones among digits. A flagged share of generated
-    images means memorisation as far as it exceeds this one.
+    some images differ little by nature, such as the digit one. Only a flagged share above this one
+    means memorisation.
     """
 
     control_share: float

@@ -113,7 +113,7 @@ def unclip_factor(
 
 
 def rescale(released: ReleasedDataset, *, unclip: float = 1.0) -> torch.Tensor:
-    """What an attacker who does nothing sees: `unclip x_tilde / sqrt(abar_t0)`, (N, *)."""
+    """The rescaled upload, `unclip x_tilde / sqrt(abar_t0)`, (N, *): what doing nothing gives."""
     return released.x_tilde * (unclip / released.parameters.alpha_bar**0.5)
 
 

@@ -93,7 +93,7 @@ def structural_similarity(
 
 
 def blind_guess(originals: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """For each image the mean of the other ones of its class: what is known without the upload.
+    """For each image the mean of the others of its class: the best guess without the upload.
 
     A class with one image gets the mean of all others. (N, *) float and int (N,) -> (N, *) float64;
     N at least 2.

@@ -1,8 +1,8 @@
 """Run configuration: frozen, typed, read from YAML, strict.
 
 Every key has a type, a default and a check. Unknown keys and wrong types are refused with the
-path of the key (`privacy.clipnorm: unknown key; did you mean clip_norm?`). Science functions
-never see these classes; `fedpdm.setup.build` translates.
+path of the key (`privacy.clipnorm: unknown key; did you mean clip_norm?`). It imports
+`diffusion` at most. Science functions never see these classes; `fedpdm.setup` translates.
 """
 
 from fedpdm.config.kind import RunKind

@@ -8,8 +8,8 @@ An image on black keeps its shape and takes one of ten colours: a pixel of value
   public seed and its position in the split. Colour is then a second, independent factor.
 * `correlated`: with probability rho (`correlation`) the class's own colour, else the one that
   `independent` gives; so P(own colour) = rho + (1 - rho) / 10, each other colour has
-  (1 - rho) / 10, rho = 1 is `by_label` and rho = 0 is `independent`, image by image. What has
-  its own colour at a smaller rho has it at a larger one.
+  (1 - rho) / 10, rho = 1 is `by_label` and rho = 0 is `independent`, image by image. An image
+  that has its class's colour at one rho has it at every larger rho.
 
 The seed is public because the colours are part of the data set, not of the mechanism.
 """

@@ -1,4 +1,4 @@
-"""What counts as a class: the set's own classes, colours, attributes, and some of them only."""
+"""The classes of a set: its own, colours, combinations of attributes, or a selection of these."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Which images trained a model: the record that a run keeps, for attacks to be judged by.
+"""Which images trained a model: the record that a run keeps, so that attacks can be judged.
 
 In simulation every client writes `members.json` in its store when it trains, a server that trains
 on raw images (a baseline) writes one for all clients. Images are known by their position in the
-run's `train` split (after `data.max_images`) and by the SHA-256 of their pixels, so an attack need
-not derive anew who held what, and notices if the data are not those that were trained on. Digests
+run's `train` split (after `data.max_images`) and by the SHA-256 of their pixels. So an attack reads
+who held what, and notices if the data are not those that were trained on. Digests
 of private images are private: the record stays where the images are.
 """
 

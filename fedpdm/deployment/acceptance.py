@@ -20,7 +20,7 @@ ACCEPTED = "accepted"
 def config_digest(config: RunConfig) -> str:
     """SHA-256 of the resolved config, without its name and the coordinator's own data folder.
 
-    Those two mean nothing to a node; with any other key changed it is another config.
+    A node does not use those two. A change of any other key makes it another config.
     """
     data = dataclasses.replace(config.data, root=None)
     plain = dataclasses.replace(config, name="federation", data=data)

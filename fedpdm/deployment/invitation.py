@@ -73,8 +73,8 @@ def installed_software() -> Software:
 def make_invitation(config: RunConfig) -> str:
     """The content of `federation.json` for a config with `run.simulation: false`.
 
-    The images' shape is that which the coordinator will build its model for; for sets that only
-    their files tell it of, it loads its own public ones.
+    The images' shape is the one that the coordinator will build its model for. Where only files
+    tell the shape, the coordinator's own public images are loaded.
     """
     if config.run.simulation:
         raise ConfigError("run.simulation: must be false in a deployed federation, got true")

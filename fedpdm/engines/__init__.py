@@ -1,1 +1,6 @@
-"""Engines run the same client and strategy objects: in this process, or through `flwr run`."""
+"""Engines run the same client and strategy objects.
+
+`inprocess` runs them one after the other in this process, `flower` through `flwr run` in Ray,
+`deployed` as the real processes of a federation. With `clients` and `strategies` it is the only
+room that imports Flower. `commands` and `api` import it.
+"""

@@ -147,7 +147,7 @@ def _gpu_share(config: RunConfig, num_actors: int) -> float:
 
 
 def _outcome(environment: Mapping[str, str], cwd: Path) -> str:
-    """Flower's own word on how the run ended: `finished:completed` if it did well."""
+    """How the run ended, by Flower's own record: `finished:completed` if it succeeded."""
     answer = subprocess.run(
         [tool("flwr"), "list", "local", "--format", "json"],
         cwd=cwd,

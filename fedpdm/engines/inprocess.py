@@ -106,8 +106,8 @@ def run_in_process(
     """Run a whole federation here; results are under `out` when it returns.
 
     `releases` is where clients keep their releases (default: in the run directory),
-    `allow_new_release` lets them noise released images once more. `strategy` is one's own, in place
-    of the one that the config names (see `strategies.server_app.build_strategy`).
+    `allow_new_release` lets them noise released images once more. `strategy` takes the place of the
+    one that the config names (see `strategies.server_app.build_strategy`).
 
     Raises what the server raises: `ConfigError` for a run directory of another config,
     `ClientFailure` for a failed client.

@@ -97,7 +97,7 @@ def _check_releases(
     setup: RunSetup,
     allow_new_release: bool,
 ) -> list[str]:
-    """Ask stores that are there what the run would do to them; they refuse by `StoreError`.
+    """Ask existing stores what the run would do to them; `StoreError` if one refuses.
 
     Returns a line that says what images will pay if some are to be noised once more.
     """
@@ -145,7 +145,7 @@ def _check_groups(
 
 
 def _notes(config: RunConfig, resolution: int) -> list[str]:
-    """Lines on what runs but was meant for something else."""
+    """Notes on settings that work but are meant for other images."""
     notes = []
     for role, section in (("coarse", config.coarse), ("fine", config.fine)):
         low, high = find_preset(config, role).resolutions

@@ -1,4 +1,4 @@
-"""What is checked before any run starts, simulated or deployed."""
+"""Checks before any run starts, simulated or deployed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ __all__ = [
 
 
 def check_place(config: RunConfig, out: Path, *, resume: bool) -> None:
-    """Refuse what needs no images to be refused, by `ConfigError`."""
+    """Checks that need no images; `ConfigError` if one fails."""
     wanted, there = config.aggregation.min_clients or 1, config.partition.num_clients
     if wanted > there:
         raise ConfigError(
@@ -104,7 +104,7 @@ def _what_leaves(setup: RunSetup) -> str:
 
 
 def nearest_folder(out: Path) -> Path:
-    """`out`, or what exists of the path to it."""
+    """`out`, or its nearest parent that exists."""
     folder = out
     while not folder.exists():
         folder = folder.parent
@@ -121,7 +121,7 @@ def check_writable(out: Path) -> None:
 
 
 def _check_sampler(setup: RunSetup) -> None:
-    """Sample one pixel with denoisers that answer 0: whatever goes from noise to images ends there.
+    """Sample one pixel with denoisers that answer 0, to see that the scheduler can.
 
     Some diffusers schedulers can be made but not stepped, or run from image to noise.
     """

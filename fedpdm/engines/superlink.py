@@ -10,8 +10,8 @@ Everything about it lies in one state directory:
     empty/            where Flower's processes start, so that they import nothing from there
 
 SuperNodes reach it by gRPC over TLS (Fleet API) and prove that they hold a registered key. Runs are
-submitted, and keys registered, at the control address: over HTTPS, by whoever reaches it, so it
-belongs on loopback.
+submitted and keys registered at the control address, over HTTPS without a password: keep it on
+loopback.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class SuperLink(Control):
             self._save(dataclasses.replace(known, runs={**known.runs, run_id: str(out)}))
 
     def process(self) -> psutil.Process | None:
-        """The running SuperLink, or None. A process id that was given away again is not it."""
+        """The running SuperLink, or None; another process that has got its id does not count."""
         with contextlib.suppress(OSError, ValueError, psutil.Error):
             record = json.loads(self._pid.read_text(encoding="utf-8"))
             process = psutil.Process(int(record["pid"]))
@@ -114,7 +114,7 @@ class SuperLink(Control):
 
         Raises:
             ConfigError: it runs already, a port is taken, or a certificate cannot be used.
-            RunFailed: it ended again; with its last line.
+            RunFailed: it ended at once; the error has its last line.
         """
         (self.state / "empty").mkdir(parents=True, exist_ok=True)
         self.home.mkdir(exist_ok=True)

@@ -1,4 +1,5 @@
 """How good samples are: features, distances, near-copies, classifiers, and the held-out loss.
 
-It imports `setup` and the rooms below. `metrics` and `features` know arrays and networks only.
+It may import `setup` and the rooms below; `reporting` and everything above may import it. `metrics`
+and `features` know arrays and networks only.
 """

@@ -1,4 +1,4 @@
-"""What clients of a finished simulation can draw, scored against real images that none holds.
+"""Scores of the samples of a finished simulation, against real images that no client holds.
 
 Everything here reads raw images: the guarantee covers none of it, so it is for simulations.
 """

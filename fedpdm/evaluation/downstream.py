@@ -1,4 +1,4 @@
-"""The use that synthetic images have: a classifier trained on them, tested on real ones."""
+"""How useful synthetic images are: a classifier is trained on them and tested on real ones."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def classifier_scores(
 ) -> DownstreamScores:
     """Train `SmallClassifier` on synthetic images and labels, test it on real ones.
 
-    Every method gets the same number of steps, so time does not depend on the number of images. Of
-    real training images, given as synthetic ones, this is the ceiling.
+    Every method gets the same number of steps, so time does not depend on the number of images.
+    Real training images, given in place of synthetic ones, set the ceiling.
 
     Args:
         images, labels: uint8 (N, C, H, H) and int64 (N,) in [0, num_classes), N >= 2.

@@ -109,7 +109,7 @@ class GroupScores:
     """What generated images of a group are worth.
 
     Attributes:
-        extractor: name of the features of all but the last two.
+        extractor: name of the features behind every score but the last two.
         num_images, num_reference: numbers of generated and of reference images.
         frechet: at `num_images`, and so larger than at infinitely many; FID where the extractor
             is FID's Inception.
@@ -140,7 +140,7 @@ class GroupScores:
     classifier: str | None = None
 
     def named(self, prefix: str) -> dict[str, float]:
-        """Flat names that say whose features a number is of.
+        """Flat names; each says which features the number was computed with.
 
         `minority_frechet[trained-64]`, and `minority_fid`, `minority_kid` of FID's Inception alone.
         """

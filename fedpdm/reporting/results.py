@@ -1,8 +1,8 @@
 """Results of experiments: one JSON file per method and seed, and the tables made from them.
 
-`experiments/results/SUITE-PROFILE/METHOD-seedK.json`; of an ablation, one folder deeper,
-`SUITE-PROFILE/ABLATION/VARIANT/`, unless the variant changes nothing: then it is the table's own.
-Beside each lies an .npz with some samples.
+A result is `experiments/results/SUITE-PROFILE/METHOD-seedK.json`. An ablation's results lie one
+folder deeper, in `SUITE-PROFILE/ABLATION/VARIANT/`; a variant that changes nothing uses the table's
+own result. Beside each lies an .npz with some samples.
 """
 
 from __future__ import annotations

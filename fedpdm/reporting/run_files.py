@@ -1,4 +1,4 @@
-"""What a run tells: its log, its pictures and its closing summary."""
+"""A run's log, pictures and closing summary."""
 
 from __future__ import annotations
 
@@ -229,6 +229,6 @@ def _cell(value: float, width: int) -> str:
 
 
 def _mean(values: Sequence[float]) -> float:
-    """Mean of what is there, NaN if nothing is."""
+    """Mean of the values that are not NaN; NaN if there is none."""
     present = [value for value in values if not math.isnan(value)]
     return sum(present) / len(present) if present else math.nan

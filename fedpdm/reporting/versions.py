@@ -1,4 +1,4 @@
-"""Versions of what a run or a report was made with."""
+"""Versions of the software that a run or a report was made with."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""From a run configuration to the objects that do the work: models, optimisers, losses.
+"""From a run configuration to the objects of the run: schedule, models, optimisers, losses.
 
-It imports every room below that needs a configuration explained (`data`, `privacy`, `diffusion`);
-clients, strategies and commands build through it.
+It may import `wire` and the rooms below; everything above builds its objects here.
 """

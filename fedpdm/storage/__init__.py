@@ -1,4 +1,5 @@
 """Files that appear complete or not at all: tensors, a client's store, a run's directory.
 
-It imports `config` alone. What the bytes mean is decided by those who write them.
+It imports `config` alone; `data` and everything above may import it. It does not know what the
+bytes mean: their writers decide that.
 """

@@ -71,7 +71,7 @@ class ClientStore:
         return locked(self.root / ".lock")
 
     def ledger_heads(self) -> list[str]:
-        """Where the ledger of releases ended when the kept rounds were answered."""
+        """Heads of the ledger of releases at the time the kept rounds were answered."""
         records = (read_json(folder / "reply.json") for folder in self._finished())
         return [str(record["ledger"]) for record in records if record.get("ledger")]
 

@@ -1,7 +1,7 @@
 """The Gaussian-mixture toy: the method where every answer is known (docs/toy.md).
 
 Mechanism, objectives, training and samplers are those for images; a point of R^d is an image of
-shape (1, 1, d).
+shape (1, 1, d). It may import `reporting` and the rooms below; `commands` imports it.
 """
 
 from fedpdm.toy.denoisers import LinearDenoiser, MLPDenoiser, fit_means

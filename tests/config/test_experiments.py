@@ -40,6 +40,6 @@ def test_dry_run(path: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_readme_has_the_configuration_reference() -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    assert config_reference() in readme
+def test_the_documentation_has_the_configuration_reference() -> None:
+    page = Path(__file__).parents[2] / "docs" / "reference" / "configuration.md"
+    assert config_reference() in page.read_text()

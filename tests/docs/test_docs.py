@@ -6,6 +6,7 @@ tests/docs/test_docs_commands.py executes the commands.
 from __future__ import annotations
 
 import argparse
+import ast
 import re
 import subprocess
 from pathlib import Path
@@ -18,6 +19,7 @@ from fedpdm.cli import main
 from fedpdm.config import RunConfig, config_from_mapping
 from tests.support.command_line import CONFIG, call, forget_surroundings
 from tests.support.markdown_pages import PAGES, ROOT, Block, all_blocks, blocks_of, commands_of
+from tests.test_layers import RANKS
 
 BLOCKS = all_blocks()
 COMMANDS = [(block, words) for block in BLOCKS for words in commands_of(block, "fedpdm")]
@@ -122,6 +124,59 @@ def test_links_lead_somewhere(page: str) -> None:
         path = (ROOT / page).parent / file if file else ROOT / page
         assert path.exists(), f"{page}: {target}"
         assert not anchor or anchor in slugs(path.read_text()), f"{page}: {target}"
+
+
+def test_the_readme_is_short_and_shows_a_picture() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 200
+    (picture,) = re.findall(r"!\[[^]]+\]\(([^)]+)\)", text)
+    assert (ROOT / picture).stat().st_size < 300_000
+    assert "make demo " in text
+    assert "make test " in text
+
+
+def test_the_readme_claims_no_more_than_the_tables_show() -> None:
+    """Each row of its headline table is cut out of the same row of docs/results.md."""
+
+    def rows(text: str) -> list[dict[str, str]]:
+        lines = [[c.strip() for c in line.strip("| ").split("|")] for line in text.splitlines()]
+        head, cells = lines[0], lines[2:]
+        return [dict(zip(head, row, strict=True)) for row in cells]
+
+    readme = (ROOT / "README.md").read_text()
+    claimed = rows(re.findall(r"(?:^\| method \|.*\n)(?:^\|.*\n)+", readme, re.MULTILINE)[0])
+    page = (ROOT / "docs" / "results.md").read_text().split("## Colorized MNIST, profile cpu")[1]
+    shown = rows(re.findall(r"(?:^\| method \|.*\n)(?:^\|.*\n)+", page, re.MULTILINE)[0])
+    measured = {row["method"]: row for row in shown}
+    assert len(claimed) >= 5
+    for row in claimed:
+        assert row == {name: measured[row["method"]][name] for name in row}
+
+
+def test_the_architecture_page_has_every_room_and_the_ranks() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    by_rank: dict[int, list[str]] = {}
+    for room, rank in RANKS.items():
+        by_rank.setdefault(rank, []).append(f"`{room}`")
+    table = [f"| {rank} | {', '.join(by_rank[rank])} |" for rank in sorted(by_rank, reverse=True)]
+    assert re.findall(r"^\| \d+ \| .*$", text, re.MULTILINE) == table
+    rooms = text.split("## The rooms")[1].split("## The way of an image")[0]
+    described = set(re.findall(r"\*\*`([\w.]+)`\*\*", rooms))
+    assert described >= RANKS.keys() - {"fedpdm"}
+
+
+def test_what_the_changelog_says_has_moved_is_there() -> None:
+    rows = re.findall(r"^\| .*`([\w.]+)` \|$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert len(rows) > 60
+    for module in rows:
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").is_file() or (path / "__init__.py").is_file(), module
+
+
+def test_every_package_says_what_it_is_for() -> None:
+    for room in RANKS.keys() - {"fedpdm.rng", "fedpdm.cli"}:
+        text = (ROOT / room.replace(".", "/") / "__init__.py").read_text()
+        assert "import" in (ast.get_docstring(ast.parse(text)) or ""), room
 
 
 def test_the_sites_menu_has_every_page() -> None:

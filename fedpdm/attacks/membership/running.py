@@ -233,7 +233,7 @@ def _as_used(target: AttackTarget, attack: str, chosen: dict[str, Any]) -> dict[
 
 
 def _child(seed: np.random.SeedSequence, index: int) -> np.random.SeedSequence:
-    """As `seed.spawn`, without counting: the same child whenever asked."""
+    """As `seed.spawn`, but the same child at every call."""
     return np.random.SeedSequence(seed.entropy, spawn_key=(*seed.spawn_key, index))
 
 

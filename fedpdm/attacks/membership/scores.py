@@ -1,4 +1,4 @@
-"""What a membership attack achieves: AUC, success rate and true-positive rates, with intervals.
+"""Scores of a membership attack: AUC, success rate and true-positive rates, with intervals.
 
 With TPR(u) and FPR(u) the shares of members and non-members that score at least u:
 
@@ -44,8 +44,8 @@ class Estimate:
 class MembershipScores:
     """All rates are in [0, 1]; `dataclasses.asdict` of it is JSON.
 
-    `asr_at_chance` is what the ASR of an attack that knows nothing exceeds once in 20 times, at
-    these numbers of images.
+    The ASR of an attack that knows nothing exceeds `asr_at_chance` once in 20 times, at these
+    numbers of images.
     """
 
     auc: Estimate

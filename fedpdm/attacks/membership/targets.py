@@ -1,4 +1,4 @@
-"""What a membership attack is run against: any denoiser, and the noise levels it was trained for.
+"""The target of a membership attack: any denoiser, and the noise levels it was trained for.
 
 A denoiser answers with x0_hat; the attacks are written in the noise it implies,
 

@@ -50,8 +50,8 @@ def read_node_certificate(path: Path) -> NodeCertificate:
     """The node certificate in a PEM file that also holds its authority's; the key lies beside it.
 
     `CertificateError` if it is not a node's, was not signed by that authority, its key (the same
-    path ending in `.key`, OpenSSH format) is missing, another or readable by others. Times are not
-    checked here.
+    path ending in `.key`, OpenSSH format) is missing, does not fit or is readable by others. Times
+    are not checked here.
     """
     certificates = load_certificates(path)
     if len(certificates) != 2:

@@ -280,7 +280,7 @@ class _Checking:
 
 
 def _compare(here: Software, wanted: Software, *, also: tuple[str, ...]) -> str:
-    """Words about versions; `ConfigError` for the first that must agree and does not."""
+    """A line about versions; `ConfigError` for the first that must agree and does not."""
     for name in ("flwr", "fedpdm"):
         ours, theirs = getattr(here, name), getattr(wanted, name)
         if ours != theirs:

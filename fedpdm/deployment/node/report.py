@@ -1,4 +1,4 @@
-"""What `fedpdm node check` has found: a line per check, and the parts that later ones need."""
+"""Results of `fedpdm node check`: a line per check, and the parts that later checks need."""
 
 from __future__ import annotations
 

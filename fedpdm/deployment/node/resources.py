@@ -95,9 +95,9 @@ def check_store(root: Path) -> str:
 
 
 def check_clock(now: datetime.datetime, *, not_before: datetime.datetime | None) -> str:
-    """Words about the clock; `ValueError` if it is before something that has happened already.
+    """A line about the clock; `ValueError` if it is earlier than something that has happened.
 
-    Whether the kernel counts itself as synchronised is asked of Linux; nothing is sent anywhere.
+    Linux says whether the clock is synchronised; nothing is sent anywhere.
     """
     if not_before is not None and now < not_before:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What a participant says: three values, and where to find the rest if not beside them."""
+"""A participant's settings: three values, and where other files are if not beside them."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ class NodeSettings:
         )
 
     def load_policy(self) -> NodePolicy:
-        """The node's bounds; without a file those that allow neither raw metrics nor new releases,
-        and else leave the decision to the accepted statement."""
+        """The node's bounds. Without a file they allow neither raw metrics nor new releases; the
+        accepted statement decides everything else."""
         return load_policy(self.policy) if self.policy else NodePolicy()
 
     def store_of(self, client_id: int) -> Path:

@@ -1,1 +1,1 @@
-"""A federation of real processes: the coordinator's and the participants' Flower programs."""
+"""A federation of real processes: the Flower programs of the coordinator and of the nodes."""

@@ -35,8 +35,8 @@ class Node:
 
 @dataclass(frozen=True, kw_only=True)
 class FlowerRun:
-    """Flower's word on a run. `status` as in `finished:completed`; bytes as the server app sent
-    and received them."""
+    """What Flower says of a run: `status` as in `finished:completed`, and the bytes that the server
+    app sent and received."""
 
     run_id: str
     status: str

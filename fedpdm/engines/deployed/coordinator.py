@@ -1,8 +1,8 @@
 """Submit a run to a deployed federation, follow it, and learn how it really ended.
 
 Flower's command line returns 0 whatever happens, and its SuperLink gives up the runs that were
-going on when it ended. The server app writes every line that it says, and a checkpoint after each
-round, to the run directory on this machine: that is what is followed here, and resumed.
+going on when it ended. The server app writes its lines, and a checkpoint after each round, to the
+run directory on this machine. This module follows that directory, and resumes from it.
 """
 
 from __future__ import annotations
@@ -157,8 +157,8 @@ def _refuse_second_run(superlink: SuperLink, out: Path) -> None:
     """`ConfigError` while another run is going on: nodes work on one at a time, and two servers
     may not write one directory.
 
-    After a restart of the SuperLink Flower calls a run running, for a while, whose server app died
-    with the one before: such a run is stopped.
+    After a restart of the SuperLink, Flower still lists a run as running although its server app
+    died with the old SuperLink. Such a run is stopped.
     """
     for run in superlink.runs():
         if run.finished:
@@ -185,8 +185,8 @@ def _has_server(superlink: SuperLink) -> bool:
 
 
 def _end_servers(superlink: SuperLink) -> None:
-    """Wait for server apps of runs that have ended, and end what does not: two of them may not
-    write one run directory."""
+    """Wait until the server apps of finished runs end, and end those that do not: two server apps
+    must not write one run directory."""
     deadline = time.monotonic() + 30.0
     while servers := _server_apps(superlink):
         if time.monotonic() > deadline:
@@ -224,7 +224,7 @@ def _submit(superlink: SuperLink, config: RunConfig, out: Path, *, resume: bool)
 def _follow(
     superlink: SuperLink, run_id: str, tail: LogTail, say: Callable[[str], None]
 ) -> FlowerRun:
-    """Show what happens until the run has ended; Flower's last word on it.
+    """Show what happens until the run has ended; returns Flower's final status.
 
     Flower is asked when one of the SuperLink's processes came or went (the server app's does when
     the run ends), and now and then.

@@ -1,4 +1,4 @@
-"""What a coordinator can say of its federation: nodes, runs, rounds, bytes, losses."""
+"""The state of a coordinator's federation: nodes, runs, rounds, bytes, losses."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Distances that are averages over subsets: Frechet at infinitely many examples, and KID.
 
-A Frechet distance of N examples is too large by about a constant over N, which depends on what is
-measured: two models can change places with N alone. Extrapolated values compare across N.
+A Frechet distance of N examples is too large by about a constant over N. The constant depends on
+the model, so two models can change places with N alone. Extrapolated values compare across N.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Is it real, is all of it there: metrics of the balls that reach to the k-th nearest neighbour.
+"""Fidelity and diversity, by balls that reach to the k-th nearest neighbour.
 
 A set's manifold is the union of balls around its points, each of which reaches to the point's k-th
 nearest other point of the set. Distances come from one matrix product, `||x||^2 - 2 x.y + ||y||^2`

@@ -4,8 +4,8 @@
 
 Both sets are cut into blocks, so that memory does not grow with N times M. Pixels are whole
 numbers, for which this is exact in float64. Other values are centred at the mean of the references,
-and the distances of the n rows that were found are taken again from their differences, so that a
-copy is at distance 0 there as well.
+and the distances of the n rows found are computed again from differences, so that a copy is at
+distance 0 there as well.
 """
 
 from __future__ import annotations

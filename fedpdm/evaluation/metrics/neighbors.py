@@ -1,4 +1,4 @@
-"""Nearest neighbours of pixels: whose label, and is it a copy."""
+"""Nearest neighbours in pixel space: the label they vote for, and near-copies."""
 
 from __future__ import annotations
 

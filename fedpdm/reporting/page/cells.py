@@ -19,7 +19,7 @@ class Table:
 
 
 def number(value: Any, digits: int = 4) -> str:
-    """A number as text; `-` for what is none."""
+    """A number as text; `-` for None, other values as they are."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return "-" if value is None else str(value)
     if isinstance(value, int):

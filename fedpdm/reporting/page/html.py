@@ -74,8 +74,8 @@ def write_report(
 ) -> Path:
     """Write the page and return its path; `ValueError`, one line, if it cannot be written.
 
-    `client` is whose models draw the way from noise to image, where the run is a simulation, and
-    `seed` its noise, the same for all runs; without `films` nothing is sampled.
+    In a simulation, the models of `client` draw the way from noise to image. `seed` gives its
+    noise, the same for all runs. Without `films` nothing is sampled.
     """
     page = render_report(runs, client=client, seed=seed, films=films, say=say)
     write_atomic(out, page.encode())

@@ -1,4 +1,4 @@
-"""What a run directory says, for a page: plain data, each part absent where its file is."""
+"""A run directory as plain data for a page; a part is None where its file is missing."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class RunFacts:
 
     @property
     def folder(self) -> str:
-        """The directory's name; where it lies is nobody's business."""
+        """The directory's name, without its place on this machine."""
         return self.run.root.absolute().name
 
     @property

@@ -1,6 +1,6 @@
 """Trackers that follow a run: checked before it starts, fed by the server, never in its way.
 
-What they get is what the server knows: each round's record of `metrics.json`, samples of the models
+They get what the server knows: each round's record of `metrics.json`, samples of the models
 after each evaluated round and, in simulation, the picture of samples that was drawn at the end.
 """
 

@@ -1,4 +1,4 @@
-"""What a tracker does, and where it keeps its files."""
+"""The interface of a tracker, and what it is told at the start."""
 
 from __future__ import annotations
 
