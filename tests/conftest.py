@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 # One thread each, in processes that tests start too: sums depend on the number of threads.
@@ -17,6 +18,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest
 import torch
 from xdist.scheduler import LoadGroupScheduling
+
+from tests.support.made_once import made_once
 
 torch.set_num_threads(1)
 
@@ -31,6 +34,17 @@ def one_torch_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of `tests.support.command_line.CONFIG` that `fedpdm run` has brought to its end.
+
+    It is only read; whoever writes does so in a copy.
+    """
+    from tests.support.command_line import run_to_its_end
+
+    return made_once(tmp_path_factory, "finished-run", run_to_its_end) / "out"
 
 
 @pytest.hookimpl(tryfirst=True)
