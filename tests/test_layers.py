@@ -6,7 +6,7 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
+from tests.support.cases import every
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("fedpdm", "clients", "strategies")
@@ -210,7 +210,7 @@ def modules() -> list[tuple[str, Path]]:
     return found
 
 
-@pytest.mark.parametrize(("module", "path"), modules(), ids=[name for name, _ in modules()])
+@every("module, path", modules())
 def test_module_keeps_the_layers(module: str, path: Path) -> None:
     source = path.read_text(encoding="utf-8")
     assert faults(source, module, is_package=path.name == "__init__.py") == []
@@ -323,7 +323,7 @@ PLANTED = [
 ]
 
 
-@pytest.mark.parametrize(("module", "source", "fault"), PLANTED)
+@every("module, source, fault", PLANTED)
 def test_planted_faults_are_reported(module: str, source: str, fault: str) -> None:
     found = faults(source, module)
     assert len(found) == 1, found
@@ -347,6 +347,6 @@ ALLOWED = [
 ]
 
 
-@pytest.mark.parametrize(("module", "source"), ALLOWED)
+@every("module, source", ALLOWED)
 def test_what_is_allowed_is_not_reported(module: str, source: str) -> None:
     assert faults(source, module) == []

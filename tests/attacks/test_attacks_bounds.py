@@ -23,6 +23,7 @@ from fedpdm.attacks.bounds import (
     mu_of_epsilon,
     steinke_epsilon_bound,
 )
+from tests.support.cases import every
 
 DELTA = 1e-5
 gaussian = functools.cache(gaussian_mu_bound)
@@ -59,8 +60,8 @@ def enumerated_p_value(epsilon: float, m: int, r: int, v: int, delta: float) -> 
     return min(1.0, beta + 2 * m * alpha * delta)
 
 
-@pytest.mark.parametrize("delta", [0.0, 1e-5, 1e-3])
-@pytest.mark.parametrize(("m", "r", "v"), [(9, 9, 9), (12, 9, 8), (50, 10, 10), (5, 5, 3)])
+@every("delta", [0.0, 1e-5, 1e-3])
+@every("m, r, v", [(9, 9, 9), (12, 9, 8), (50, 10, 10), (5, 5, 3)])
 def test_steinke_by_enumeration(m: int, r: int, v: int, delta: float) -> None:
     found = steinke_epsilon_bound(num_canaries=m, num_guesses=r, num_right=v, delta=delta)
     grid = np.arange(0.0, 5.0, 1e-3)

@@ -11,6 +11,7 @@ import pytest
 from scipy import special
 
 from fedpdm.attacks.roc import auc, auc_interval, roc_points, tpr_at_fpr
+from tests.support.cases import every
 
 
 def brute_auc(x: np.ndarray, y: np.ndarray) -> float:
@@ -23,8 +24,8 @@ def brute_tpr(x: np.ndarray, y: np.ndarray, fpr: float) -> float:
     return max(float(np.mean(x >= t)) for t in allowed)
 
 
-@pytest.mark.parametrize("levels", [2, 5, 1000])
-@pytest.mark.parametrize("seed", range(5))
+@every("levels", [2, 5, 1000])
+@every("seed", range(5))
 def test_against_brute_force_with_ties(levels: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     x = rng.integers(0, levels, size=rng.integers(1, 40)) + levels // 3

@@ -34,15 +34,6 @@ def experiment(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that `main` has brought to its end."""
-    folder = tmp_path_factory.mktemp("cli")
-    (folder / "small.yaml").write_text(config_to_yaml(CONFIG))
-    assert in_process(folder / "small.yaml", "--out", folder / "out") == 0
-    return folder / "out"
-
-
 # Asking.
 
 
@@ -127,17 +118,17 @@ def test_dry_run_writes_nothing(
     assert list(tmp_path.iterdir()) == [experiment]
 
 
-def test_run_writes_its_results(finished: Path) -> None:
+def test_run_writes_its_results(finished_run: Path) -> None:
     for name in ("config.yaml", "metrics.json", "privacy.json", "log.txt", "coarse.safetensors"):
-        assert (finished / name).stat().st_size > 0
+        assert (finished_run / name).stat().st_size > 0
     for name in ("samples.png", "partition.png"):
-        with Image.open(finished / name) as picture:
+        with Image.open(finished_run / name) as picture:
             picture.verify()
-    assert load_config(finished / "config.yaml") == CONFIG
-    metrics = json.loads((finished / "metrics.json").read_text())
+    assert load_config(finished_run / "config.yaml") == CONFIG
+    metrics = json.loads((finished_run / "metrics.json").read_text())
     assert [record["round"] for record in metrics["rounds"]] == [1]
     assert {client["client_id"] for client in metrics["final"]["clients"]} == {0, 1}
-    assert "round 1/1" in (finished / "log.txt").read_text()
+    assert "round 1/1" in (finished_run / "log.txt").read_text()
 
 
 def test_run_prints_its_summary_and_show_repeats_it(
@@ -193,8 +184,10 @@ def test_data_directory_becomes_absolute(
 # Afterwards.
 
 
-def test_export_of_an_unknown_client(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call("export", finished, "--client", 7, "--out", "pipe") == 2
+def test_export_of_an_unknown_client(
+    finished_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call("export", finished_run, "--client", 7, "--out", "pipe") == 2
     line = without_advice(capsys.readouterr().err)
     assert "client 7 has no fine model there; clients that have one: 0, 1" in line
     assert line.count("\n") == 1
@@ -202,8 +195,8 @@ def test_export_of_an_unknown_client(finished: Path, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-def test_export_then_sample(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call("export", finished, "--client", 1, "--out", "pipe") == 0
+def test_export_then_sample(finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("export", finished_run, "--client", 1, "--out", "pipe") == 0
     assert capsys.readouterr().out == "pipeline of client 1 written to pipe\n"
     common = ("sample", "pipe", "--num", 2, "--steps", 2, "--label", 3, "--out", "grid.png")
     assert call(*common) == 0
@@ -215,9 +208,9 @@ def test_export_then_sample(finished: Path, capsys: pytest.CaptureFixture[str]) 
         assert without_advice(capsys.readouterr().err).count("\n") == 1
 
 
-def test_results_are_what_the_run_computed(finished: Path) -> None:
+def test_results_are_what_the_run_computed(finished_run: Path) -> None:
     """The published model is the average in the checkpoint, and every client has its own."""
-    checkpoint = read_tensors(finished / "server" / "checkpoint.safetensors")[0]
-    for name, value in read_tensors(finished / "coarse.safetensors")[0].items():
+    checkpoint = read_tensors(finished_run / "server" / "checkpoint.safetensors")[0]
+    for name, value in read_tensors(finished_run / "coarse.safetensors")[0].items():
         assert value.equal(checkpoint[f"ema.{name}"])
-    assert all(ClientStore(finished / "clients" / str(k)).last_round() == 1 for k in (0, 1))
+    assert all(ClientStore(finished_run / "clients" / str(k)).last_round() == 1 for k in (0, 1))

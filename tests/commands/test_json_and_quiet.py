@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ import pytest
 from fedpdm.cli import _parser
 from fedpdm.commands.terminal import RESULTS, WITHOUT, walk_commands
 from fedpdm.config import config_from_mapping, config_to_yaml
-from fedpdm.engines.inprocess import run_in_process
 from tests.support.command_line import CONFIG, call, forget_surroundings
 from tests.support.federations import small_config
 from tests.support.real_nodes import free_port, make_certificates, make_node_key
@@ -69,10 +67,10 @@ NOT_CALLED = {"stop": "ends every run of this machine, whoever started it"}
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def workplace(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("json")
     (folder / "small.yaml").write_text(config_to_yaml(CONFIG))
-    run_in_process(CONFIG, folder / "run")
+    shutil.copytree(finished_run, folder / "run")
     assert call("export", folder / "run", "--out", folder / "pipeline", "--quiet") == 0
     assert call("certificates", "ca", "--out", folder / "ca", "--quiet") == 0
     request = ("certificates", "request", "--client", 2, "--out", folder / "request", "--quiet")
@@ -144,7 +142,8 @@ def test_what_the_json_says(here: Path, tmp_path: Path, capsys: pytest.CaptureFi
 
 
 @pytest.mark.flower
-def test_a_superlink_in_json(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning")
+def test_a_superlink_in_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A real one: started, asked and ended."""
     config = small_config(run={"simulation": False}, data={"max_images": None})
     (tmp_path / "run.yaml").write_text(config_to_yaml(config))
@@ -152,12 +151,9 @@ def test_a_superlink_in_json(tmp_path: Path) -> None:
     certificates = make_certificates(tmp_path / "certificates")
 
     def told(action: str, *words: Any) -> Any:
-        command = (sys.executable, "-m", "fedpdm.cli", "federation", action, *words)
-        state = ("--state", tmp_path / "state", "--json")
-        done = subprocess.run(
-            [str(word) for word in (*command, *state)], capture_output=True, text=True, check=True
-        )
-        return json.loads(done.stdout)
+        capsys.readouterr()
+        assert call("federation", action, *words, "--state", tmp_path / "state", "--json") == 0
+        return json.loads(capsys.readouterr().out)
 
     fleet, control = (f"127.0.0.1:{free_port()}" for _ in range(2))
     places = ("--fleet", fleet, "--control", control, "--certificates", certificates)

@@ -25,23 +25,16 @@ from fedpdm.engines import flowercli
 from fedpdm.privacy.accountant import epsilon_spent
 from fedpdm.privacy.types import GaussianEvent
 from fedpdm.storage.files import StoreError
+from tests.support.cases import every
 from tests.support.command_line import CONFIG, call, forget_surroundings, in_process
 
 COMMANDS = dict(walk_commands(_parser()))
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("terminal")
-    (folder / "small.yaml").write_text(config_to_yaml(CONFIG))
-    assert in_process(folder / "small.yaml", "--out", folder / "out", "--quiet") == 0
-    return folder / "out"
-
-
 # Help.
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@every("name", COMMANDS)
 def test_every_command_shows_examples_that_parse(name: str) -> None:
     """Oracle: the parser itself takes every example, as the command that it is shown for."""
     text = COMMANDS[name].format_help()
@@ -62,9 +55,14 @@ def test_no_example_is_of_a_command_that_is_gone() -> None:
     assert {*RESULTS} <= COMMANDS.keys()
 
 
-def test_no_colours_without_a_terminal(finished: Path) -> None:
+def test_no_colours_without_a_terminal(finished_run: Path) -> None:
     environment = {**os.environ, "FORCE_COLOR": "", "PYTHON_COLORS": ""}
-    for arguments in (["--help"], ["run", "--help"], ["show", str(finished)], ["show", "nowhere"]):
+    for arguments in (
+        ["--help"],
+        ["run", "--help"],
+        ["show", str(finished_run)],
+        ["show", "nowhere"],
+    ):
         answer = subprocess.run(
             [sys.executable, "-m", "fedpdm.cli", *arguments],
             capture_output=True, check=False, env=environment,
@@ -118,17 +116,17 @@ def test_quiet_run_says_nothing(
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 def test_export_sample_evaluate_and_ledger_in_json(
-    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pipeline, grid = tmp_path / "pipe", tmp_path / "grid.png"
-    assert call("export", finished, "--out", pipeline, "--json") == 0
+    assert call("export", finished_run, "--out", pipeline, "--json") == 0
     assert json.loads(capsys.readouterr().out) == {"out": str(pipeline), "client": 0}
     common = ("sample", pipeline, "--num", 2, "--steps", 2, "--label", 3, "--out", grid)
     assert call(*common, "--json") == 0
     assert json.loads(capsys.readouterr().out)["num"] == 2
     assert call(*common, "--quiet") == 0
     assert capsys.readouterr().out == ""
-    assert call("ledger", finished, "--json") == 0
+    assert call("ledger", finished_run, "--json") == 0
     ledgers = json.loads(capsys.readouterr().out)
     event = GaussianEvent(noise_multiplier=ledgers[0]["records"][1]["noise_multiplier"])
     assert ledgers[0]["epsilon_max"] == pytest.approx(epsilon_spent([event], delta=1e-5))

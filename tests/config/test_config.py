@@ -21,6 +21,7 @@ from fedpdm.config import (
     config_to_yaml,
     load_config,
 )
+from tests.support.cases import every
 
 SECTIONS = [f for f in dataclasses.fields(RunConfig) if f.name != "name"]
 KEYS = [
@@ -116,7 +117,7 @@ def test_the_reference_lists_every_key() -> None:
 # --- What is refused ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("section", "key"), KEYS, ids=lambda v: getattr(v, "name", v))
+@every("section, key", KEYS)
 def test_every_key_refuses_wrong_types_and_values_beyond_its_bounds(section: str, key: Any) -> None:
     kind = str(key.type).split(" ")[0]
     path = re.escape(f"{section}.{key.name}: ")

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from fedpdm.config import ConfigError, RunConfig, Suite, load_paper_values, load_suite
+from tests.support.cases import every
 
 FOLDER = Path(__file__).parents[2] / "experiments"
 NAMES = ("cifar10", "colored-mnist", "celeba")
@@ -61,7 +62,7 @@ def test_profiles_and_methods(name: str) -> None:
     assert len(set(titles)) == len(titles)
 
 
-@pytest.mark.parametrize(("name", "profile", "method"), CELLS)
+@every("name, profile, method", CELLS)
 def test_cell(name: str, profile: str, method: str) -> None:
     suite = suite_of(name)
     size = suite.profile(profile)

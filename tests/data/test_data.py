@@ -24,6 +24,7 @@ from fedpdm.data import (
     resize,
     stratified_positions,
 )
+from tests.support.cases import every
 from tests.support.pixels import exactly, random_pixels
 
 
@@ -48,8 +49,8 @@ def test_image_set_holds_read_only_arrays_and_counts() -> None:
         images.background = 1.0  # type: ignore[misc]
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
+@every(
+    "changes, message",
     [
         ({"images": np.zeros((6, 3, 4, 5))}, "images must be a uint8 array, got float64"),
         ({"images": [1]}, "images must be a uint8 array, got list"),

@@ -20,6 +20,7 @@ from fedpdm.data.partition import (
     partition_record,
     partition_table,
 )
+from tests.support.cases import every
 
 LABELS = np.random.default_rng(7).permutation(np.repeat(np.arange(6), [90, 80, 70, 60, 50, 7]))
 
@@ -108,8 +109,8 @@ def at_least_one(weights: NDArray[np.float64], total: int) -> NDArray[np.float64
     return np.maximum(1.0, c * weights)
 
 
-@pytest.mark.parametrize("ratio", [1.0, 2.5, 10.0, 50.0, 400.0])
-@pytest.mark.parametrize(("num_clients", "majority_classes"), [(2, 3), (4, 3), (7, 2), (5, 6)])
+@every("ratio", [1.0, 2.5, 10.0, 50.0, 400.0])
+@every("num_clients, majority_classes", [(2, 3), (4, 3), (7, 2), (5, 6)])
 def test_majority_ratio_holds_within_rounding(
     ratio: float, num_clients: int, majority_classes: int
 ) -> None:
@@ -360,8 +361,8 @@ def test_table_is_exact() -> None:
 # --- errors ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("kind", "changes", "message"),
+@every(
+    "kind, changes, message",
     [
         ("iid", {"num_clients": 0}, "num_clients must be at least 1, got 0"),
         (

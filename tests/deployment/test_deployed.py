@@ -19,7 +19,7 @@ from fedpdm.engines.inprocess import run_in_process
 from fedpdm.privacy.noise import SystemNoise
 from fedpdm.privacy.releases import ReleaseStore
 from fedpdm.storage.client_store import read_tensors
-from tests.support.command_line import without_advice
+from tests.support.command_line import call, without_advice
 from tests.support.federations import small_config
 from tests.support.real_nodes import (
     Node,
@@ -155,7 +155,9 @@ def test_every_image_was_noised_once_by_the_operating_system(finished: Finished)
     assert not (finished.out / "clients").exists()  # the coordinator holds nothing of theirs
 
 
-def test_status_says_nodes_rounds_bytes_and_losses(finished: Finished) -> None:
+def test_status_says_nodes_rounds_bytes_and_losses(
+    finished: Finished, capsys: pytest.CaptureFixture[str]
+) -> None:
     status: dict[str, Any] = finished.federation.status()
     assert status["running"]
     assert status["pid"] == finished.federation.superlink_pid()
@@ -170,13 +172,18 @@ def test_status_says_nodes_rounds_bytes_and_losses(finished: Finished) -> None:
     rounds = json.loads((finished.out / "metrics.json").read_text())["rounds"]
     assert progress["bytes_up"] == sum(record["bytes_up"] for record in rounds) > 2 * 2 * 1_600_000
     assert progress["coarse_loss"] == rounds[-1]["coarse_loss"]
-    text = finished.federation.done("federation", "status", "--state", finished.federation.state)
+    capsys.readouterr()
+    assert call("federation", "status", "--state", finished.federation.state) == 0
+    text = capsys.readouterr().out
     assert "nodes: 2 of 2 online" in text
     assert "round 2 of 2, coarse loss" in text
 
 
-def test_bad_input_ends_with_2_and_one_line(finished: Finished) -> None:
+def test_bad_input_ends_with_2_and_one_line(
+    finished: Finished, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     federation = finished.federation
+    monkeypatch.chdir(federation.root)
     state = ("--state", federation.state)
     experiment = federation.root / "run.yaml"
     for arguments, line in (
@@ -186,7 +193,10 @@ def test_bad_input_ends_with_2_and_one_line(finished: Finished) -> None:
         (("run", experiment, *state, "--out", "x", "--set", "run.rounds=0"), "run.rounds: must be"),
         (("status", "--state", federation.root / "none"), "federation.json is missing"),
     ):
-        output = without_advice(federation.done("federation", *arguments, code=2))
+        capsys.readouterr()
+        assert call("federation", *arguments) == 2
+        printed = capsys.readouterr()
+        output = without_advice(printed.out + printed.err)
         assert line in output
         assert output.count("\n") == 1, output
 

@@ -14,6 +14,7 @@ from torch import nn
 from fedpdm.diffusion.denoisers import NO_LABEL, Denoiser, DenoiserSpec
 from fedpdm.diffusion.presets import PRESETS
 from fedpdm.diffusion.schedule import make_schedule, q_sample
+from tests.support.cases import every
 
 LINEAR = make_schedule("linear")
 
@@ -88,8 +89,8 @@ def test_half_precision_outputs_become_float32() -> None:
 # --- Padding --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("preset", "resolution", "padded"),
+@every(
+    "preset, resolution, padded",
     [
         ("micro", 8, 8),
         ("micro", 9, 10),

@@ -17,6 +17,7 @@ from fedpdm.diffusion.sampling import (
     sample_in_batches,
 )
 from fedpdm.diffusion.schedule import make_schedule
+from tests.support.cases import every
 from tests.support.oracles import (
     GaussianPosterior,
     MixturePosterior,
@@ -50,8 +51,8 @@ def run(coarse: object, fine: object, n: int = 4, **options: object) -> SamplerO
 # --- Calls, flags, labels, guidance ---------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("options", "coarse_calls", "fine_calls"),
+@every(
+    "options, coarse_calls, fine_calls",
     [
         ({}, 70, 30),
         ({"num_steps": 500}, 70, 30),
@@ -67,7 +68,7 @@ def run(coarse: object, fine: object, n: int = 4, **options: object) -> SamplerO
         ({"chain": "noise_to_noise", "num_steps": 200, "t0": 1}, 100, 1),
     ],
 )
-@pytest.mark.parametrize("scheduler", ["ddpm", "ddim", "dpm_solver"])
+@every("scheduler", ["ddpm", "ddim", "dpm_solver"])
 def test_each_denoiser_is_called_as_often_as_its_share(
     scheduler: str, options: dict[str, object], coarse_calls: int, fine_calls: int
 ) -> None:

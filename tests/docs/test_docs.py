@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import ast
 import re
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ import yaml
 
 from fedpdm.cli import main
 from fedpdm.config import RunConfig, config_from_mapping
-from tests.support.command_line import CONFIG, call, forget_surroundings
+from tests.support.cases import every
+from tests.support.command_line import call, forget_surroundings
 from tests.support.markdown_pages import PAGES, ROOT, Block, all_blocks, blocks_of, commands_of
 from tests.test_layers import RANKS
 
@@ -49,7 +51,7 @@ def name(value: Any) -> str:
     return " ".join(value)[:50] if isinstance(value, list) else ""
 
 
-@pytest.mark.parametrize(("block", "words"), COMMANDS, ids=name)
+@every("block, words", COMMANDS)
 def test_commands_are_understood(block: Block, words: list[str]) -> None:
     with pytest.raises(Parsed):
         parse(words)
@@ -93,14 +95,14 @@ def test_make_help_lists_every_target() -> None:
     assert TARGETS - {"help"} <= set(re.findall(r"make ([a-z-]+)", done.stdout))
 
 
-@pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "yaml"], ids=name)
+@every("block", [b for b in BLOCKS if b.language == "yaml"])
 def test_run_configs_are_accepted(block: Block) -> None:
     mapping = yaml.safe_load(block.text)
     if set(mapping) <= set(RunConfig.__dataclass_fields__):  # others: policies, workflows
         assert config_from_mapping(mapping) is not None
 
 
-@pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "python"], ids=name)
+@every("block", [b for b in BLOCKS if b.language == "python"])
 def test_python_is_python(block: Block) -> None:
     assert compile(block.text, f"{block.page}:{block.line}", "exec") is not None
 
@@ -113,7 +115,7 @@ def slugs(text: str) -> set[str]:
     return {re.sub(r"\s+", "-", head) for head in kept}
 
 
-@pytest.mark.parametrize("page", PAGES)
+@every("page", PAGES)
 def test_links_lead_somewhere(page: str) -> None:
     text = (ROOT / page).read_text()
     prose = re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)
@@ -199,12 +201,10 @@ def test_the_sites_menu_has_every_page() -> None:
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def workplace(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a finished run in runs/eps3."""
-    from fedpdm.engines.inprocess import run_in_process
-
     folder = tmp_path_factory.mktemp("docs")
-    run_in_process(CONFIG, folder / "runs" / "eps3")
+    shutil.copytree(finished_run, folder / "runs" / "eps3")
     return folder
 
 

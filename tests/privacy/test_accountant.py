@@ -21,6 +21,7 @@ from fedpdm.privacy.accountant import (
 from fedpdm.privacy.calibration import calibrate_t0
 from fedpdm.privacy.mechanism import release_event
 from fedpdm.privacy.types import GaussianEvent
+from tests.support.cases import every
 from tests.support.oracles import hockey_stick
 
 DELTA = 1e-5
@@ -89,8 +90,8 @@ def test_every_further_release_costs(releases: int, eps: float) -> None:
     assert accountant.get_epsilon(DELTA) == pytest.approx(eps, abs=2e-2)
 
 
-@pytest.mark.parametrize("delta", [1e-9, 1e-5, 1e-2])
-@pytest.mark.parametrize("multiplier", [0.2, 0.5, 1.0, 3.0, 20.0])
+@every("delta", [1e-9, 1e-5, 1e-2])
+@every("multiplier", [0.2, 0.5, 1.0, 3.0, 20.0])
 def test_exact_epsilon_integrates_to_delta(multiplier: float, delta: float) -> None:
     eps = epsilon_spent([event(multiplier)], delta=delta)
     if eps == 0:  # already (0, delta): total variation is at most delta
@@ -143,8 +144,8 @@ def test_only_the_ratio_of_clip_to_noise_matters() -> None:
     assert release_event(LINEAR, t0=600, clip_norm=3).noise_multiplier == pytest.approx(sigma / 6)
 
 
-@pytest.mark.parametrize("delta", [1e-7, 1e-5])
-@pytest.mark.parametrize("eps", [1e-9, 0.1, 1.0, 10.0, 60.0])
+@every("delta", [1e-7, 1e-5])
+@every("eps", [1e-9, 0.1, 1.0, 10.0, 60.0])
 def test_multipliers_invert_the_epsilons(eps: float, delta: float) -> None:
     if eps > 1e-6:
         exact = epsilon_spent([event(multiplier_for(epsilon=eps, delta=delta))], delta=delta)

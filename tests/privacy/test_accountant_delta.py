@@ -25,6 +25,7 @@ from fedpdm.privacy.accountant import (
 )
 from fedpdm.privacy.mechanism import release_event
 from fedpdm.privacy.types import GaussianEvent
+from tests.support.cases import every
 from tests.support.oracles import hockey_stick
 
 DELTA = 1e-5
@@ -55,7 +56,7 @@ CURVE = [
 ]
 
 
-@pytest.mark.parametrize(("multiplier", "epsilon"), CURVE)
+@every("multiplier, epsilon", CURVE)
 def test_delta_is_that_of_many_digits(multiplier: float, epsilon: float) -> None:
     with mpmath.workdps(60):
         wanted = many_digits(1 / mpmath.mpf(multiplier), epsilon)
@@ -91,8 +92,8 @@ def test_delta_of_many_releases_is_that_of_the_pld_accountant(count: int) -> Non
         assert theirs * (1 - 2e-3) - 1e-14 < ours <= theirs * (1 + 1e-9) + 1e-14
 
 
-@pytest.mark.parametrize("delta", [1e-300, 1e-30, 1e-5, 0.5, 0.999])
-@pytest.mark.parametrize("multiplier", [1e-9, 1e-6, 1e-3, 0.1, 1.0, 10.0, 999.0, 1001.0, 1e6, 1e9])
+@every("delta", [1e-300, 1e-30, 1e-5, 0.5, 0.999])
+@every("multiplier", [1e-9, 1e-6, 1e-3, 0.1, 1.0, 10.0, 999.0, 1001.0, 1e6, 1e9])
 def test_epsilon_is_exact_however_strong_or_weak_the_noise(multiplier: float, delta: float) -> None:
     """Below 1e-3 and above 1e3 it is not dp_accounting that answers."""
     spent = epsilon_spent([event(multiplier)], delta=delta)
@@ -118,9 +119,9 @@ def test_our_solver_and_that_of_dp_accounting_agree(monkeypatch: pytest.MonkeyPa
     assert ours == pytest.approx(their_multipliers, rel=1e-10)
 
 
-@pytest.mark.parametrize("accounting", ["exact", "paper"])
-@pytest.mark.parametrize("delta", [1e-300, 1e-5, 0.5])
-@pytest.mark.parametrize("epsilon", [1e-300, 1e-9, 0.1, 10.0, 1e4, 1e6, 1e12, 1e100, 1e308])
+@every("accounting", ["exact", "paper"])
+@every("delta", [1e-300, 1e-5, 0.5])
+@every("epsilon", [1e-300, 1e-9, 0.1, 10.0, 1e4, 1e6, 1e12, 1e100, 1e308])
 def test_multipliers_keep_to_epsilon_at_any_scale(
     accounting: str, epsilon: float, delta: float
 ) -> None:

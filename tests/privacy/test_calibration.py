@@ -15,6 +15,7 @@ from fedpdm.diffusion.schedule import NoiseSchedule, make_schedule
 from fedpdm.privacy.accountant import ACCOUNTINGS, compose, epsilon_bound, epsilon_spent
 from fedpdm.privacy.calibration import UnreachableEpsilonError, calibrate, calibrate_t0, rounded
 from fedpdm.privacy.mechanism import release_event
+from tests.support.cases import every
 
 LINEAR = make_schedule("linear")
 
@@ -33,10 +34,10 @@ def test_third_value_for_the_papers_setting() -> None:
     assert bound.epsilon == pytest.approx(10.24, abs=5e-3)
 
 
-@pytest.mark.parametrize("releases", [1, 3])
-@pytest.mark.parametrize("epsilon", [0.7, 3.0, 10.0, 250.0])
-@pytest.mark.parametrize("accounting", ACCOUNTINGS)
-@pytest.mark.parametrize("kind", SCHEDULE_KINDS)
+@every("releases", [1, 3])
+@every("epsilon", [0.7, 3.0, 10.0, 250.0])
+@every("accounting", ACCOUNTINGS)
+@every("kind", SCHEDULE_KINDS)
 def test_round_trips(kind: str, accounting: str, epsilon: float, releases: int) -> None:
     """The smallest t0 keeps to epsilon and one step less does not; so for the largest C."""
     schedule = make_schedule(kind, num_steps=400, beta_end=0.05)
@@ -116,9 +117,9 @@ def cost(
     return epsilon_bound(compose(events), delta=delta)
 
 
-@pytest.mark.parametrize("releases", [1, 5])
-@pytest.mark.parametrize("accounting", ACCOUNTINGS)
-@pytest.mark.parametrize("kind", SCHEDULE_KINDS)
+@every("releases", [1, 5])
+@every("accounting", ACCOUNTINGS)
+@every("kind", SCHEDULE_KINDS)
 def test_the_advice_for_an_epsilon_out_of_reach_is_true(
     kind: str, accounting: str, releases: int
 ) -> None:

@@ -21,6 +21,7 @@ from fedpdm.privacy.mechanism import (
     release_parameters,
 )
 from fedpdm.privacy.noise import GRID, rounded_gaussian_weights
+from tests.support.cases import every
 from tests.support.oracles import binomial_bounds
 
 LINEAR = make_schedule("linear")
@@ -58,8 +59,8 @@ def hard_images(size: int, bound: float, rng: np.random.Generator) -> np.ndarray
     return np.array(rows, dtype=np.float32)
 
 
-@pytest.mark.parametrize("size", [1, 3, 64, 3072, 3 * 64 * 64 * 4])
-@pytest.mark.parametrize("bound", [0.3, 3.0, 137.0, 4096.0, 2.0**20, 2.0**23])
+@every("size", [1, 3, 64, 3072, 3 * 64 * 64 * 4])
+@every("bound", [0.3, 3.0, 137.0, 4096.0, 2.0**20, 2.0**23])
 def test_no_image_is_longer_than_the_clip_norm(size: int, bound: float) -> None:
     x = hard_images(size, bound, np.random.default_rng(size))
     grid = clip_to_grid(x, bound=bound, steps=bound)

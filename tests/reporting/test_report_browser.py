@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from fedpdm.engines.inprocess import run_in_process
 from fedpdm.reporting.page import read_run, write_report
 from tests.support.browser import Browser, find_chromium, open_browser
-from tests.support.command_line import CONFIG
 from tests.support.reports import made_attacks, made_run
 
 CHROMIUM = find_chromium()
@@ -46,10 +45,10 @@ CONTRAST = """
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def page(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two runs with long names, one with models and attacks."""
     folder = tmp_path_factory.mktemp("page")
-    run_in_process(CONFIG, folder / "trained")
+    shutil.copytree(finished_run, folder / "trained")
     made_attacks(folder / "trained" / "attacks")
     made_run(folder / "b", name="a-name-that-is-long-enough-to-be-wider-than-any-phone" * 2)
     runs = [read_run(folder / name) for name in ("trained", "b")]

@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 
 from fedpdm.storage.tensorfile import TensorFileError, pack, read_file, unpack, write_file
+from tests.support.cases import every
 
 TENSORS = {
     "z.bytes": torch.arange(7, dtype=torch.uint8),
@@ -71,7 +72,7 @@ def _edited(edit: Callable[[dict[str, Any]], Any], extra: bytes = b"") -> bytes:
     return len(text).to_bytes(8, "little") + text + data[start:] + extra
 
 
-@pytest.mark.parametrize(
+@every(
     "damaged",
     [
         _edited(lambda table: table["b"].update(data_offsets=[4, 16])),  # overlaps a

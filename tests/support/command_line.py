@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fedpdm.cli import main
+from fedpdm.config import config_to_yaml
 from tests.support.federations import small_config
 
 CONFIG = small_config(
@@ -42,3 +44,9 @@ def without_advice(errors: str) -> str:
 def in_process(*arguments: Any) -> int:
     """Exit code of `fedpdm run ARGUMENTS --engine inprocess`."""
     return call("run", *arguments, "--engine", "inprocess")
+
+
+def run_to_its_end(folder: Path) -> None:
+    """A run of `CONFIG` in `out` under the folder."""
+    (folder / "small.yaml").write_text(config_to_yaml(CONFIG))
+    assert in_process(folder / "small.yaml", "--out", folder / "out", "--quiet") == 0

@@ -169,9 +169,11 @@ def deployed(config: RunConfig, folder: Path, **sections: dict[str, Any]) -> Run
 
 
 # Below the range from which the kernel takes the ports of outgoing connections: one that is free
-# now is not taken a moment later by another node's connection. None is handed out twice.
-_FIRST = 20_000 + 11 * os.getpid() % 10_000
-_PORTS = iter(range(_FIRST, _FIRST + 2_000))
+# now is not taken a moment later by another node's connection. None is handed out twice, by
+# workers side by side either: each has every eighth.
+_WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+_FIRST = 20_000 + 8 * (11 * os.getpid() % 1_000) + _WORKER % 8
+_PORTS = iter(range(_FIRST, _FIRST + 4_000, 8))
 
 
 def free_port() -> int:

@@ -13,6 +13,7 @@ from fedpdm.toy import (
     theorem_bound,
     theorem_gain,
 )
+from tests.support.cases import every
 from tests.support.oracles import GaussianPosterior, chain_moments, trailing_levels
 
 LINEAR = make_schedule("linear")
@@ -55,9 +56,9 @@ def test_limits() -> None:
     assert expected_w2("central", **given) == pytest.approx(2.0 / 50, rel=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["ancestral", "flow"])
-@pytest.mark.parametrize("t0", [93, 259, 675])
-@pytest.mark.parametrize("variance", [0.1, 1.0, 10.0])
+@every("kind", ["ancestral", "flow"])
+@every("t0", [93, 259, 675])
+@every("variance", [0.1, 1.0, 10.0])
 def test_coarse_weight_is_that_of_the_exact_chain(kind: str, t0: int, variance: float) -> None:
     """Coarse mean 1, fine mean 0: the mean after all 1000 affine steps is the weight."""
     coarse, fine = (GaussianPosterior(ABAR, [m], [[variance]]) for m in (1.0, 0.0))

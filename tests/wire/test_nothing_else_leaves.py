@@ -196,13 +196,10 @@ def with_releases_of(first: Federation, root: Path, **sections: Any) -> Federati
     return second
 
 
-@pytest.mark.parametrize("training", MODES)
-def test_messages_are_a_function_of_the_release(tmp_path: Path, training: str) -> None:
+@pytest.mark.parametrize("recorded", [(mode, False) for mode in MODES], indirect=True, ids=MODES)
+def test_messages_are_a_function_of_the_release(tmp_path: Path, recorded: Recorded) -> None:
     """Same releases, other raw images: every message of the whole run is the same to the bit."""
-    sections = {"coarse": {"training": training}}
-    (tmp_path / "first").mkdir()
-    first = deployment(tmp_path / "first", **sections)
-    first.run()
+    first, sections = recorded.federation, {"coarse": {"training": recorded.training}}
     second = with_releases_of(first, tmp_path / "second", **sections)
     second.run()
     assert len(first.sent) == len(second.sent) == 10

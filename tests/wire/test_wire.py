@@ -19,6 +19,7 @@ from fedpdm.privacy.mechanism import SeededNoise, release
 from fedpdm.privacy.types import ReleasedDataset
 from fedpdm.wire import WireError
 from fedpdm.wire.types import CoarseUpdate
+from tests.support.cases import every
 
 LINEAR = make_schedule("linear")
 LIKE = {"conv.weight": torch.zeros(2, 3), "conv.bias": torch.zeros(2), "scale": torch.zeros(())}
@@ -185,8 +186,8 @@ def test_the_crafted_message_is_fine_as_it_is() -> None:
     assert all(torch.equal(weights[name], LIKE[name]) for name in LIKE)
 
 
-@pytest.mark.parametrize(
-    ("message", "reason"),
+@every(
+    "message, reason",
     [
         ([], "expected one uint8 array from client 3, got 0 arrays"),
         (MESSAGES["update"][0] * 2, "expected one uint8 array from client 3, got 2 arrays"),

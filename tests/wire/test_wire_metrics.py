@@ -12,6 +12,7 @@ import torch
 
 from fedpdm import wire
 from fedpdm.wire import WireError
+from tests.support.cases import every
 
 
 def test_metrics_pass_by_name_and_type() -> None:
@@ -26,8 +27,8 @@ def test_metrics_pass_by_name_and_type() -> None:
     assert not wire.FIT_METRICS.keys() & wire.RAW_METRICS.keys()
 
 
-@pytest.mark.parametrize(
-    ("metrics", "allow_raw", "reason"),
+@every(
+    "metrics, allow_raw, reason",
     [
         ({"fine_loss": 0.5}, False, "fine_loss of client 3 may not leave the client: computed on"),
         ({"all_own_frechet": 1.0}, False, "may not leave the client: computed on raw data"),
