@@ -7,9 +7,10 @@ any two chunks and go on exactly. Losses are passed in: this module does not kno
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -19,8 +20,10 @@ from fedpdm.diffusion.denoisers import TrainableDenoiser
 
 __all__ = [
     "BatchLoss",
+    "Gradient",
     "OptimizerSettings",
     "Progress",
+    "Pull",
     "TrainReport",
     "Trainer",
     "class_weights",
@@ -127,6 +130,26 @@ def load_named(
     if target:
         with torch.no_grad():
             torch._foreach_copy_(list(target.values()), [source[name] for name in target])
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Pull:
+    """FedProx: mu (w - to) is added to the gradient; `to` in the order of the parameters."""
+
+    to: list[torch.Tensor]
+    mu: float
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Gradient:
+    """A step's loss and norm of its gradient, scalars on the device.
+
+    `count` weighs the loss in the mean over steps: equal where all batches are equally large.
+    """
+
+    loss: torch.Tensor
+    count: int
+    norm: torch.Tensor
 
 
 Model = TypeVar("Model", bound=TrainableDenoiser)
@@ -260,44 +283,86 @@ class Trainer(Generic[Model]):
             FloatingPointError: the loss or the gradient became NaN or infinite; names the first
                 such step.
         """
-        settings = self.settings
         started = time.perf_counter()
         self.model.train()
         if num_steps < 1:
             return TrainReport(loss=0.0, num_steps=0, num_images=0, seconds=0.0)
-        weights = sample_weights.to(self.device)
-        indices = torch.multinomial(
-            weights, num_steps * settings.batch_size, replacement=True, generator=generator
-        ).view(num_steps, settings.batch_size)
+        pull = None
+        if anchor and proximal_mu > 0:
+            pull = Pull(to=[anchor[name].to(self.device) for name in self._named], mu=proximal_mu)
         trace = torch.zeros(num_steps, 2, device=self.device)  # loss, norm of the gradient
+        counts: list[int] = []
         checked = 0
-        pull = [anchor[name].to(self.device) for name in self._named] if anchor else None
-        for index in range(num_steps):
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
-                loss = batch_loss(indices[index], generator).mean()
-            self._optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            if pull is not None and proximal_mu > 0:
-                gradients = [p.grad for p in self._parameters if p.grad is not None]
-                with torch.no_grad():
-                    torch._foreach_add_(gradients, self._parameters, alpha=proximal_mu)
-                    torch._foreach_add_(gradients, pull, alpha=-proximal_mu)
-            norm = torch.nn.utils.clip_grad_norm_(self._parameters, settings.grad_clip)
-            self._descend()
-            trace[index, 0], trace[index, 1] = loss.detach(), norm
-            if index % 20 == 0 or index + 1 == num_steps:
-                recent = trace[checked : index + 1].tolist()  # one wait for the device per check
-                for step, values in enumerate(recent, self.step - len(recent) + 1):
-                    for name, value in zip(("loss", "gradient"), values, strict=True):
-                        if not math.isfinite(value):
-                            raise FloatingPointError(f"{what}: {name} is {value} at step {step}")
-                checked = index + 1
-                if progress is not None:
-                    progress(index + 1, num_steps, recent[-1][0])
+        gradients = self._gradients(
+            batch_loss, sample_weights, num_steps, generator=generator, pull=pull, what=what
+        )
+        with gradients as next_gradient:
+            for index in range(num_steps):
+                found = next_gradient()
+                self._descend()
+                trace[index, 0], trace[index, 1] = found.loss, found.norm
+                counts.append(found.count)
+                if index % 20 == 0 or index + 1 == num_steps:
+                    recent = trace[checked : index + 1].tolist()  # one wait for the device
+                    _check_finite(recent, first_step=self.step - len(recent) + 1, what=what)
+                    checked = index + 1
+                    if progress is not None:
+                        progress(index + 1, num_steps, recent[-1][0])
         self._optimizer.zero_grad(set_to_none=True)
+        weights = torch.tensor(counts, dtype=torch.float64, device=self.device)
+        mean = (trace[:, 0].double() * weights).sum() / weights.sum().clamp(min=1)
         return TrainReport(
-            loss=float(trace[:, 0].double().mean()),
+            loss=float(mean),
             num_steps=num_steps,
-            num_images=num_steps * settings.batch_size,
+            num_images=num_steps * self.settings.batch_size,
             seconds=time.perf_counter() - started,
         )
+
+    @contextlib.contextmanager
+    def _gradients(
+        self,
+        batch_loss: BatchLoss,
+        sample_weights: torch.Tensor,
+        num_steps: int,
+        *,
+        generator: torch.Generator,
+        pull: Pull | None,
+        what: str,
+    ) -> Iterator[Callable[[], Gradient]]:
+        """What leaves the gradient of one step after another in `parameter.grad`, ready to use.
+
+        It is called `num_steps` times inside the block; arguments as for `train`. This and
+        `_descend` are all that a step is: a trainer of another kind replaces them.
+        """
+        size = self.settings.batch_size
+        batches = iter(
+            torch.multinomial(
+                sample_weights.to(self.device),
+                num_steps * size,
+                replacement=True,
+                generator=generator,
+            ).view(num_steps, size)
+        )
+
+        def next_gradient() -> Gradient:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
+                loss = batch_loss(next(batches), generator).mean()
+            self._optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            if pull is not None:
+                gradients = [p.grad for p in self._parameters if p.grad is not None]
+                with torch.no_grad():
+                    torch._foreach_add_(gradients, self._parameters, alpha=pull.mu)
+                    torch._foreach_add_(gradients, pull.to, alpha=-pull.mu)
+            norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.settings.grad_clip)
+            return Gradient(loss=loss.detach(), count=1, norm=norm)
+
+        yield next_gradient
+
+
+def _check_finite(rows: list[list[float]], *, first_step: int, what: str) -> None:
+    """`FloatingPointError` naming the first step whose (loss, gradient) is not finite."""
+    for step, row in enumerate(rows, first_step):
+        for name, value in zip(("loss", "gradient"), row, strict=True):
+            if not math.isfinite(value):
+                raise FloatingPointError(f"{what}: {name} is {value} at step {step}")
