@@ -13,6 +13,7 @@ from typing import Any
 
 from bench.federation import federation_in_process, federation_in_ray, many_clients
 from bench.large import large_model, secure_aggregation
+from bench.memory import forget_peak, resident
 from bench.quality import compute_to_quality
 from bench.release import release_memory, release_secure, release_seeded
 from bench.sampling import sampling
@@ -20,7 +21,7 @@ from bench.server import server_memory
 from bench.step import training_step
 from bench.wire import wire
 
-__all__ = ["CASES", "Case", "resident"]
+__all__ = ["CASES", "Case"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,21 +113,13 @@ def client_memory() -> dict[str, Any]:
         del model
         torch.nn.Conv2d(4, 4, 3)(torch.randn(1, 4, 8, 8)).sum().backward()  # start the libraries
         before = resident()
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # forget the peak so far (proc(5))
+        forget_peak()
         answer = client.fit(request, {"round": 1, "phase": "coarse"})
         peak = resident("VmHWM")
     assert "error" not in answer[2], answer[2]
     data = images.images.nbytes * 5  # uint8 pixels (there before) and the float32 release
     added = peak - before + images.images.nbytes
     return {"ratio": added / (4 * weights + data), "peak_mb": added / 1e6}
-
-
-def resident(field: str = "VmRSS") -> int:
-    """Bytes of resident memory now (VmRSS) or at its peak (VmHWM)."""
-    with open("/proc/self/status") as file:
-        line = next(line for line in file if line.startswith(field))
-    return int(line.split()[1]) * 1024
 
 
 CASES = {

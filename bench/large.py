@@ -46,7 +46,7 @@ def _measure(part: str, encoding: str, folder: Path) -> dict[str, Any]:
     import numpy as np
     import torch
 
-    from bench.cases import resident
+    from bench.memory import forget_peak, resident
     from fedpdm import wire
     from fedpdm.config import config_from_mapping
     from fedpdm.setup.build import build_denoiser
@@ -71,8 +71,7 @@ def _measure(part: str, encoding: str, folder: Path) -> dict[str, Any]:
         message = [np.fromfile(path, dtype=np.uint8)]
     mean = OrderedMean([0], keep=lambda *_: None, recall=lambda _: {})
     before = resident()
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # forget the peak so far (proc(5))
+    forget_peak()
     started = time.perf_counter()
     largest = 0
     if update is not None:

@@ -70,6 +70,7 @@ def release_memory() -> dict[str, Any]:
     """Peak resident MB beyond the data while 50,000 images of 3x32x32 are released to disk."""
     import numpy as np
 
+    from bench.memory import forget_peak, resident
     from fedpdm.data import ImageSet
     from fedpdm.diffusion.schedule import make_schedule
     from fedpdm.privacy.mechanism import SystemNoise, release_parameters
@@ -89,20 +90,12 @@ def release_memory() -> dict[str, Any]:
         noise=lambda _: SystemNoise(),
         simulation=False,
     )
-    before = _resident("VmRSS")
+    before = resident()
     with tempfile.TemporaryDirectory() as folder:
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # forget the peak so far (proc(5))
+        forget_peak()
         started = time.perf_counter()
         released = ReleaseStore(Path(folder)).obtain(images, request)
         seconds = time.perf_counter() - started
-        peak = _resident("VmHWM")
+        peak = resident("VmHWM")
         assert len(released) == len(images)
     return {"ratio": (peak - before) / 1e6, "seconds": seconds}
-
-
-def _resident(field: str) -> int:
-    """Bytes of resident memory now (VmRSS) or at its peak (VmHWM)."""
-    with open("/proc/self/status") as file:
-        line = next(line for line in file if line.startswith(field))
-    return int(line.split()[1]) * 1024

@@ -25,7 +25,7 @@ def server_memory() -> dict[str, Any]:
     from flwr.server import SimpleClientManager
     from flwr.server.client_proxy import ClientProxy
 
-    from bench.cases import resident
+    from bench.memory import forget_peak, resident
     from fedpdm.config import AggregationConfig, config_from_mapping
     from fedpdm.setup.build import build_denoiser
     from fedpdm.setup.run_setup import set_up
@@ -97,8 +97,7 @@ def server_memory() -> dict[str, Any]:
         )  # fmt: skip
         server = StreamingServer(client_manager=manager, strategy=strategy)
         server.set_max_workers(1)
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # forget the peak so far (proc(5))
+        forget_peak()
         strategy.initialize_parameters(manager)
         server.fit_round(1, None)
         strategy.configure_fit(2, server.parameters, manager)

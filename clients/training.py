@@ -15,12 +15,12 @@ from flwr.common import NDArrays, Scalar
 
 from clients.bounds import check_release
 from clients.local import LocalClient
-from clients.progress import count_progress, work_progress
 from clients.workers import WriteBehind, borrowed
 from fedpdm import wire
 from fedpdm.data.members import save_members
 from fedpdm.diffusion.denoisers import Denoiser
 from fedpdm.diffusion.training import BatchLoss, Progress, Trainer, class_weights, select_device
+from fedpdm.jobs.progress import count_progress, work_progress
 from fedpdm.privacy.statement import client_statement, plain_text
 from fedpdm.privacy.types import ReleasedDataset
 from fedpdm.rng import Purpose, torch_generator

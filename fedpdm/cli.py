@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2 if DIVERGED.search(line) else 1
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     parser = Parser(
         prog="fedpdm",
         description="Personalised federated diffusion models with local differential privacy.",

@@ -38,14 +38,14 @@ def add_controls(kinds: Any) -> None:
 def run_controls(options: argparse.Namespace) -> int:
     """The action of `attack controls`: 0 if every attack is as it must be, else 1."""
     check_numbers(options, "seed", "images", "steps", "samples")
-    from clients.progress import work_progress
     from fedpdm.attacks.jobs.controls import as_it_must_be, plan_controls
     from fedpdm.attacks.jobs.plan import chosen_attacks
+    from fedpdm.jobs.progress import work_progress
 
     names, groups = chosen_attacks(options.attacks)
     if options.attacks and groups:
         raise ConfigError(f"--attacks: controls are of {membership_names()}, got {groups[0]}")
-    works = plan_controls(
+    jobs = plan_controls(
         attacks=names,
         num_images=options.images,
         num_steps=options.steps,
@@ -61,9 +61,9 @@ def run_controls(options: argparse.Namespace) -> int:
         "where no 95% interval of an AUC may lie above 0.5 and fewer may be flagged."
     )
     failed = 0
-    for each in finish_attacks(options, works, "Controls of the attacks", {"what": what}):
+    for each in finish_attacks(options, jobs, "Controls of the attacks", {"what": what}):
         right = as_it_must_be(each)
         failed += not right
-        line = f"{'ok  ' if right else 'FAIL'} {each.work.name}: {each.result['headline']}"
+        line = f"{'ok  ' if right else 'FAIL'} {each.job.name}: {each.result['headline']}"
         print(line, file=sys.stderr if options.json else sys.stdout)
     return 1 if failed else 0

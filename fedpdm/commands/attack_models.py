@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fedpdm.config import ConfigError
 
 if TYPE_CHECKING:
-    from fedpdm.attacks.jobs.running import Work, WorkDone
+    from fedpdm.attacks.jobs.running import AttackJob, EndedAttack
     from fedpdm.data import ImageSet
     from fedpdm.storage.run_directory import RunDirectory
 
@@ -110,18 +110,18 @@ def run_attacks(options: argparse.Namespace) -> None:
     check_numbers(options, "seed", "subjects", "samples", "uploads", "steps", "public_steps")
     if (options.run is None) == (options.unet is None):
         raise ConfigError("attack: give a run directory, or --unet with images, not both")
-    works, title, facts = _of_unet(options) if options.unet else _of_run(options)
-    finish_attacks(options, works, title, facts)
+    jobs, title, facts = _of_unet(options) if options.unet else _of_run(options)
+    finish_attacks(options, jobs, title, facts)
 
 
 def finish_attacks(
-    options: argparse.Namespace, works: Sequence[Work], title: str, facts: dict[str, Any]
-) -> list[WorkDone]:
-    """Make the attacks, write what a reader gets into --out; results in the order of `works`."""
+    options: argparse.Namespace, jobs: Sequence[AttackJob], title: str, facts: dict[str, Any]
+) -> list[EndedAttack]:
+    """Make the attacks, write what a reader gets into --out; results in the order of `jobs`."""
     from fedpdm.attacks.jobs.report import write_report
-    from fedpdm.attacks.jobs.running import run_works
+    from fedpdm.attacks.jobs.running import run_attack_jobs
 
-    done = run_works(works, options.out, say=_say)
+    done = run_attack_jobs(jobs, options.out, say=_say)
     path = write_report(done, options.out, title=title, facts={"seed": options.seed, **facts})
     if getattr(options, "json", False):
         print((options.out / "attacks.json").read_text(), end="")
@@ -130,7 +130,7 @@ def finish_attacks(
     return done
 
 
-def _of_run(options: argparse.Namespace) -> tuple[list[Work], str, dict[str, Any]]:
+def _of_run(options: argparse.Namespace) -> tuple[list[AttackJob], str, dict[str, Any]]:
     clients = _numbers(options.clients)
     if options.members or options.non_members:
         raise ConfigError("--members, --non-members: are for --unet; a run has recorded its own")
@@ -139,7 +139,7 @@ def _of_run(options: argparse.Namespace) -> tuple[list[Work], str, dict[str, Any
 
     attacks = chosen_attacks(options.attacks)
     run = RunDirectory(options.run)
-    works = plan_run(
+    jobs = plan_run(
         run,
         clients=clients,
         attacks=attacks,
@@ -169,7 +169,7 @@ def _of_run(options: argparse.Namespace) -> tuple[list[Work], str, dict[str, Any
         "server and all clients see, `fine` is private unless its owner publishes it, `combined` "
         "is both in one chain, as the client samples."
     )
-    return works, f"Attacks on {config.name}", {"what": what, "config": dataclasses.asdict(config)}
+    return jobs, f"Attacks on {config.name}", {"what": what, "config": dataclasses.asdict(config)}
 
 
 def _public_set(options: argparse.Namespace, run: RunDirectory) -> ImageSet:
@@ -195,15 +195,11 @@ def _public_set(options: argparse.Namespace, run: RunDirectory) -> ImageSet:
     )
 
 
-def _of_unet(options: argparse.Namespace) -> tuple[list[Work], str, dict[str, Any]]:
+def _of_unet(options: argparse.Namespace) -> tuple[list[AttackJob], str, dict[str, Any]]:
     if not (options.members and options.non_members):
         raise ConfigError("--unet: needs --members and --non-members")
-    import numpy as np
-
-    from fedpdm.attacks.jobs.model_attacks import membership_work, seed_of
-    from fedpdm.attacks.jobs.plan import chosen_attacks
-    from fedpdm.attacks.jobs.unet import file_digest, open_unet, unet_subjects
-    from fedpdm.attacks.membership import ATTACKS, MIN_FITTED
+    from fedpdm.attacks.jobs.plan import chosen_attacks, plan_unet
+    from fedpdm.attacks.jobs.unet import file_digest, open_unet
     from fedpdm.diffusion.training import select_device
 
     names, groups = chosen_attacks(options.attacks)
@@ -226,38 +222,28 @@ def _of_unet(options: argparse.Namespace) -> tuple[list[Work], str, dict[str, An
         null_label=options.null_label,
         device=select_device("auto"),
     )
-    rng = np.random.default_rng(seed_of(options.seed, "subjects"))
-    subjects = unet_subjects(
-        model, options.members, options.non_members, most=options.subjects, rng=rng
+    jobs, subjects = plan_unet(
+        model,
+        options.members,
+        options.non_members,
+        attacks=names,
+        num_subjects=options.subjects,
+        null_label=options.null_label,
+        settings={
+            "unet": file_digest(options.unet),
+            "prediction": options.prediction,
+            "betas": betas,
+            "null_label": options.null_label,
+        },
+        seed=options.seed,
+        say=_say,
     )
-    settings = {
-        "unet": file_digest(options.unet),
-        "prediction": options.prediction,
-        "betas": betas,
-        "null_label": options.null_label,
-    }
-    works = []
-    for name in names:
-        spec = ATTACKS[name]
-        if spec.needs_labels and not (model.target.labels_known and options.null_label is not None):
-            _say(f"{name} is left out: it needs a model with labels and --null-label")
-        elif spec.fitted and len(subjects) < MIN_FITTED:
-            _say(f"{name} is left out: it needs {MIN_FITTED} members to fit on")
-        else:
-            works.append(
-                membership_work(
-                    model, subjects, attack=name, label="unet", settings=settings,
-                    seed=options.seed,
-                )
-            )  # fmt: skip
-    if not works:
-        raise ConfigError("--attacks: none of these can be made against this model")
     what = (
         f"Attacked: the U-Net in `{options.unet.name}`, {len(subjects)} members and as many "
         "non-members, matched per class where the model takes labels. Whether the members trained "
         "it, and the others did not, is what was said, not checked."
     )
-    return works, f"Attacks on {options.unet.name}", {"what": what}
+    return jobs, f"Attacks on {options.unet.name}", {"what": what}
 
 
 def membership_names() -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpdm.commands.groups import add_group
-from fedpdm.commands.terminal import tell
+from fedpdm.commands.terminal import Parser, tell
 
 __all__ = ["add_certificates_parser"]
 
@@ -33,7 +33,7 @@ def add_certificates_parser(commands: Any) -> None:
     ca.add_argument("--days", type=int, default=3650)
     ca.set_defaults(action=_ca)
 
-    signing = argparse.ArgumentParser(add_help=False)
+    signing = Parser(add_help=False)
     signing.add_argument("--ca", type=Path, required=True, metavar="DIR", help="of ca.crt, ca.key")
     signing.add_argument("--out", type=Path, required=True, metavar="DIR")
     signing.add_argument("--days", type=int, default=365)

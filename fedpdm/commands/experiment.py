@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
-import signal
-import subprocess
 import sys
-import threading
-import time
 from collections.abc import Sequence
-from concurrent import futures
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +14,9 @@ from fedpdm.commands.terminal import progress_aside
 from fedpdm.config import ConfigError, Suite, apply_overrides, load_suite
 
 if TYPE_CHECKING:
-    from fedpdm.commands.experiment_cell import Cell
+    from fedpdm.suites.cell import Cell
 
-__all__ = ["add_experiment_parser"]
+__all__ = ["add_experiment_parser", "chosen_cells"]
 
 EXAMPLES = """\
 examples:
@@ -83,28 +77,21 @@ def run_experiment(options: argparse.Namespace) -> int:
     suite.profile(options.profile)
     if options.variant and not options.ablation:
         raise ConfigError("--variant: needs --ablation")
-    cells = [] if options.table else plan_cells(suite, options)
-    from fedpdm.commands.experiment_cell import finished
+    cells = [] if options.table else chosen_cells(suite, options)
+    from fedpdm.suites.running import CellResults, check_cells, run_cells
 
-    todo = [cell for cell in cells if not finished(cell)]
+    todo = [cell for cell in cells if CellResults().find(cell) is None]
     with progress_aside(options):
         if cells:
             done = len(cells) - len(todo)
             print(f"{suite.name}, {options.profile}: {len(cells)} cells, {done} done before")
-            from fedpdm.engines.preflight import check_run
-            from fedpdm.evaluation.assessment import check_scoring
-
-            sets = {(c.config.data, c.config.partition, c.config.evaluation): c for c in todo}
-            for cell in sets.values():
-                check_run(cell.config, options.runs / "not-there", resume=False)
-                clients = range(min(cell.clients, cell.config.partition.num_clients))
-                check_scoring(cell.config, clients=clients)
-        failed = _run_all(todo, jobs=options.jobs)
+            check_cells(todo, nowhere=options.runs / "not-there")
+        failed = run_cells(todo, jobs=options.jobs, say=lambda line: print(line, flush=True))
     if options.json:
         folder = options.results / f"{suite.name}-{options.profile}"
         _print_json(suite, options.profile, folder, options.ablation, failed)
     else:
-        from fedpdm.commands.tables import suite_tables
+        from fedpdm.reporting.suite_tables import suite_tables
 
         print("\n" + suite_tables(suite, options.profile, options.results))
     for title, line in failed:
@@ -132,54 +119,31 @@ def _print_json(
     print(json.dumps(facts, indent=1))
 
 
-def plan_cells(suite: Suite, options: argparse.Namespace) -> list[Cell]:
-    """Every cell of the call, seed by seed, so that a table fills evenly."""
-    from fedpdm.commands.experiment_cell import Cell
+def chosen_cells(suite: Suite, options: argparse.Namespace) -> list[Cell]:
+    """Every cell of the call."""
+    from fedpdm.suites.planning import plan_cells
 
-    size = suite.profile(options.profile)
-    seeds = _seeds(options.seeds, size.seeds)
     overrides = apply_overrides({}, options.overrides)
     if root := options.data_dir or os.environ.get("FEDPDM_DATA"):
         overrides.setdefault("data", {})["root"] = str(Path(root).expanduser().absolute())
-    variants: list[tuple[str | None, dict[str, Any]]] = [(None, {})]
-    methods: Sequence[str] = tuple(dict.fromkeys(options.method)) or suite.table
-    if options.ablation:
-        ablation = suite.ablation(options.ablation)
-        chosen = tuple(dict.fromkeys(options.variant)) or tuple(ablation.variants)
-        variants = [(name, dict(ablation.variant(name))) for name in chosen]
-        methods = tuple(dict.fromkeys(options.method)) or ablation.methods
-    cells = []
-    for seed in seeds:
-        for variant, change in variants:
-            if not change:
-                variant = None  # the table's own cell, which need not run twice
-            for method in methods:
-                config = suite.compose(
-                    options.profile, method, seed=seed, overrides=[change, overrides],
-                    label=f"{options.ablation}{variant}" if variant else "",
-                )  # fmt: skip
-                cells.append(
-                    Cell(
-                        suite=suite.name,
-                        profile=options.profile,
-                        method=method,
-                        seed=seed,
-                        ablation=options.ablation if variant else None,
-                        variant=variant,
-                        clients=size.clients,
-                        config=config,
-                        runs=options.runs.absolute(),
-                        results=options.results.absolute(),
-                        engine=options.engine,
-                        keep=options.keep,
-                    )
-                )
-    return cells
+    return plan_cells(
+        suite,
+        options.profile,
+        seeds=_seeds(options.seeds),
+        methods=options.method,
+        ablation=options.ablation,
+        variants=options.variant,
+        overrides=overrides,
+        runs=options.runs.absolute(),
+        results=options.results.absolute(),
+        engine=options.engine,
+        keep=options.keep,
+    )
 
 
-def _seeds(text: str | None, count: int) -> list[int]:
+def _seeds(text: str | None) -> list[int] | None:
     if text is None:
-        return list(range(count))
+        return None
     try:
         seeds = list(dict.fromkeys(int(part) for part in text.split(",")))
     except ValueError:
@@ -187,86 +151,3 @@ def _seeds(text: str | None, count: int) -> list[int]:
     if min(seeds) < 0:
         raise ConfigError(f"--seeds: must be at least 0, got {min(seeds)}")
     return seeds
-
-
-def _run_all(cells: Sequence[Cell], *, jobs: int) -> list[tuple[str, str]]:
-    """Run cells, `jobs` side by side; returns (title, last line) of those that failed."""
-    failed: list[tuple[str, str]] = []
-    waiting, lock = list(cells), threading.Lock()
-    started, finished = time.perf_counter(), 0
-    children: set[subprocess.Popen[str]] = set()
-    stopped = threading.Event()
-
-    def work() -> None:
-        nonlocal finished
-        while not stopped.is_set():
-            with lock:
-                if not waiting:
-                    return
-                cell = waiting.pop(0)
-            try:
-                line = _run_one(cell, children, threads=max(1, (os.cpu_count() or 1) // jobs))
-            except OSError as error:  # no process could be started
-                line = str(error)
-            with lock:
-                if stopped.is_set():
-                    return
-                finished += 1
-                if line is not None:
-                    failed.append((cell.title, line))
-                pace = (time.perf_counter() - started) / finished
-                left = pace * (len(cells) - finished)
-                print(
-                    f"[{finished}/{len(cells)}] {cell.title}: "
-                    f"{'done' if line is None else 'FAILED'}, about {left / 60:.0f} min left",
-                    flush=True,
-                )
-
-    with futures.ThreadPoolExecutor(jobs) as pool:
-        workers = [pool.submit(work) for _ in range(jobs)]
-        try:
-            futures.wait(workers)
-        except KeyboardInterrupt:
-            stopped.set()
-            told: set[subprocess.Popen[str]] = set()
-            while not all(worker.done() for worker in workers):  # none may train on unseen
-                for child in set(children) - told:
-                    child.send_signal(signal.SIGINT)
-                    told.add(child)
-                time.sleep(0.05)
-            raise
-    for worker in workers:
-        worker.result()  # raises what it raised
-    return failed
-
-
-def _run_one(cell: Cell, children: set[subprocess.Popen[str]], *, threads: int) -> str | None:
-    """Run one cell; its rounds are shown as they end. The line that says why it failed, or None."""
-    from fedpdm.commands.experiment_cell import to_text
-
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    child = subprocess.Popen(
-        [sys.executable, "-m", "fedpdm.commands.experiment_cell"],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=environment,
-    )  # fmt: skip
-    children.add(child)
-    assert child.stdin is not None
-    assert child.stdout is not None
-    errors: list[str] = []
-    reader = threading.Thread(target=lambda: errors.extend(child.stderr or []), daemon=True)
-    with child:
-        reader.start()
-        with contextlib.suppress(BrokenPipeError):  # it says itself why it ended
-            child.stdin.write(to_text(cell))
-            child.stdin.close()
-        for line in child.stdout:
-            if line.startswith(("round ", "client ", "feature network")):
-                print(f"  {cell.title}: {line.rstrip()}", flush=True)
-        code = child.wait()
-        reader.join()
-    children.discard(child)
-    if code == 0:
-        return None
-    lines = [line.strip() for line in errors if line.strip()]
-    return lines[-1] if lines else f"exit code {code}"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fedpdm.commands.groups import add_group
 from fedpdm.commands.resolving import DEPLOYED_OVERRIDES, add_run_arguments, resolve_run
 from fedpdm.commands.show import tell_run
-from fedpdm.commands.terminal import progress_aside, tell
+from fedpdm.commands.terminal import Parser, progress_aside, tell
 
 if TYPE_CHECKING:
     from fedpdm.config import RunConfig
@@ -40,7 +40,7 @@ def add_federation_parser(commands: Any) -> None:
         summary="coordinate a deployed federation: start, run, status, stop",
         description=DESCRIPTION,
     )
-    shared = argparse.ArgumentParser(add_help=False)
+    shared = Parser(add_help=False)
     shared.add_argument(
         "--state", type=Path, default=Path("federation"), metavar="DIR",
         help="the coordinator's directory; default: federation",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedpdm.commands.groups import add_group
 from fedpdm.commands.resolving import DEPLOYED_OVERRIDES, add_overrides
-from fedpdm.commands.terminal import progress_aside, tell
+from fedpdm.commands.terminal import Parser, progress_aside, tell
 
 if TYPE_CHECKING:
     from fedpdm.deployment.node import NodeReport, NodeSettings
@@ -40,7 +40,7 @@ def add_node_parser(commands: Any) -> None:
         summary="take part in a deployed federation: check, start, invite, digest",
         description=DESCRIPTION,
     )
-    shared = argparse.ArgumentParser(add_help=False)
+    shared = Parser(add_help=False)
     shared.add_argument(
         "--coordinator", metavar="HOST:PORT", help="where the coordinator is (FEDPDM_COORDINATOR)"
     )

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping
@@ -44,55 +45,98 @@ HELP = {
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors end with what to do next."""
+    """An argument parser whose errors end with what to do next, and that knows what it was given.
+
+    `arguments` are its own, those of its groups and those of its parents, which are `Parser`s;
+    `commands` are the parsers below it, by name. Descriptions are filled to the
+    terminal's width; examples stay as they are.
+    """
+
+    def __init__(self, *words: Any, **options: Any) -> None:
+        self.arguments: list[argparse.Action] = []
+        self.commands: Mapping[str, Parser] = {}
+        self._groups: list[Any] = []
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(*words, **options)
+        for parent in options.get("parents", ()):
+            self.arguments += parent.arguments
+
+    def format_help(self) -> str:
+        """The help text."""
+        before = [(part, part.description) for part in (self, *self._groups)]
+        epilog = self.epilog
+        try:
+            for part, text in before:
+                part.description = _filled(text, indent=0 if part is self else 2)
+            self.epilog = _filled(epilog, indent=0)
+            return super().format_help()
+        finally:
+            for part, text in before:
+                part.description = text
+            self.epilog = epilog
 
     def error(self, message: str) -> NoReturn:
         """Usage, the error, and where examples are; exit code 2."""
         self.print_usage(sys.stderr)
         self.exit(2, f"{self.prog}: error: {message}\nNext: {self.prog} --help shows examples\n")
 
+    def add_argument(self, *words: Any, **options: Any) -> argparse.Action:
+        """Also kept in `arguments`."""
+        return self._know(super().add_argument(*words, **options))
 
-class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Descriptions are filled to the terminal's width; examples stay as they are."""
-
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        if text.startswith("examples:"):
-            return super()._fill_text(text, width, indent)
-        paragraphs = (" ".join(part.split()) for part in text.strip().split("\n\n"))
-        filled = (
-            textwrap.fill(part, width, initial_indent=indent, subsequent_indent=indent)
-            for part in paragraphs
+    def add_argument_group(self, *words: Any, **options: Any) -> Any:
+        """A group whose arguments are kept in `arguments` too."""
+        group = super().add_argument_group(*words, **options)
+        self._groups.append(group)
+        add = group.add_argument
+        group.add_argument = lambda *words, **options: self._know(  # type: ignore[method-assign]
+            add(*words, **options)
         )
-        return "\n\n".join(filled)
+        return group
+
+    def add_subparsers(self, **options: Any) -> Any:
+        """What is added to it is kept in `commands` too."""
+        added = super().add_subparsers(**options)
+        self.commands = added.choices
+        return added
+
+    def _know(self, argument: argparse.Action) -> argparse.Action:
+        self.arguments.append(argument)
+        return argument
 
 
-def equip(parser: argparse.ArgumentParser) -> None:
+def _filled(text: str | None, *, indent: int) -> str | None:
+    """Text that is shown with `indent`, and leaves as much at the right."""
+    if text is None or text.startswith("examples:"):
+        return text
+    width = max(shutil.get_terminal_size().columns - 2 - indent, 11) - indent
+    paragraphs = (" ".join(part.split()) for part in text.strip().split("\n\n"))
+    return "\n\n".join(textwrap.fill(part, width) for part in paragraphs)
+
+
+def equip(parser: Parser) -> None:
     """Give every command below `parser` its examples and its name; --json and --quiet to each that
     does something, if it has them not yet."""
     for name, command in walk_commands(parser):
         if "examples:" not in (command.epilog or "") and name in EXAMPLES:
             command.epilog = f"examples:\n{EXAMPLES[name]}"
-        command.formatter_class = _HelpFormatter
         command.set_defaults(command=name)
-        if any(isinstance(action, argparse._SubParsersAction) for action in command._actions):
+        if command.commands:
             continue
+        known = {word for argument in command.arguments for word in argument.option_strings}
         for option, words in HELP.items():
-            if option in command._option_string_actions or name in WITHOUT[option]:
+            if option in known or name in WITHOUT[option]:
                 continue
             if option == "--quiet" and name in RESULTS:
                 words = "no progress lines"
             command.add_argument(option, action="store_true", help=words)
 
 
-def walk_commands(
-    parser: argparse.ArgumentParser, above: str = ""
-) -> Iterator[tuple[str, argparse.ArgumentParser]]:
+def walk_commands(parser: Parser, above: str = "") -> Iterator[tuple[str, Parser]]:
     """(name without fedpdm, parser) of every command and group of commands."""
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for name, command in action.choices.items():
-                yield f"{above}{name}", command
-                yield from walk_commands(command, f"{above}{name} ")
+    for name, command in parser.commands.items():
+        yield f"{above}{name}", command
+        yield from walk_commands(command, f"{above}{name} ")
 
 
 @contextlib.contextmanager
@@ -158,18 +202,20 @@ def _is_key(message: str) -> bool:
     return start.replace(".", "").replace("_", "").isalnum() and "." in start
 
 
-def add_completion_parser(commands: Any, parser: argparse.ArgumentParser) -> None:
+def add_completion_parser(commands: Any, parser: Parser) -> None:
     """Add `completion` to the subparsers of `parser`."""
     completion = commands.add_parser("completion", help="print a completion script for a shell")
     completion.add_argument("shell", choices=("bash", "zsh", "tcsh"))
     completion.set_defaults(action=lambda options: _print_completion(parser, options.shell))
 
 
-def _print_completion(parser: argparse.ArgumentParser, shell: str) -> None:
+def _print_completion(parser: Parser, shell: str) -> None:
     import shtab
 
     for _, command in walk_commands(parser):
-        for action in command._actions:
-            if action.type is Path:
-                action.complete = shtab.FILE  # type: ignore[attr-defined]
+        first, *_ = (command.description or "").split("\n\n")
+        command.description = " ".join(first.split()) or None  # shtab shows its first line
+        for argument in command.arguments:
+            if argument.type is Path:
+                argument.complete = shtab.FILE  # type: ignore[attr-defined]
     print(shtab.complete(parser, shell))

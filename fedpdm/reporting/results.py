@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +20,6 @@ __all__ = [
     "Column",
     "Row",
     "cell_text",
-    "describe_machine",
     "gap_closed",
     "load_results",
     "load_variants",
@@ -50,28 +46,6 @@ class Row:
     method: str
     seeds: tuple[int, ...]
     cells: tuple[tuple[float, ...], ...]
-
-
-def describe_machine() -> dict[str, Any]:
-    """Versions and hardware that a result was made with."""
-    import torch
-
-    names = ("fedpdm", "flwr", "torch", "torchvision", "diffusers", "numpy")
-    return {
-        "versions": {name: metadata.version(name) for name in names},
-        "python": platform.python_version(),
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if "model name" in line), "")
 
 
 def load_results(folder: Path) -> list[dict[str, Any]]:

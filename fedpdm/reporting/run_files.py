@@ -19,7 +19,7 @@ from fedpdm.privacy.planning import build_noise
 from fedpdm.privacy.releases import ReleaseStore
 from fedpdm.privacy.statement import baseline_statement, plain_text, run_statement
 from fedpdm.reporting.pictures import draw_image_grid, draw_partition
-from fedpdm.reporting.versions import software_versions
+from fedpdm.reporting.provenance import software_versions
 from fedpdm.setup.run_setup import RunSetup
 from fedpdm.storage.client_store import ClientStore
 from fedpdm.storage.files import write_tensors

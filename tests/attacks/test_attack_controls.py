@@ -17,9 +17,9 @@ from torch import nn
 
 from fedpdm.attacks.denoising import Reconstructor
 from fedpdm.attacks.jobs.controls import as_it_must_be, control_images, train_control
-from fedpdm.attacks.jobs.model_attacks import membership_work, memorisation_work
+from fedpdm.attacks.jobs.model_attacks import membership_job, memorisation_job
 from fedpdm.attacks.jobs.models import ModelTarget
-from fedpdm.attacks.jobs.running import Work, WorkDone
+from fedpdm.attacks.jobs.running import AttackJob, EndedAttack
 from fedpdm.attacks.membership import ATTACKS, AttackTarget
 from fedpdm.attacks.reconstruction import attack_uploads
 from fedpdm.cli import main
@@ -70,8 +70,8 @@ def controls() -> tuple[ImageSet, Any, ImageSet]:
 
 
 def auc_of(model: ModelTarget, subjects: Any, attack: str) -> dict[str, float]:
-    work = membership_work(model, subjects, attack=attack, label="x", settings={}, seed=0)
-    return dict(work.attack(lambda done, total: None)["scores"]["auc"])
+    job = membership_job(model, subjects, attack=attack, label="x", settings={}, seed=0)
+    return dict(job.attack(lambda done, total: None)["scores"]["auc"])
 
 
 @pytest.mark.parametrize("attack", ["loss", "pia", "pian", "secmi", "secmi_neural"])
@@ -137,7 +137,7 @@ def test_memorisation_flags_copies(controls: Any, tmp_path: Path) -> None:
     shares = []
     for images in (trained, unseen):
         model = memory_of(images)
-        result = memorisation_work(
+        result = memorisation_job(
             lambda num, seed, m=model, i=images: samples(m, i, num, seed),
             trained.images, subjects.non_members, extractor=None, label="memory", num_samples=80,
             picture=tmp_path / "pairs.png", settings={}, seed=0,
@@ -187,11 +187,11 @@ def test_uploads_with_next_to_no_noise_are_reconstructed(controls: Any) -> None:
 def test_verdicts(name: str, target: str, found: Any, right: bool) -> None:
     copies = isinstance(found, float)
     result = {"pixels": {"flagged_fraction": found}} if copies else {"scores": {"auc": found}}
-    work = Work(
+    job = AttackJob(
         name=name, group="memorisation" if copies else "membership", target=target, settings={},
         attack=lambda count: {},
     )  # fmt: skip
-    assert as_it_must_be(WorkDone(work=work, result=result, seconds=0.0, reused=False)) == right
+    assert as_it_must_be(EndedAttack(job=job, result=result, seconds=0.0, reused=False)) == right
 
 
 def test_bad_controls_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

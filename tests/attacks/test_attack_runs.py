@@ -14,7 +14,7 @@ import torch
 
 from fedpdm.attacks.jobs.models import CombinedDenoiser, run_targets
 from fedpdm.attacks.jobs.plan import chosen_attacks, plan_run
-from fedpdm.attacks.jobs.running import run_works
+from fedpdm.attacks.jobs.running import run_attack_jobs
 from fedpdm.attacks.jobs.subjects import matched_pairs, open_subjects, read_records
 from fedpdm.attacks.jobs.uploads import stored_release
 from fedpdm.cli import main
@@ -363,14 +363,14 @@ def test_releases_kept_elsewhere_are_found(
 
 
 def test_an_interrupted_attack_goes_on(finished: dict[str, Path], tmp_path: Path) -> None:
-    def works() -> Any:
+    def jobs() -> Any:
         return plan_run(
             RunDirectory(finished["centralised"]), clients=[0, 1],
             attacks=chosen_attacks("loss,pia,secmi"), out=tmp_path, seed=0, say=lambda _: None,
         )  # fmt: skip
 
-    planned, heard = works(), []
-    assert [work.target for work in planned] == ["shared"] * 3
+    planned, heard = jobs(), []
+    assert [job.target for job in planned] == ["shared"] * 3
 
     def stop(line: str) -> None:
         heard.append(line)
@@ -378,17 +378,17 @@ def test_an_interrupted_attack_goes_on(finished: dict[str, Path], tmp_path: Path
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_works(planned, tmp_path, say=stop)
+        run_attack_jobs(planned, tmp_path, say=stop)
     (tmp_path / "results" / "loss-on-shared.json").write_text("{half")
-    done = run_works(works(), tmp_path, say=heard.append)
+    done = run_attack_jobs(jobs(), tmp_path, say=heard.append)
     assert [each.reused for each in done] == [False, True, False]
-    again = run_works(works(), tmp_path / "anew", say=heard.append)
+    again = run_attack_jobs(jobs(), tmp_path / "anew", say=heard.append)
     assert [a.result for a in done] == [b.result for b in again]
     other = plan_run(
         RunDirectory(finished["centralised"]), clients=[0, 1],
         attacks=chosen_attacks("loss"), out=tmp_path, seed=1, say=lambda _: None,
     )  # fmt: skip
-    assert not run_works(other, tmp_path, say=heard.append)[0].reused
+    assert not run_attack_jobs(other, tmp_path, say=heard.append)[0].reused
 
 
 def test_names_of_attacks() -> None:

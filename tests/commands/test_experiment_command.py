@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import yaml
 
-from fedpdm.commands.experiment import add_experiment_parser, plan_cells
+from fedpdm.commands.experiment import add_experiment_parser, chosen_cells
 from fedpdm.config import load_suite
 from tests.support.command_line import call, forget_surroundings, without_advice
 from tests.support.refusals import tree
@@ -109,12 +109,12 @@ def test_variants_and_methods_asked_for_are_the_only_cells(folder: Path) -> None
     add_experiment_parser(parser.add_subparsers())
     words = ["experiment", str(path), "--ablation", "epsilon", "--seeds", "0,2"]
     options = parser.parse_args([*words, "--variant", "10", "--variant", "1", *methods("alone")])
-    cells = plan_cells(load_suite(path), options)
+    cells = chosen_cells(load_suite(path), options)
     assert [(cell.seed, cell.variant, cell.config.privacy.epsilon) for cell in cells] == [
         (0, "10", 10), (0, "1", 1), (2, "10", 10), (2, "1", 1)
     ]  # fmt: skip
     assert {cell.method for cell in cells} == {"alone"}
-    everything = plan_cells(load_suite(path), parser.parse_args(words))
+    everything = chosen_cells(load_suite(path), parser.parse_args(words))
     assert [cell.variant for cell in everything] == sorted(variants) * 2
 
 
@@ -124,8 +124,8 @@ def test_a_variant_that_changes_nothing_is_the_tables_own_cell(folder: Path) -> 
     parser = argparse.ArgumentParser()
     add_experiment_parser(parser.add_subparsers())
     suite, words = load_suite(path), ["experiment", str(path), "--seeds", "0"]
-    own = plan_cells(suite, parser.parse_args([*words, *methods("ours")]))
-    ablation = plan_cells(suite, parser.parse_args([*words, "--ablation", "epsilon"]))
+    own = chosen_cells(suite, parser.parse_args([*words, *methods("ours")]))
+    ablation = chosen_cells(suite, parser.parse_args([*words, "--ablation", "epsilon"]))
     assert ablation[1:] == own
     assert ablation[0].folder == own[0].folder / "epsilon" / "1"
 

@@ -14,16 +14,16 @@ import yaml
 from PIL import Image
 
 from fedpdm.cli import main
-from fedpdm.commands.tables import suite_tables
 from fedpdm.config import ConfigError, load_suite
+from fedpdm.reporting.provenance import describe_machine
 from fedpdm.reporting.results import (
     Column,
     cell_text,
-    describe_machine,
     gap_closed,
     load_results,
     rows,
 )
+from fedpdm.reporting.suite_tables import suite_tables
 from tests.support.command_line import without_advice
 
 FID = "inception-2048"

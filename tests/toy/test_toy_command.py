@@ -17,7 +17,6 @@ import pytest
 from PIL import Image
 
 from fedpdm.cli import main
-from fedpdm.commands.toy import _children_ignore_interruptions, contradictions
 from fedpdm.config import (
     ConfigError,
     ToyConfig,
@@ -26,8 +25,10 @@ from fedpdm.config import (
     toy_config_from_mapping,
 )
 from fedpdm.diffusion.schedule import make_schedule
+from fedpdm.jobs.processes import children_ignore_interruptions
 from fedpdm.reporting.pictures import Panel, Series, draw_panels
 from fedpdm.toy.plan import covering_norm, nearest_t0, plan
+from fedpdm.toy.report import contradictions
 from tests.support.command_line import without_advice
 
 ROOT = Path(__file__).parents[2]
@@ -207,7 +208,7 @@ def test_an_interruption_while_processes_start_is_raised_afterwards() -> None:
     interrupt = "import os, signal; os.kill(os.getpid(), signal.SIGINT)"
 
     def interrupted_start() -> None:
-        with _children_ignore_interruptions():
+        with children_ignore_interruptions():
             os.kill(os.getpid(), signal.SIGINT)
             exits.append(subprocess.run([sys.executable, "-c", interrupt], check=False).returncode)
 

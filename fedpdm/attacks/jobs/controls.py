@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fedpdm.attacks.jobs.model_attacks import membership_work, memorisation_work, seed_of
+from fedpdm.attacks.jobs.model_attacks import membership_job, memorisation_job, seed_of
 from fedpdm.attacks.jobs.models import ModelTarget
-from fedpdm.attacks.jobs.running import Work, WorkDone
+from fedpdm.attacks.jobs.running import AttackJob, EndedAttack
 from fedpdm.attacks.jobs.subjects import Subjects, matched_pairs
 from fedpdm.attacks.membership import AttackTarget
 from fedpdm.data import ImageSet, denormalize, load_image_set, normalize
@@ -161,14 +161,14 @@ def _kept_weights(path: Path, recipe: Mapping[str, str]) -> dict[str, torch.Tens
     return weights if weights and same else None
 
 
-def as_it_must_be(done: WorkDone) -> bool:
+def as_it_must_be(done: EndedAttack) -> bool:
     """Whether an attack succeeded on the overfitted model, or failed on the other one.
 
     Membership: an AUC of at least 0.9, against an interval that does not lie above 0.5.
     Memorisation: at least half of the samples are flagged, against fewer than half.
     """
-    overfitted = done.work.target == OVERFITTED
-    if done.work.group == "memorisation":
+    overfitted = done.job.target == OVERFITTED
+    if done.job.group == "memorisation":
         return bool((done.result["pixels"]["flagged_fraction"] >= 0.5) == overfitted)
     auc = done.result["scores"]["auc"]
     return bool(auc["value"] >= 0.9 if overfitted else auc["low"] <= 0.5)
@@ -205,15 +205,15 @@ def plan_controls(
     seed: int,
     device: str = "auto",
     show: Callable[[str], Progress] | None = None,
-) -> list[Work]:
-    """Train both models; the works: membership attacks on both, memorisation by both.
+) -> list[AttackJob]:
+    """Train both models; the jobs: membership attacks on both, memorisation by both.
 
     Pictures, and the weights of models, are written into `out`. `show` makes the progress of a
     training from what it is called.
     """
     trained, subjects, unseen = control_images(num_images, seed=seed)
     where = select_device(device)
-    works = []
+    jobs = []
     for label, images in ((OVERFITTED, trained), (UNSEEN, unseen)):
         model = train_control(
             images,
@@ -224,14 +224,14 @@ def plan_controls(
             kept=out / "models" / f"{label.split()[0]}.safetensors",
         )
         settings = {"images": num_images, "steps": num_steps, "model": label}
-        works += [
-            membership_work(
+        jobs += [
+            membership_job(
                 model, subjects, attack=attack, label=label, settings=settings, seed=seed
             )
             for attack in attacks
         ]
-        works.append(
-            memorisation_work(
+        jobs.append(
+            memorisation_job(
                 functools.partial(_samples, model, trained),
                 trained.images,
                 subjects.non_members,
@@ -243,7 +243,7 @@ def plan_controls(
                 seed=seed,
             )
         )
-    return works
+    return jobs
 
 
 def _samples(model: ModelTarget, images: ImageSet, num: int, seed: int) -> np.ndarray:

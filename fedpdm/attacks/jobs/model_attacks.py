@@ -1,4 +1,7 @@
-"""The works on models: membership, memorisation, collusion. `upload_works` has those on uploads."""
+"""The attacks on models: membership, memorisation, collusion. `upload_attacks` has the others.
+
+`settings` of a job begin with its name, under the key of the files that hold results.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import numpy as np
 
 from fedpdm.attacks.collusion import pooled_scores
 from fedpdm.attacks.jobs.models import ModelTarget
-from fedpdm.attacks.jobs.running import Count, Work
+from fedpdm.attacks.jobs.running import AttackJob, Count
 from fedpdm.attacks.jobs.subjects import Subjects
 from fedpdm.attacks.membership import ATTACKS, membership_scores, run_membership
 from fedpdm.attacks.memorisation import find_memorised, judge_by_control
@@ -20,16 +23,16 @@ from fedpdm.attacks.roc import auc_difference
 from fedpdm.reporting.pictures import draw_memorised_pairs
 
 __all__ = [
-    "collusion_work",
-    "membership_work",
-    "memorisation_work",
+    "collusion_job",
+    "membership_job",
+    "memorisation_job",
     "scores_of_curve",
     "seed_of",
 ]
 
 
 def seed_of(seed: int, name: str) -> np.random.SeedSequence:
-    """The stream of a work: of the seed and of its name, whatever else is run beside it."""
+    """The stream of a job: of the seed and of its name, whatever else is run beside it."""
     word = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")
     return np.random.SeedSequence(seed, spawn_key=(word,))
 
@@ -42,7 +45,7 @@ def _line(scores: Mapping[str, Any]) -> str:
     )
 
 
-def membership_work(
+def membership_job(
     model: ModelTarget,
     subjects: Subjects,
     *,
@@ -51,11 +54,11 @@ def membership_work(
     settings: Mapping[str, Any],
     seed: int,
     batch_size: int = 256,
-) -> Work:
+) -> AttackJob:
     """One membership attack on one target, called `label`."""
     name = f"{attack} on {label}"
 
-    def work(count: Count) -> dict[str, Any]:
+    def attack_once(count: Count) -> dict[str, Any]:
         member_labels, other_labels = subjects.tensors()
         found = run_membership(
             model.target,
@@ -80,7 +83,9 @@ def membership_work(
 
     chosen = {"work": name, "subjects": subjects.digest(), "seed": seed, **settings}
     chosen["parameters"] = dict(ATTACKS[attack].parameters)
-    return Work(name=name, group="membership", target=label, settings=chosen, attack=work)
+    return AttackJob(
+        name=name, group="membership", target=label, settings=chosen, attack=attack_once
+    )
 
 
 def scores_of_curve(members: np.ndarray, others: np.ndarray) -> dict[str, list[float]]:
@@ -88,7 +93,7 @@ def scores_of_curve(members: np.ndarray, others: np.ndarray) -> dict[str, list[f
     return {"members": members.tolist(), "non_members": others.tolist()}
 
 
-def memorisation_work(
+def memorisation_job(
     sample: Any,
     training: np.ndarray,
     held_out: np.ndarray,
@@ -99,7 +104,7 @@ def memorisation_work(
     picture: Path,
     settings: Mapping[str, Any],
     seed: int,
-) -> Work:
+) -> AttackJob:
     """Copies of `training` images among samples, `sample(num, seed)` uint8; held-out ones beside.
 
     `extractor` gives features (N, d) beside pixels, None: pixels only.
@@ -107,7 +112,7 @@ def memorisation_work(
     name = f"memorisation by {label}"
     neighbors = min(50, len(training))
 
-    def work(count: Count) -> dict[str, Any]:
+    def attack_once(count: Count) -> dict[str, Any]:
         generated = sample(num_samples, seed)
         spaces: dict[str, Any] = {"pixels": (generated, training, held_out)}
         if extractor is not None:
@@ -144,10 +149,12 @@ def memorisation_work(
 
     chosen = {"work": name, "seed": seed, "num_samples": num_samples, "neighbors": neighbors}
     chosen |= {"extractor": None if extractor is None else extractor.digest, **settings}
-    return Work(name=name, group="memorisation", target=label, settings=chosen, attack=work)
+    return AttackJob(
+        name=name, group="memorisation", target=label, settings=chosen, attack=attack_once
+    )
 
 
-def collusion_work(
+def collusion_job(
     colluders: Mapping[str, ModelTarget],
     subjects: Subjects,
     *,
@@ -155,14 +162,14 @@ def collusion_work(
     label: str,
     settings: Mapping[str, Any],
     seed: int,
-) -> Work:
+) -> AttackJob:
     """Everybody else's published models and the coarse one, their scores pooled, against a client.
 
     `colluders` begins with the coarse model: its own score is what the others add to.
     """
     name = f"collusion, {attack} against {label}"
 
-    def work(count: Count) -> dict[str, Any]:
+    def attack_once(count: Count) -> dict[str, Any]:
         labels = subjects.tensors()
         scores = []
         for done, model in enumerate(colluders.values(), 1):
@@ -199,4 +206,6 @@ def collusion_work(
 
     chosen = {"work": name, "subjects": subjects.digest(), "seed": seed, **settings}
     chosen |= {"colluders": list(colluders), "parameters": dict(ATTACKS[attack].parameters)}
-    return Work(name=name, group="collusion", target=label, settings=chosen, attack=work)
+    return AttackJob(
+        name=name, group="collusion", target=label, settings=chosen, attack=attack_once
+    )

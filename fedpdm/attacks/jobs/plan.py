@@ -1,10 +1,10 @@
-"""What there is to do against a finished run: its targets, its attackers, its works."""
+"""The attacks against a finished run, or on a U-Net: their targets, attackers and jobs."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,16 @@ import numpy as np
 import torch
 
 from fedpdm.attacks.jobs.model_attacks import (
-    collusion_work,
-    membership_work,
-    memorisation_work,
+    collusion_job,
+    membership_job,
+    memorisation_job,
     seed_of,
 )
-from fedpdm.attacks.jobs.models import run_targets
-from fedpdm.attacks.jobs.running import Work
+from fedpdm.attacks.jobs.models import ModelTarget, run_targets
+from fedpdm.attacks.jobs.running import AttackJob
 from fedpdm.attacks.jobs.subjects import Subjects, open_subjects, read_records
-from fedpdm.attacks.jobs.uploads import pretrained_attacker, stored_release, upload_works
+from fedpdm.attacks.jobs.unet import unet_subjects
+from fedpdm.attacks.jobs.uploads import pretrained_attacker, stored_release, upload_jobs
 from fedpdm.attacks.membership import ATTACKS, MIN_FITTED
 from fedpdm.config import ConfigError
 from fedpdm.data import ImageSet, denormalize
@@ -30,7 +31,7 @@ from fedpdm.evaluation.assessment import build_extractor
 from fedpdm.evaluation.synthesis import Synthesizer, open_synthesizer
 from fedpdm.storage.run_directory import RunDirectory
 
-__all__ = ["GROUPS", "chosen_attacks", "plan_run"]
+__all__ = ["GROUPS", "chosen_attacks", "plan_run", "plan_unet"]
 
 GROUPS = ("membership", "memorisation", "reconstruction", "collusion", "linkage")
 Say = Callable[[str], None]
@@ -69,8 +70,8 @@ def plan_run(
     public_steps: int = 2000,
     cache: Path | None = None,
     say: Say = print,
-) -> list[Work]:
-    """The works against these clients of a finished run of a simulation.
+) -> list[AttackJob]:
+    """The jobs against these clients of a finished run of a simulation.
 
     Args:
         attacks: of `chosen_attacks`; what a run cannot be asked (a baseline has no uploads) is
@@ -100,7 +101,7 @@ def plan_run(
     records = {role: read_records(run, images, role=role)}
     if config.kind.has_fine_model:
         records["fine"] = read_records(run, images, role="fine")
-    works: list[Work] = []
+    jobs: list[AttackJob] = []
 
     def subjects_of(role: str, chosen: Sequence[int]) -> Subjects:
         rng = np.random.default_rng(seed_of(seed, f"subjects {role} {list(chosen)}"))
@@ -121,8 +122,8 @@ def plan_run(
             if ATTACKS[attack].fitted and len(subjects) < MIN_FITTED:
                 say(f"{attack} on {label} is left out: it needs {MIN_FITTED} members to fit on")
                 continue
-            works.append(
-                membership_work(
+            jobs.append(
+                membership_job(
                     target, subjects, attack=attack, label=label, settings=settings, seed=seed
                 )
             )
@@ -135,8 +136,8 @@ def plan_run(
                     continue
                 known = records["coarse" if shared else "fine"]
                 held = [r for r in known if shared or r.client_id == client]
-                works.append(
-                    memorisation_work(
+                jobs.append(
+                    memorisation_job(
                         sampler,
                         images.images[np.concatenate([r.train.positions for r in held])],
                         images.images[np.concatenate([r.heldout.positions for r in held])],
@@ -166,7 +167,7 @@ def plan_run(
                 for other in range(config.partition.num_clients)
                 if other != client
             }
-            works += upload_works(
+            jobs += upload_jobs(
                 one,
                 others,
                 released,
@@ -184,8 +185,8 @@ def plan_run(
                     for other, each in others.items()
                 }
                 for attack in [name for name in names if not ATTACKS[name].fitted] or ["pia"]:
-                    works.append(
-                        collusion_work(
+                    jobs.append(
+                        collusion_job(
                             colluders,
                             subjects_of("coarse", [client]),
                             attack=attack,
@@ -194,9 +195,46 @@ def plan_run(
                             seed=seed,
                         )
                     )
-    if not works:
+    if not jobs:
         raise ConfigError("--attacks: none of these can be made against this run")
-    return works
+    return jobs
+
+
+def plan_unet(
+    model: ModelTarget,
+    members: Path,
+    non_members: Path,
+    *,
+    attacks: Sequence[str],
+    num_subjects: int,
+    null_label: int | None,
+    settings: Mapping[str, Any],
+    seed: int,
+    say: Say = print,
+) -> tuple[list[AttackJob], Subjects]:
+    """The membership attacks on a U-Net of `open_unet`, and the images they are made on.
+
+    `members` and `non_members` are folders or .npz files. What cannot be asked of this model is
+    left out and said; `ConfigError` if nothing is left.
+    """
+    rng = np.random.default_rng(seed_of(seed, "subjects"))
+    subjects = unet_subjects(model, members, non_members, most=num_subjects, rng=rng)
+    jobs = []
+    for name in attacks:
+        spec = ATTACKS[name]
+        if spec.needs_labels and not (model.target.labels_known and null_label is not None):
+            say(f"{name} is left out: it needs a model with labels and --null-label")
+        elif spec.fitted and len(subjects) < MIN_FITTED:
+            say(f"{name} is left out: it needs {MIN_FITTED} members to fit on")
+        else:
+            jobs.append(
+                membership_job(
+                    model, subjects, attack=name, label="unet", settings=settings, seed=seed
+                )
+            )
+    if not jobs:
+        raise ConfigError("--attacks: none of these can be made against this model")
+    return jobs, subjects
 
 
 def _samplers(one: Synthesizer) -> dict[str, Any]:

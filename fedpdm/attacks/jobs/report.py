@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import platform
 import re
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fedpdm.attacks.jobs.running import WorkDone
+from fedpdm.attacks.jobs.running import EndedAttack
 from fedpdm.attacks.roc import roc_points
 from fedpdm.reporting.pictures import draw_roc
+from fedpdm.reporting.provenance import software_versions
 from fedpdm.storage.files import write_atomic
 
 __all__ = ["PAPER", "write_report"]
@@ -36,7 +35,7 @@ that these attacks failed, not that none can succeed; the guarantee of a release
 
 
 def write_report(
-    done: Sequence[WorkDone],
+    done: Sequence[EndedAttack],
     out: Path,
     *,
     title: str,
@@ -50,17 +49,14 @@ def write_report(
     curves = _draw_curves(done, out)
     record = {
         **facts,
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("fedpdm", "torch", "diffusers", "numpy")},
-        },
+        "versions": software_versions(("fedpdm", "torch", "diffusers", "numpy")),
         "attacks": [
             {
-                "name": each.work.name,
-                "group": each.work.group,
-                "target": each.work.target,
+                "name": each.job.name,
+                "group": each.job.group,
+                "target": each.job.target,
                 "seconds": each.seconds,
-                "settings": dict(each.work.settings),
+                "settings": dict(each.job.settings),
                 **{key: value for key, value in each.result.items() if key != "curve"},
             }
             for each in done
@@ -73,12 +69,12 @@ def write_report(
     return out / "summary.md"
 
 
-def _draw_curves(done: Sequence[WorkDone], out: Path) -> list[Path]:
+def _draw_curves(done: Sequence[EndedAttack], out: Path) -> list[Path]:
     paths = []
-    groups: dict[tuple[str, str], list[WorkDone]] = {}
+    groups: dict[tuple[str, str], list[EndedAttack]] = {}
     for each in done:
         if "curve" in each.result:
-            groups.setdefault((each.work.group, each.work.target), []).append(each)
+            groups.setdefault((each.job.group, each.job.target), []).append(each)
     for (group, target), members in groups.items():
         name = re.sub(r"[^a-z0-9]+", "-", f"{group}-{target}".lower())
         path, lines, smallest = out / f"roc-{name}.png", {}, 0.1
@@ -86,7 +82,7 @@ def _draw_curves(done: Sequence[WorkDone], out: Path) -> list[Path]:
             curve = each.result["curve"]
             x, y = np.array(curve["members"]), np.array(curve["non_members"])
             area = each.result["scores"]["auc"]["value"]
-            lines[f"{each.work.name.split(' on ')[0]}, AUC {area:.3f}"] = roc_points(x, y)
+            lines[f"{each.job.name.split(' on ')[0]}, AUC {area:.3f}"] = roc_points(x, y)
             smallest = min(smallest, max(1e-4, 1.0 / len(y)))
         draw_roc(path, lines, title=f"{group}, {target}", smallest=smallest)
         paths.append(path)
@@ -99,19 +95,19 @@ def _percent(estimate: Mapping[str, float]) -> str:
 
 
 def _summary(
-    done: Sequence[WorkDone], *, title: str, facts: Mapping[str, Any], curves: Sequence[Path]
+    done: Sequence[EndedAttack], *, title: str, facts: Mapping[str, Any], curves: Sequence[Path]
 ) -> str:
     lines = [f"# {title}", "", str(facts["what"]), "", MEANING]
-    by_group: dict[str, list[WorkDone]] = {}
+    by_group: dict[str, list[EndedAttack]] = {}
     for each in done:
-        by_group.setdefault(each.work.group, []).append(each)
+        by_group.setdefault(each.job.group, []).append(each)
     if scored := [*by_group.get("membership", []), *by_group.get("linkage", [])]:
         lines += _membership_lines(scored)
     if found := by_group.get("memorisation"):
         lines += [
             "## Memorisation",
             "",
-            *(f"- {d.work.name}: {d.result['headline']}" for d in found),
+            *(f"- {d.job.name}: {d.result['headline']}" for d in found),
         ]
         lines += [
             "",
@@ -126,12 +122,12 @@ def _summary(
         ("publishing", "What publishing the own fine model costs the publisher"),
     ):
         lines += _upload_lines(by_group.get(group, []), words)
-    fine = [d for d in by_group.get("membership", []) if d.work.target.startswith("fine")]
+    fine = [d for d in by_group.get("membership", []) if d.job.target.startswith("fine")]
     if fine:
         worst = max(fine, key=lambda each: each.result["scores"]["auc"]["value"])
         lines += [
             "Fine models are trained without noise. Whoever gets one can attack its owner as "
-            f"above: the best attack, {worst.work.name}, has AUC "
+            f"above: the best attack, {worst.job.name}, has AUC "
             f"{worst.result['scores']['auc']['value']:.3f}. That is a cost to the publisher alone.",
             "",
         ]
@@ -140,7 +136,7 @@ def _summary(
     return "\n".join([*lines, f"Files: {', '.join(files)}.", ""])
 
 
-def _membership_lines(scored: Sequence[WorkDone]) -> list[str]:
+def _membership_lines(scored: Sequence[EndedAttack]) -> list[str]:
     lines = [
         "## Membership inference, and linkage of uploads",
         "",
@@ -150,16 +146,16 @@ def _membership_lines(scored: Sequence[WorkDone]) -> list[str]:
     for each in scored:
         s = each.result["scores"]
         lines.append(
-            f"| {each.work.target} | {each.result.get('title', 'linkage of uploads')} "
+            f"| {each.job.target} | {each.result.get('title', 'linkage of uploads')} "
             f"| {_percent(s['auc'])} | {_percent(s['asr'])} ({100 * s['asr_at_chance']:.1f}) "
             f"| {_percent(s['tpr_at_1pct'])} | {_percent(s['tpr_at_01pct'])} | {s['num_members']} |"
         )
-    if any(each.work.target in ("coarse", "shared") for each in scored):
+    if any(each.job.target in ("coarse", "shared") for each in scored):
         lines += [
             f"| *paper, {name}* | | {auc:.2f} | {asr:.2f} | {tpr:.2f} | | |"
             for name, (auc, asr, tpr) in PAPER.items()
         ]
-    if any(each.work.group == "linkage" for each in scored):
+    if any(each.job.group == "linkage" for each in scored):
         lines += [
             "",
             "Linkage: the server knows two images and asks which of them an upload was made from. "
@@ -168,7 +164,7 @@ def _membership_lines(scored: Sequence[WorkDone]) -> list[str]:
     return [*lines, ""]
 
 
-def _upload_lines(found: Sequence[WorkDone], words: str) -> list[str]:
+def _upload_lines(found: Sequence[EndedAttack], words: str) -> list[str]:
     if not found:
         return []
     lines = [f"## {words}", ""]
@@ -176,7 +172,7 @@ def _upload_lines(found: Sequence[WorkDone], words: str) -> list[str]:
         if "rows" not in each.result:
             gain = each.result["gain"]
             lines.append(
-                f"- {each.work.name}: {each.result['headline']}; the others add "
+                f"- {each.job.name}: {each.result['headline']}; the others add "
                 f"{100 * gain['value']:+.1f} points of AUC "
                 f"({100 * gain['low']:+.1f} to {100 * gain['high']:+.1f})"
             )
@@ -185,7 +181,7 @@ def _upload_lines(found: Sequence[WorkDone], words: str) -> list[str]:
             continue
         lines += [
             "",
-            f"{each.work.name}, {each.result['rows'][0]['num_images']} images, t0 = "
+            f"{each.job.name}, {each.result['rows'][0]['num_images']} images, t0 = "
             f"{each.result['t0']}. Recovery: 0 is perfect, 1 as far off as the upload itself "
             "(or as the mean of the class, which needs no upload).",
             "",

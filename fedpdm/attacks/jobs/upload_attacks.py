@@ -1,4 +1,4 @@
-"""The works on uploads: what an attacker makes of them, and which image each was made from."""
+"""The attacks on uploads: what an attacker makes of them, and which image each was made from."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from fedpdm.attacks.denoising import Reconstructor
 from fedpdm.attacks.jobs.model_attacks import scores_of_curve, seed_of
-from fedpdm.attacks.jobs.running import Count, Work
+from fedpdm.attacks.jobs.running import AttackJob, Count
 from fedpdm.attacks.linkage import linkage_attack
 from fedpdm.attacks.membership import membership_scores
 from fedpdm.attacks.reconstruction import attack_uploads, unclip_factor
@@ -21,10 +21,10 @@ from fedpdm.privacy.mechanism import select
 from fedpdm.privacy.types import ReleasedDataset
 from fedpdm.reporting.pictures import draw_reconstructions
 
-__all__ = ["linkage_work", "reconstruction_work"]
+__all__ = ["linkage_job", "reconstruction_job"]
 
 
-def reconstruction_work(
+def reconstruction_job(
     released: ReleasedDataset,
     originals: np.ndarray,
     public: np.ndarray,
@@ -37,13 +37,13 @@ def reconstruction_work(
     settings: Mapping[str, Any],
     seed: int,
     late: Callable[[], Reconstructor] | None = None,
-) -> Work:
+) -> AttackJob:
     """Reconstruct `originals` uint8 from their uploads. `public` gives the length of images.
 
-    `late` makes one attacker more, when the work is done: one that must be trained first.
+    `late` makes one attacker more, when the attack is made: one that must be trained first.
     """
 
-    def work(count: Count) -> dict[str, Any]:
+    def attack_once(count: Count) -> dict[str, Any]:
         stream = seed_of(seed, name)
         shift = released.parameters.shift
         unclip = unclip_factor(public, clip_norm=released.parameters.clip_norm, shift=shift)
@@ -82,17 +82,17 @@ def reconstruction_work(
 
     chosen = {"work": name, "seed": seed, "images": len(originals), **settings}
     chosen["attackers"] = [each.name for each in attackers]
-    return Work(name=name, group=group, target=target, settings=chosen, attack=work)
+    return AttackJob(name=name, group=group, target=target, settings=chosen, attack=attack_once)
 
 
-def linkage_work(
+def linkage_job(
     images: ImageSet, released: ReleasedDataset, *, label: str, settings: Mapping[str, Any],
     seed: int,
-) -> Work:  # fmt: skip
+) -> AttackJob:  # fmt: skip
     """The server's guess from which of two of a client's images each of its uploads was made."""
     name = f"linkage of uploads of {label}"
 
-    def work(count: Count) -> dict[str, Any]:
+    def attack_once(count: Count) -> dict[str, Any]:
         place = {bytes(row): at for at, row in enumerate(images.image_digests())}
 
         def obtain(chosen: ImageSet) -> ReleasedDataset:
@@ -114,4 +114,4 @@ def linkage_work(
         }
 
     chosen = {"work": name, "seed": seed, **settings}
-    return Work(name=name, group="linkage", target=label, settings=chosen, attack=work)
+    return AttackJob(name=name, group="linkage", target=label, settings=chosen, attack=attack_once)

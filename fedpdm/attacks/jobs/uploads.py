@@ -15,8 +15,8 @@ from fedpdm.attacks.collusion import PooledDenoiser
 from fedpdm.attacks.denoising import Reconstructor
 from fedpdm.attacks.jobs.model_attacks import seed_of
 from fedpdm.attacks.jobs.models import reconstructor_of, run_targets
-from fedpdm.attacks.jobs.running import Work
-from fedpdm.attacks.jobs.upload_attacks import linkage_work, reconstruction_work
+from fedpdm.attacks.jobs.running import AttackJob
+from fedpdm.attacks.jobs.upload_attacks import linkage_job, reconstruction_job
 from fedpdm.attacks.membership import AttackTarget
 from fedpdm.attacks.pretraining import pretrain
 from fedpdm.data import ImageSet
@@ -28,10 +28,10 @@ from fedpdm.setup.build import build_optimizer_settings
 from fedpdm.setup.run_setup import set_up
 from fedpdm.storage.run_directory import RunDirectory
 
-__all__ = ["pretrained_attacker", "stored_release", "upload_works"]
+__all__ = ["pretrained_attacker", "stored_release", "upload_jobs"]
 
 
-def upload_works(
+def upload_jobs(
     one: Synthesizer,
     others: Mapping[int, Synthesizer],
     released: ReleasedDataset,
@@ -43,13 +43,13 @@ def upload_works(
     num_uploads: int,
     *,
     late: functools.partial[Reconstructor] | None,
-) -> list[Work]:
+) -> list[AttackJob]:
     """Linkage, reconstruction, collusion and publishing cost on one client's uploads."""
     own, client = one.own, one.own.client_id
-    works: list[Work] = []
+    jobs: list[AttackJob] = []
     if "linkage" in wanted and len(own.images) >= 2:
         label = f"client {client}"
-        works.append(linkage_work(own.images, released, label=label, settings=settings, seed=seed))
+        jobs.append(linkage_job(own.images, released, label=label, settings=settings, seed=seed))
     rng = np.random.default_rng(seed_of(seed, f"uploads of client {client}"))
     rows = np.sort(rng.permutation(own.train)[:num_uploads])
     chosen, originals = select(released, torch.from_numpy(rows)), own.images.images[rows]
@@ -63,8 +63,8 @@ def upload_works(
         late: functools.partial[Reconstructor] | None = None,
         **extra: Any,
     ) -> None:
-        works.append(
-            reconstruction_work(
+        jobs.append(
+            reconstruction_job(
                 chosen, originals, public, attackers, name=name, group=group,
                 target=f"client {client}", picture=out / file, settings={**settings, **extra},
                 seed=seed, late=late,
@@ -109,7 +109,7 @@ def upload_works(
             [coarse, reconstructor_of("own fine model", one, "fine")],
             f"publishing-client{client}.png",
         )
-    return works
+    return jobs
 
 
 def stored_release(

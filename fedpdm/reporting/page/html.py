@@ -31,7 +31,7 @@ from fedpdm.reporting.page.pictures import (
     embed_file,
 )
 from fedpdm.reporting.page.reading import RunFacts, flat_config, statement_blocks
-from fedpdm.reporting.versions import software_versions
+from fedpdm.reporting.provenance import software_versions
 from fedpdm.storage.files import StoreError, write_atomic
 
 __all__ = ["render_report", "write_report"]

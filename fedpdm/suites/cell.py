@@ -19,7 +19,7 @@ import numpy as np
 
 from fedpdm.config import RunConfig, config_from_mapping, config_to_json
 from fedpdm.evaluation.assessment import assess_run
-from fedpdm.reporting.results import describe_machine
+from fedpdm.reporting.provenance import describe_machine
 from fedpdm.storage.files import write_atomic
 from fedpdm.storage.run_directory import RunDirectory
 
