@@ -293,8 +293,8 @@ def test_damaged_files_are_named(tmp_path: Path, name: str, content: str) -> Non
 
 
 def line_points(svg: str, index: int) -> list[tuple[float, float]]:
-    path = re.findall(r'<path class="line s\d" d="M([^"]+)"', svg)[index]
-    return [(float(x), float(y)) for x, y in (part.split() for part in path.split("L"))]
+    path = re.findall(r'<g class="line s\d"><path d="M ([^"]+)"', svg)[index]
+    return [(float(x), float(y)) for x, y in (part.split() for part in path.split(" L "))]
 
 
 def test_lines_are_drawn_to_scale() -> None:
@@ -325,13 +325,34 @@ def test_labels_of_the_axis_are_where_their_values_are() -> None:
     chart = line_chart([series], title="T", x_label="x", y_label="y")
     assert chart is not None
     svg = str(chart.svg)
-    ticks = {
-        float(text): float(y) - 4
-        for y, text in re.findall(r'y="([\d.]+)" text-anchor="end">([\d.]+)<', svg)
-    }
+    words = r'y="([\d.]+)" transform="[^"]+" style="text-anchor: end">([\d.]+)<'
+    ticks = {float(text): float(y) - 5 for y, text in re.findall(words, svg)}
+    lines = re.findall(r'"M 62 ([\d.]+) L 428 \1" style="[^"]*var\(--grid\)', svg)
     places = line_points(svg, 0)
-    assert ticks[0.0] == pytest.approx(places[0][1], abs=0.2)
-    assert ticks[50.0] == pytest.approx(places[1][1], abs=0.2)
+    for value, (_, y) in zip((0.0, 50.0), places, strict=True):
+        assert ticks[value] == pytest.approx(y, abs=0.2)
+        assert min(abs(float(line) - y) for line in lines) < 0.01
+
+
+def test_marks_are_on_the_points_and_charts_are_the_same_again() -> None:
+    """Marks stand where they are used: charts of a page share no ids. Colours are the page's."""
+    points = [(1.0, 3.0), (2.0, 5.0), (4.0, 4.0)]
+    charts = [
+        line_chart([Series(name="a", points=points)], title="T", x_label="x", y_label="y")
+        for _ in range(2)
+    ]
+    svg, again = (str(chart.svg) for chart in charts if chart is not None)
+    assert svg == again
+    marks = re.findall(r'class="mark" d="[^"]+" transform="translate\(([\d.]+) ([\d.]+)\)"', svg)
+    assert [(float(x), float(y)) for x, y in marks] == line_points(svg, 0)
+    assert " id=" not in svg
+    assert "#" not in svg
+    assert "var(--s0)" in svg
+    many = [(float(k), 1.0 + k) for k in range(100)]
+    chart = line_chart([Series(name="a", points=many)], title="T", x_label="x", y_label="y")
+    assert chart is not None
+    assert len(line_points(str(chart.svg), 0)) == 100
+    assert str(chart.svg).count('class="mark"') == 1
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -3.0, 1e-9, 1e12])

@@ -1,24 +1,38 @@
-"""Line charts as inline SVG in the page's own colours, each with its numbers as a table.
+"""Line charts by matplotlib, as inline SVG in the page's own colours, each with its numbers.
 
 A line is told apart by colour, dashes and mark, so that colour alone is never needed.
 """
 
 from __future__ import annotations
 
+import functools
+import io
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+from xml.etree import ElementTree
 
 from markupsafe import Markup
 
-__all__ = ["STYLES", "Chart", "Series", "line_chart"]
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-STYLES = 8  # colours in the style sheet
-_DASHES = ("", "7 4", "2 3", "9 3 2 3")
-_WIDTH, _HEIGHT = 440, 260
-_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 12, 12, 44
-_TICKS = 5
-_MOST_MARKS = 40
+__all__ = ["Chart", "Series", "line_chart"]
+
+_SIZE: Final = 440, 260  # of a chart, in pixels
+_SAMPLE: Final = 36, 14  # of a line in a legend
+_MARGINS: Final = {"left": 62, "right": 12, "top": 12, "bottom": 44}
+_TICKS: Final = 6  # intervals, at most
+_MOST_MARKS: Final = 40
+# The page's colours for light and dark, under stand-ins that matplotlib draws with.
+_GRID, _SOFT = "#100001", "#100002"
+_LINES: Final = tuple(f"#20000{index}" for index in range(8))
+_COLOURS: Final = {_GRID: "grid", _SOFT: "soft"} | {c: f"s{k}" for k, c in enumerate(_LINES)}
+_DASHES: Final = ("-", (0, (3.5, 2)), (0, (1, 1.5)), (0, (4.5, 1.5, 1, 1.5)))  # in line widths
+_MARKS: Final = ("o", "s", "^", "D")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,31 +63,41 @@ def line_chart(series: Sequence[Series], *, title: str, x_label: str, y_label: s
             kept.append(Series(name=one.name, points=points))
     if not kept:
         return None
-    xs = [x for one in kept for x, _ in one.points]
-    ys = [y for one in kept for _, y in one.points]
-    x_ticks = _ticks(min(xs), max(xs), whole=True)
-    y_ticks = _ticks(min(ys), max(ys))
-    x_range = (min(xs), max(xs)) if min(xs) < max(xs) else (min(xs) - 1, max(xs) + 1)
-    y_range = (min(y_ticks[0], min(ys)), max(y_ticks[-1], max(ys)))
-    parts = [_axes(x_ticks, y_ticks, x_range, y_range, x_label, y_label)]
-    legend = []
-    for index, one in enumerate(kept):
-        places = [(_x(x, x_range), _y(y, y_range)) for x, y in one.points]
-        parts.append(_line(places, index))
-        legend.append((one.name, _sample(index)))
-    names = ", ".join(one.name for one in kept)
-    svg = Markup(
-        '<svg class="chart" role="img" viewBox="0 0 {} {}" aria-label="{}">{}</svg>'
-    ).format(
-        _WIDTH,
-        _HEIGHT,
-        f"{title}: {y_label} by {x_label}. Lines: {names}. The numbers are in the table below.",
-        Markup("").join(parts),
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    width, height = _SIZE
+    left, bottom = _MARGINS["left"], _MARGINS["bottom"]
+    figure = Figure(figsize=(width / 72, height / 72))
+    axes = figure.add_axes(
+        (
+            left / width,
+            bottom / height,
+            1 - (left + _MARGINS["right"]) / width,
+            1 - (bottom + _MARGINS["top"]) / height,
+        )
     )
+    for index, one in enumerate(kept):
+        _draw_line(axes, one.points, index)
+    axes.xaxis.set_major_locator(MaxNLocator(_TICKS, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(_TICKS, steps=(1, 2, 5, 10)))
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    axes.yaxis.set_major_formatter(lambda y, _: f"{y:.4g}")
+    axes.grid(axis="y", color=_GRID, linewidth=1, clip_on=False)
+    axes.set_axisbelow(True)
+    axes.tick_params(left=False, bottom=False, labelsize=13)
+    axes.set_xlabel(x_label, fontsize=13)
+    axes.set_ylabel(y_label, fontsize=13)
+    axes.yaxis.set_label_coords(13 / width, (bottom + height - 12) / 2 / height, figure.transFigure)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(_SOFT)
+    names = ", ".join(one.name for one in kept)
+    words = f"{title}: {y_label} by {x_label}. Lines: {names}. The numbers are in the table below."
+    head = Markup('<svg class="chart" role="img" viewBox="0 0 {} {}" aria-label="{}">')
     return Chart(
         title=title,
-        svg=svg,
-        legend=legend,
+        svg=head.format(width, height, words) + _drawn(figure) + Markup("</svg>"),
+        legend=[(one.name, _sample(index)) for index, one in enumerate(kept)],
         columns=[x_label, *[one.name for one in kept]],
         rows=_rows(kept),
     )
@@ -85,94 +109,88 @@ def _rows(series: Sequence[Series]) -> list[list[str]]:
     return [[f"{x:g}", *[f"{one[x]:.5g}" if x in one else "-" for one in by_name]] for x in xs]
 
 
-def _ticks(low: float, high: float, *, whole: bool = False) -> list[float]:
-    """Round values from at most `low` to at least `high`; whole numbers inside for rounds."""
-    if whole:
-        every = max(1, math.ceil((high - low) / _TICKS))
-        return [float(x) for x in range(math.ceil(low), math.floor(high) + 1, every)] or [low]
-    if low == high == 0.0:
-        high = 1.0
-    if high - low < 1e-12 * max(1.0, abs(high)):
-        low, high = low - max(0.5 * abs(low), 1e-3), high + max(0.5 * abs(high), 1e-3)
-    rough = (high - low) / _TICKS
-    magnitude = 10.0 ** math.floor(math.log10(rough))
-    step = next(m * magnitude for m in (1.0, 2.0, 5.0, 10.0) if m * magnitude >= rough * 0.999)
-    first, last = math.floor(low / step), math.ceil(high / step)
-    return [k * step for k in range(first, last + 1)]
-
-
-def _x(x: float, bounds: tuple[float, float]) -> float:
-    low, high = bounds
-    return _LEFT + 8 + (x - low) / (high - low) * (_WIDTH - _LEFT - _RIGHT - 16)
-
-
-def _y(y: float, bounds: tuple[float, float]) -> float:
-    low, high = bounds
-    return _HEIGHT - _BOTTOM - (y - low) / (high - low) * (_HEIGHT - _TOP - _BOTTOM)
-
-
-def _axes(
-    x_ticks: Sequence[float],
-    y_ticks: Sequence[float],
-    x_range: tuple[float, float],
-    y_range: tuple[float, float],
-    x_label: str,
-    y_label: str,
-) -> Markup:
-    bottom, right = _HEIGHT - _BOTTOM, _WIDTH - _RIGHT
-    parts = []
-    for y in y_ticks:
-        at = _y(y, y_range)
-        parts.append(
-            Markup(
-                '<line class="grid" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>'
-                '<text x="{}" y="{:.1f}" text-anchor="end">{}</text>'
-            ).format(_LEFT, right, at, at, _LEFT - 6, at + 4, f"{y:.4g}")
-        )
-    for x in x_ticks:
-        parts.append(
-            Markup('<text x="{:.1f}" y="{}" text-anchor="middle">{}</text>').format(
-                _x(x, x_range), bottom + 17, f"{x:g}"
-            )
-        )
-    parts.append(
-        Markup(
-            '<path class="axis" d="M{} {}V{}H{}"/>'
-            '<text x="{}" y="{}" text-anchor="middle">{}</text>'
-            '<text transform="translate(13 {}) rotate(-90)" text-anchor="middle">{}</text>'
-        ).format(
-            _LEFT, _TOP, bottom, right,
-            (_LEFT + right) / 2, _HEIGHT - 8, x_label, (_TOP + bottom) / 2, y_label,
-        )
-    )  # fmt: skip
-    return Markup("").join(parts)
-
-
-def _line(places: Sequence[tuple[float, float]], index: int) -> Markup:
-    path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
-    marks = places if len(places) <= _MOST_MARKS else places[-1:]
-    return Markup('<path class="line s{}" d="{}" stroke-dasharray="{}"/>{}').format(
-        index % STYLES,
-        path,
-        _DASHES[index // 2 % len(_DASHES)],
-        Markup("").join(_mark(x, y, index) for x, y in marks),
+def _draw_line(axes: Axes, points: Sequence[tuple[float, float]], index: int) -> None:
+    """One line in the style of its number; marks on the last point alone if there are many."""
+    colour = _LINES[index % len(_LINES)]
+    (line,) = axes.plot(
+        *zip(*points, strict=True),
+        color=colour,
+        linewidth=2,
+        linestyle=_DASHES[index // 2 % len(_DASHES)],
+        marker=_MARKS[index % len(_MARKS)],
+        markersize=6,
+        markeredgewidth=1,
+        markevery=1 if len(points) <= _MOST_MARKS else [len(points) - 1],
+        clip_on=False,
     )
+    line.set_gid(f"line s{index % len(_LINES)}")
 
 
-def _mark(x: float, y: float, index: int) -> Markup:
-    shapes = (
-        f"M{x - 3.5:.1f} {y:.1f}a3.5 3.5 0 1 0 7 0a3.5 3.5 0 1 0 -7 0z",
-        f"M{x - 3:.1f} {y - 3:.1f}h6v6h-6z",
-        f"M{x:.1f} {y - 4:.1f}l4 7h-8z",
-        f"M{x:.1f} {y - 4.5:.1f}l4.5 4.5l-4.5 4.5l-4.5 -4.5z",
-    )
-    return Markup('<path class="mark s{}" d="{}"/>').format(
-        index % STYLES, shapes[index % len(shapes)]
-    )
-
-
+@functools.cache
 def _sample(index: int) -> Markup:
-    line = _line([(2.0, 7.0), (34.0, 7.0)], index)
-    return Markup(
-        '<svg class="sample" viewBox="0 0 36 14" width="36" height="14" aria-hidden="true">{}</svg>'
-    ).format(line)
+    """A legend's picture of a line."""
+    from matplotlib.figure import Figure
+
+    width, height = _SAMPLE
+    figure = Figure(figsize=(width / 72, height / 72))
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(0, height))
+    axes.set_axis_off()
+    _draw_line(axes, [(5.0, 7.0), (31.0, 7.0)], index)
+    head = Markup(
+        '<svg class="sample" viewBox="0 0 {0} {1}" width="{0}" height="{1}" aria-hidden="true">'
+    )
+    return head.format(width, height) + _drawn(figure) + Markup("</svg>")
+
+
+def _drawn(figure: Figure) -> Markup:
+    """What is in matplotlib's <svg>, fit for a page: in its colours and font, without ids.
+
+    Equal ids of two charts would be one, so marks stand where they are used. A group that was
+    given a name has it as its class.
+    """
+    import matplotlib
+
+    settings = {"svg.fonttype": "none", "svg.hashsalt": "fedpdm", "path.simplify": False}
+    buffer = io.BytesIO()
+    for part in (figure, *figure.axes):
+        part.patch.set_visible(False)
+    with matplotlib.rc_context(settings):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    root = ElementTree.fromstring(buffer.getvalue())
+    for element in root.iter():
+        element.tag = element.tag.rpartition("}")[2]
+    marks = {path.get("id"): path for path in root.iterfind(".//defs/path")}
+    parts = [part for child in root if (part := _cleaned(child, marks)) is not None]
+    text = "".join(ElementTree.tostring(part, encoding="unicode") for part in parts)
+    for stand_in, name in _COLOURS.items():
+        text = text.replace(stand_in, f"var(--{name})")
+    return Markup(text)  # of numbers and this module's words alone
+
+
+def _cleaned(
+    element: ElementTree.Element, marks: Mapping[str | None, ElementTree.Element]
+) -> ElementTree.Element | None:
+    """An element for the page with what is in it; None for what is not drawn."""
+    if element.tag in ("metadata", "defs"):
+        return None
+    kept = ElementTree.Element(element.tag)
+    style = element.get("style", "")
+    if element.tag == "use":
+        mark = marks[element.get("{http://www.w3.org/1999/xlink}href", "")[1:]]
+        kept.tag, style = "path", f"{style}; {mark.get('style', '')}"
+        kept.set("class", "mark")
+        kept.set("d", " ".join(mark.get("d", "").split()))
+        kept.set("transform", f"translate({element.get('x')} {element.get('y')})")
+    for name in ("x", "y", "d", "transform"):
+        if (value := element.get(name)) is not None and element.tag != "use":
+            kept.set(name, " ".join(value.split()))
+    if " " in (given := element.get("id", "")):
+        kept.set("class", given)
+    if element.tag == "text":  # size, family and colour are the style sheet's
+        style = "; ".join(re.findall(r"text-anchor: \w+", style))
+        kept.text = element.text
+    if style:
+        kept.set("style", style)
+    inside = [part for child in element if (part := _cleaned(child, marks)) is not None]
+    kept.extend(inside)
+    return kept if inside or element.tag != "g" else None
