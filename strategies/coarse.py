@@ -10,6 +10,8 @@ is asked for and taken in is in `strategies.exchange`, what is counted of it in 
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import dataclasses
 from abc import abstractmethod
 from collections.abc import Callable
@@ -25,7 +27,6 @@ from fedpdm.storage.run_directory import RunDirectory
 from fedpdm.wire.types import CoarseUpdate
 from strategies.answers import ClientAnswer, encode_arrays
 from strategies.exchange import RoundExchange
-from strategies.memory import release_free_memory
 from strategies.robust import shorten
 from strategies.roster import ServerSettings
 
@@ -180,7 +181,7 @@ class CoarseStrategy(RoundExchange):
         checkpoint = self._run.load_checkpoint()
         if checkpoint is not None:
             self._restore(checkpoint[1])
-        release_free_memory()
+        _release_free_memory()
 
     def write_history(self) -> None:
         self._run.write_json("metrics.json", self.history)
@@ -197,3 +198,13 @@ class CoarseStrategy(RoundExchange):
 
     def _message(self, weights: Weights) -> Parameters:
         return encode_arrays(wire.encode_model(weights, encoding=self.settings.encoding))
+
+
+def _release_free_memory() -> None:
+    """Return freed memory at once where the C library is glibc, which else keeps a model's tensors.
+
+    Per thread it keeps what was freed for later; a server that averages in several threads then
+    holds several models' worth of nothing.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

@@ -42,7 +42,7 @@ CURVE_DELTAS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-10, 1e-12)
 
 def add_privacy_parser(commands: Any) -> None:
     """Add the command to the subparsers of `fedpdm`."""
-    chain = {field.name: field for field in dataclasses.fields(ScheduleConfig)}
+    keys = {field.name: field for field in dataclasses.fields(ScheduleConfig)}
     parser = commands.add_parser(
         "privacy",
         help="of epsilon, t0 and clip norm give two, get the third",
@@ -55,7 +55,7 @@ def add_privacy_parser(commands: Any) -> None:
     parser.add_argument("--clip-norm", type=float, help="L2 bound C of an image in [-1, 1] - shift")
     parser.add_argument("--delta", type=float, default=1e-5, help="default: %(default)s")
     parser.add_argument(
-        "--schedule", choices=chain["kind"].metadata["choices"], default=chain["kind"].default,
+        "--schedule", choices=keys["kind"].metadata["choices"], default=keys["kind"].default,
         help="abar of cosine is ~ cos, of squared_cosine ~ cos^2 (Nichol and Dhariwal 2021); "
         "default: %(default)s",
     )  # fmt: skip
@@ -64,7 +64,7 @@ def add_privacy_parser(commands: Any) -> None:
         ("--beta-start", "beta_start", "of the linear schedule"),
         ("--beta-end", "beta_end", "of the linear schedule"),
     ):
-        default = chain[key].default
+        default = keys[key].default
         parser.add_argument(
             option, type=type(default), default=default, help=f"{what}; default: %(default)s"
         )

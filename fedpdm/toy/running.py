@@ -85,5 +85,5 @@ def run_cells(
 
 def _cost(cell: Cell) -> float:
     trained = cell.training_steps * 500.0 if cell.fit != "closed" else 0.0
-    chains = (len(cell.methods) + len(cell.t0)) * len(cell.samplers) * len(cell.labels)
-    return cell.replicates * (cell.samples * cell.dim * chains + trained)
+    runs = (len(cell.methods) + len(cell.t0)) * len(cell.samplers) * len(cell.labels)
+    return cell.replicates * (cell.samples * cell.dim * runs + trained)
