@@ -150,11 +150,13 @@ def _drawn(figure: Figure) -> Markup:
     """
     import matplotlib
 
-    settings = {"svg.fonttype": "none", "svg.hashsalt": "fedpdm", "path.simplify": False}
+    figure.patch.set_visible(False)
+    for axes in figure.axes:
+        axes.patch.set_visible(False)
     buffer = io.BytesIO()
-    for part in (figure, *figure.axes):
-        part.patch.set_visible(False)
-    with matplotlib.rc_context(settings):
+    with matplotlib.rc_context(
+        {"svg.fonttype": "none", "svg.hashsalt": "fedpdm", "path.simplify": False}
+    ):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     root = ElementTree.fromstring(buffer.getvalue())
     for element in root.iter():
