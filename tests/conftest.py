@@ -47,6 +47,18 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made_once(tmp_path_factory, "finished-run", run_to_its_end) / "out"
 
 
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of `tests.support.federations.small_config()` in process; it is only read."""
+    from fedpdm.engines.inprocess import run_in_process
+    from tests.support.federations import small_config
+
+    def make(folder: Path) -> None:
+        run_in_process(small_config(), folder / "out")
+
+    return made_once(tmp_path_factory, "small-run", make) / "out"
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes longest comes first, so that no worker is left alone with it at the end."""

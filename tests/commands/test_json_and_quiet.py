@@ -47,7 +47,7 @@ CALLS = {
 # Commands that say no and still print JSON.
 REFUSALS = {
     "attack controls": (
-        "attack controls --images 12 --steps 5 --attacks loss --samples 40 --out {new}",
+        "attack controls --images 12 --steps 5 --attacks loss --samples 10 --out {new}",
         1,
     ),
     "node check": ("node check --coordinator 127.0.0.1:1 --certificate a.crt --data b", 2),

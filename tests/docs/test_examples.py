@@ -150,6 +150,7 @@ def test_the_custom_strategy_does_what_it_says(tmp_path: Path) -> None:
         partition={"kind": "dirichlet", "num_clients": 3, "alpha": 1.0},
         coarse=small,
         fine=small,
+        sampling={"num_steps": 2, "per_class": 1},
         evaluation={"image_metrics": False},
     )
     run = fedpdm.run(config, tmp_path / "run", strategy=example["ClientsAlike"])

@@ -53,12 +53,9 @@ def release_digests(out: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Path]:
+def finished(small_run: Path) -> tuple[RunConfig, Path]:
     """One small run, start to end."""
-    out = tmp_path_factory.mktemp("run") / "out"
-    config = small_config()
-    run_in_process(config, out)
-    return config, out
+    return small_config(), small_run
 
 
 def test_run_leaves_everything_behind(finished: tuple[RunConfig, Path]) -> None:

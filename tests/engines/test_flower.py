@@ -41,25 +41,24 @@ def leftovers(out: Path) -> list[str]:
     return found
 
 
-def test_same_weights_as_in_process_bit_for_bit(tmp_path: Path) -> None:
+def test_same_weights_as_in_process_bit_for_bit(tmp_path: Path, small_run: Path) -> None:
     config, out = small_config(), tmp_path / "flower"
     done = subprocess.run(command(tmp_path, config, out), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "round 2/2" in done.stdout
     assert "locally differentially private" in " ".join(done.stdout.split())
     assert leftovers(out) == []
-    run_in_process(config, tmp_path / "inprocess")
     for name in ("coarse.safetensors", "clients/0/releases/000001.safetensors"):
         first, _ = read_tensors(out / name)
-        second, _ = read_tensors(tmp_path / "inprocess" / name)
+        second, _ = read_tensors(small_run / name)
         assert first.keys() == second.keys()
         assert all(torch.equal(first[key], second[key]) for key in first), name
     last = "clients/2/rounds/000002/fine.safetensors"
-    first, second = read_tensors(out / last)[0], read_tensors(tmp_path / "inprocess" / last)[0]
+    first, second = read_tensors(out / last)[0], read_tensors(small_run / last)[0]
     assert all(torch.equal(first[key], second[key]) for key in first)
     metrics = [
         json.loads((root / "metrics.json").read_text())["final"]["clients"]
-        for root in (out, tmp_path / "inprocess")
+        for root in (out, small_run)
     ]
     for ours, theirs in zip(*metrics, strict=True):  # numpy's BLAS has other thread counts there
         assert ours == pytest.approx(theirs, rel=1e-6)
