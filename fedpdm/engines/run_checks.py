@@ -10,13 +10,14 @@ from typing import Any
 import torch
 
 from fedpdm.config import ConfigError, RunConfig
-from fedpdm.diffusion.sampling import make_scheduler, sample
+from fedpdm.diffusion.sampling import make_scheduler
+from fedpdm.diffusion.twostage import sample_two_stage
 from fedpdm.privacy.statement import baseline_statement
 from fedpdm.reporting.trackers import check_trackers
 from fedpdm.setup.build import (
     build_denoiser,
     build_optimizer_settings,
-    sampler_options,
+    sampler_settings,
 )
 from fedpdm.setup.run_setup import RunSetup, build_schedule
 from fedpdm.storage.run_directory import RunDirectory
@@ -112,13 +113,13 @@ def _check_sampler(setup: RunSetup) -> None:
 
     name = setup.config.sampling.scheduler
     try:
-        output = sample(
+        output = sample_two_stage(
             black,
             black,
             torch.ones(1, 1, 1, 1),
+            sampler_settings(setup),
             labels=torch.zeros(1, dtype=torch.int64),
             generator=torch.Generator().manual_seed(0),
-            **sampler_options(setup.config, setup.schedule, setup.plan),
         )
     except Exception as error:  # third-party schedulers raise anything
         line = " ".join(str(error).split())[:200]
