@@ -142,9 +142,9 @@ def _train(
 
     from fedpdm.data import denormalize, normalize
     from fedpdm.diffusion.objectives import denoising_loss
-    from fedpdm.diffusion.sampling import sample_in_batches
     from fedpdm.diffusion.schedule import make_schedule
     from fedpdm.diffusion.training import OptimizerSettings, Trainer, load_named, select_device
+    from fedpdm.diffusion.twostage import SamplerSettings, sample_in_batches
     from fedpdm.evaluation.measures import group_labels
 
     train, schedule, device = images["train"], make_schedule("linear"), select_device()
@@ -169,10 +169,12 @@ def _train(
     load_named(trainer.weights(), trainer.ema(), what="EMA")
     trainer.model.eval()
     wanted = group_labels(tuple(range(train.num_classes)), SAMPLES)
+    sampler = SamplerSettings(
+        schedule=schedule, t0=0, scheduler="dpm_solver", num_steps=25, batch_size=250
+    )
     drawn = sample_in_batches(
-        None, trainer.model, image_shape=train.images.shape[1:], labels=torch.from_numpy(wanted),
-        generator=torch.Generator().manual_seed(7), batch_size=250, schedule=schedule, t0=0,
-        scheduler="dpm_solver", num_steps=25, flag_unclipped=False,
+        trainer.model, None, sampler, image_shape=train.images.shape[1:],
+        labels=torch.from_numpy(wanted), generator=torch.Generator().manual_seed(7),
     )  # fmt: skip
     samples = denormalize(drawn.images, shift=train.background).numpy()
     score = judge.score(samples, wanted)

@@ -53,7 +53,7 @@ def sampling() -> dict[str, Any]:
     from bench.federation import _config
     from fedpdm.data import denormalize, normalize
     from fedpdm.data.loading import load_split
-    from fedpdm.diffusion.sampling import sample
+    from fedpdm.diffusion.twostage import SamplerSettings, sample_two_stage
     from fedpdm.evaluation.measures import ImageJudge, group_labels
     from fedpdm.privacy.mechanism import clip_l2
     from fedpdm.setup.run_setup import set_up
@@ -77,10 +77,12 @@ def sampling() -> dict[str, Any]:
             coarse = KernelDensity(abar**0.5 * clipped, width, schedule)
         generator = torch.Generator().manual_seed(0)
         started = time.perf_counter()
-        output = sample(
+        output = sample_two_stage(
             coarse, fine, torch.randn((len(labels), *spec.shape), generator=generator),
-            schedule=schedule, t0=plan.t0, labels=torch.from_numpy(labels), generator=generator,
-            scheduler=scheduler, num_steps=num_steps, chain=chain,
+            SamplerSettings(
+                schedule=schedule, t0=plan.t0, scheduler=scheduler, num_steps=num_steps, chain=chain
+            ),
+            labels=torch.from_numpy(labels), generator=generator,
         )  # fmt: skip
         seconds = time.perf_counter() - started
         images = denormalize(output.images, shift=plan.shift).numpy()

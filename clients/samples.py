@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,17 +12,11 @@ import torch
 from clients.local import LocalClient
 from fedpdm.data import denormalize
 from fedpdm.diffusion.denoisers import DenoisingFunction
-from fedpdm.diffusion.sampling import sample_in_batches
 from fedpdm.evaluation.measures import ImageJudge, group_labels, merge_named
-from fedpdm.setup.build import coarse_share, sampler_options
+from fedpdm.setup.build import coarse_share, sampler_settings
+from fedpdm.setup.pair import ModelPair
 
 __all__ = ["measure_images"]
-
-Methods = dict[str, tuple[DenoisingFunction | None, DenoisingFunction | None]]
-
-
-def _pixels(x: torch.Tensor, shift: float) -> np.ndarray:
-    return denormalize(x.cpu(), shift=shift).numpy()
 
 
 def measure_images(
@@ -36,54 +32,49 @@ def measure_images(
     model that was (baselines). Metrics are empty where the config does not ask for them or the
     client does not allow them.
     """
-    setup, config = local.setup, local.config
-    methods: Methods = {}
+    config, setup, held = local.config, local.setup, local.held
+    share = coarse_share(config, held.train_labels, num_classes=setup.spec.num_classes)
+    pair = ModelPair(
+        coarse=coarse,
+        fine=fine,
+        spec=setup.spec,
+        settings=sampler_settings(setup, share=share),
+        device=generator.device,
+    )
+    methods: dict[str, ModelPair[Any]] = {}
     if fine is None:
-        methods["shared"] = (coarse, None)
+        methods["shared"] = pair
     elif coarse is not None:
-        methods["pfdm"] = (coarse, fine)
+        methods["pfdm"] = pair
     if fine is not None and config.fine.t_range == "all":
-        methods["alone"] = (None, fine)
-    own_labels = local.held.train_labels
-    options = {
-        **sampler_options(config, setup.schedule, setup.plan),
-        "coarse_share": coarse_share(config, own_labels, num_classes=local.setup.spec.num_classes),
-        "image_shape": local.setup.spec.shape,
-        "generator": generator,
-        "batch_size": config.sampling.batch_size,
-    }
-    _store_pictures(local, methods, options)
+        methods["alone"] = replace(pair, coarse=None)
+    _store_pictures(local, methods, generator)
     if not (local.raw_metrics and config.evaluation.image_metrics and local.reference):
         return {}
     parts = {}
-    for group, classes in local.held.groups.items():
+    for group, classes in held.groups.items():
         judge = ImageJudge(local.reference, classes)
         labels = group_labels(classes, config.evaluation.num_images)
-        wanted = torch.from_numpy(labels).to(generator.device)
-        for method, (first, second) in methods.items():
-            output = sample_in_batches(first, second, labels=wanted, **options)
-            images = _pixels(output.images, setup.spec.shift)
+        for method, models in methods.items():
+            images = models.draw_pixels(labels, generator=generator)
             parts[f"{group}_{method}"] = judge.score(images, labels)
-        held = np.flatnonzero(np.isin(local.held.images.labels, classes))
-        if len(held) >= 2:  # fewer have no spread to compare
-            own = local.held.images.images[held], local.held.images.labels[held]
+        rows = np.flatnonzero(np.isin(held.images.labels, classes))
+        if len(rows) >= 2:  # fewer have no spread to compare
+            own = held.images.images[rows], held.images.labels[rows]
             parts[f"{group}_own"] = judge.score(*own)
     return merge_named(parts)
 
 
 def _store_pictures(
-    local: LocalClient,
-    methods: Methods,
-    options: dict[str, Any],
+    local: LocalClient, methods: Mapping[str, ModelPair[Any]], generator: torch.Generator
 ) -> None:
     """`per_class` samples of every class with every method, kept in the client's store."""
-    per_class = local.config.sampling.per_class
-    labels = torch.arange(local.setup.spec.num_classes).repeat_interleave(per_class)
-    wanted = labels.to(options["generator"].device)
-    arrays: dict[str, np.ndarray] = {"labels": labels.numpy()}
-    for method, (first, second) in methods.items():
-        output = sample_in_batches(first, second, labels=wanted, **options)
-        arrays[method] = _pixels(output.images, local.setup.spec.shift)
+    spec = local.setup.spec
+    labels = np.arange(spec.num_classes, dtype=np.int64).repeat(local.config.sampling.per_class)
+    arrays: dict[str, np.ndarray] = {"labels": labels}
+    for method, models in methods.items():
+        output = models.draw(labels, generator=generator)
+        arrays[method] = denormalize(output.images.cpu(), shift=spec.shift).numpy()
         if output.coarse is not None:
-            arrays["coarse"] = _pixels(output.coarse, local.setup.spec.shift)
+            arrays["coarse"] = denormalize(output.coarse.cpu(), shift=spec.shift).numpy()
     local.store.save_samples(arrays)

@@ -9,10 +9,9 @@ import numpy as np
 import torch
 
 from fedpdm.config import ConfigError, RunConfig
-from fedpdm.data import ImageSet, data_set, denormalize
+from fedpdm.data import ImageSet, data_set
 from fedpdm.data.spec import ImageSpec, build_image_spec
 from fedpdm.diffusion.denoisers import Denoiser
-from fedpdm.diffusion.sampling import sample_in_batches
 from fedpdm.diffusion.training import (
     BatchLoss,
     Progress,
@@ -28,9 +27,10 @@ from fedpdm.setup.build import (
     build_denoiser,
     build_optimizer_settings,
     coarse_share,
-    sampler_options,
+    sampler_settings,
 )
 from fedpdm.setup.losses import coarse_batch_loss, fine_batch_loss
+from fedpdm.setup.pair import ModelPair
 from fedpdm.setup.run_setup import RunSetup, set_up, set_up_for
 
 __all__ = ["sample", "spec_of", "train_coarse", "train_fine"]
@@ -143,23 +143,20 @@ def sample(
     ):
         raise ValueError(f"labels must be whole numbers in [-1, {num_classes - 1}], got {labels}")
     setup = set_up_for(config, spec_of(config, model))
-    spec = setup.spec
     share, device = None, next(model.parameters()).device
     if coarse is not None and fine is not None and config.sampling.coarse_worth is not None:
         if own is None:
             raise ConfigError("sampling.coarse_worth: mixing needs the client's images (own)")
         share = coarse_share(config, own.labels, num_classes=num_classes)
-    output = sample_in_batches(
-        coarse,
-        fine,
-        image_shape=spec.shape,
-        labels=torch.from_numpy(classes).to(device),
-        generator=torch_generator(seed, Purpose.SAMPLING, device=device),
-        batch_size=config.sampling.batch_size,
-        coarse_share=share,
-        **sampler_options(config, setup.schedule, setup.plan),
+    pair = ModelPair(
+        coarse=coarse,
+        fine=fine,
+        spec=setup.spec,
+        settings=sampler_settings(setup, share=share),
+        device=device,
     )
-    return denormalize(output.images.cpu(), shift=spec.shift).numpy()
+    generator = torch_generator(seed, Purpose.SAMPLING, device=device)
+    return pair.draw_pixels(classes, generator=generator)
 
 
 def spec_of(config: RunConfig, model: Denoiser) -> ImageSpec:

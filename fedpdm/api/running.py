@@ -16,7 +16,7 @@ from fedpdm.data.client_images import ClientImages
 from fedpdm.diffusion.denoisers import Denoiser
 from fedpdm.evaluation.synthesis import Synthesizer
 from fedpdm.publishing.export import export_pipeline
-from fedpdm.setup.build import coarse_share, sampler_options
+from fedpdm.setup.build import coarse_share, sampler_settings
 from fedpdm.setup.run_setup import set_up_for
 from fedpdm.storage.run_directory import RunDirectory
 
@@ -97,18 +97,15 @@ def attack_model(
         majority=tuple(np.unique(members.labels).tolist()),
         minority=(),
     )
+    share = coarse_share(config, members.labels, num_classes=spec.num_classes)
     opened = Synthesizer(
         own=held,
         config=config,
         coarse=coarse,
         fine=fine,
-        image_shape=spec.shape,
-        shift=spec.shift,
+        spec=spec,
+        settings=sampler_settings(setup, share=share),
         device=next(model.parameters()).device,
-        options={
-            **sampler_options(config, setup.schedule, setup.plan),
-            "coarse_share": coarse_share(config, members.labels, num_classes=spec.num_classes),
-        },
     )
     targets = run_targets(opened)
     if target not in targets:

@@ -28,7 +28,7 @@ import torch
 
 from fedpdm.attacks.membership.targets import AttackTarget, noise_like
 from fedpdm.diffusion.denoisers import NO_LABEL
-from fedpdm.diffusion.sampling import refine
+from fedpdm.diffusion.sampling import sample
 from fedpdm.diffusion.schedule import q_sample_from
 
 __all__ = ["METHODS", "Reconstructor"]
@@ -112,7 +112,7 @@ class Reconstructor:
         ) -> torch.Tensor:
             return self.ask(x_t, int(t[0]), labels, generator)
 
-        return refine(
+        return sample(
             denoiser,
             x_tilde,
             t=t0,
@@ -121,7 +121,6 @@ class Reconstructor:
             generator=generator,
             scheduler=scheduler,
             num_steps=num_steps,
-            flag_unclipped=False,
         )
 
     def reconstruct(

@@ -27,6 +27,7 @@ __all__ = [
     "TrainReport",
     "Trainer",
     "class_weights",
+    "ema_weights",
     "load_named",
     "select_device",
 ]
@@ -105,6 +106,11 @@ def class_weights(labels: torch.Tensor, *, balance: float) -> torch.Tensor:
         raise ValueError(f"class_balance must be in [0, 1], got {balance}")
     counts = torch.bincount(labels)
     return counts[labels].double() ** -balance
+
+
+def ema_weights(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The EMA weights, by their own names, in a trainer's state or a server's checkpoint."""
+    return {k.removeprefix("ema."): v for k, v in state.items() if k.startswith("ema.")}
 
 
 def load_named(

@@ -11,14 +11,15 @@ import torch
 
 from fedpdm.config import ConfigError, RunConfig
 from fedpdm.data import data_set
-from fedpdm.diffusion.sampling import make_scheduler, sample
+from fedpdm.diffusion.sampling import make_scheduler
+from fedpdm.diffusion.twostage import sample_two_stage
 from fedpdm.privacy.statement import baseline_statement
 from fedpdm.reporting.trackers import check_trackers
 from fedpdm.setup.build import (
     build_denoiser,
     build_optimizer_settings,
     find_preset,
-    sampler_options,
+    sampler_settings,
 )
 from fedpdm.setup.losses import find_weighting
 from fedpdm.setup.run_setup import RunSetup, build_schedule
@@ -133,13 +134,13 @@ def _check_sampler(setup: RunSetup) -> None:
 
     name = setup.config.sampling.scheduler
     try:
-        output = sample(
+        output = sample_two_stage(
             black,
             black,
             torch.ones(1, 1, 1, 1),
+            sampler_settings(setup),
             labels=torch.zeros(1, dtype=torch.int64),
             generator=torch.Generator().manual_seed(0),
-            **sampler_options(setup.config, setup.schedule, setup.plan),
         )
     except Exception as error:  # third-party schedulers raise anything
         line = " ".join(str(error).split())[:200]

@@ -17,9 +17,9 @@ from fedpdm.config import ConfigError, RunConfig
 from fedpdm.data import ImageSet, denormalize, normalize
 from fedpdm.data.client_images import client_images
 from fedpdm.data.loading import build_partitions, load_public, load_split
-from fedpdm.diffusion.sampling import refine
 from fedpdm.diffusion.schedule import q_sample
 from fedpdm.diffusion.training import select_device
+from fedpdm.diffusion.twostage import refine
 from fedpdm.evaluation.downstream import classifier_scores
 from fedpdm.evaluation.features import (
     FeatureExtractor,
@@ -32,7 +32,6 @@ from fedpdm.evaluation.judging import GroupReference, check_counts, reference_ro
 from fedpdm.evaluation.measures import group_labels
 from fedpdm.evaluation.synthesis import Synthesizer, open_synthesizer
 from fedpdm.rng import Purpose, numpy_rng, torch_generator
-from fedpdm.setup.run_setup import build_schedule
 from fedpdm.storage.run_directory import RunDirectory
 
 __all__ = ["assess_run", "check_scoring", "handover_curve"]
@@ -217,22 +216,20 @@ def handover_curve(
 def _refined(
     synthesizer: Synthesizer, config: RunConfig, images: np.ndarray, labels: np.ndarray, *, t: int
 ) -> np.ndarray:
-    schedule, device = build_schedule(config), synthesizer.device
+    settings, device = synthesizer.settings, synthesizer.device
     generator = torch_generator(config.run.seed, Purpose.SAMPLING, client=t, device=device)
     parts = []
     for start in range(0, len(images), config.sampling.batch_size):
         chosen = slice(start, start + config.sampling.batch_size)
-        x_0 = normalize(torch.from_numpy(images[chosen]).to(device), shift=synthesizer.shift)
+        x_0 = normalize(torch.from_numpy(images[chosen]).to(device), shift=synthesizer.spec.shift)
         noise = torch.randn(x_0.shape, generator=generator, device=device)
         level = torch.full((len(x_0),), t, device=device)
         assert synthesizer.fine is not None
         x = refine(
-            synthesizer.fine, q_sample(schedule, x_0, level, noise=noise), t=t, schedule=schedule,
+            synthesizer.fine, q_sample(settings.schedule, x_0, level, noise=noise), settings, t=t,
             labels=torch.from_numpy(labels[chosen]).to(device), generator=generator,
-            scheduler=config.sampling.scheduler, num_steps=config.sampling.num_steps,
-            guidance=config.sampling.guidance,
         )  # fmt: skip
-        parts.append(denormalize(x.cpu(), shift=synthesizer.shift).numpy())
+        parts.append(denormalize(x.cpu(), shift=synthesizer.spec.shift).numpy())
     return np.concatenate(parts)
 
 

@@ -28,7 +28,7 @@ from fedpdm.config import RunConfig
 from fedpdm.data.loading import load_split
 from fedpdm.data.spec import ImageSpec
 from fedpdm.diffusion.sampling import make_scheduler
-from fedpdm.diffusion.training import load_named, select_device
+from fedpdm.diffusion.training import select_device
 from fedpdm.privacy.releases import ReleaseStore
 from fedpdm.privacy.statement import client_statement
 from fedpdm.publishing.model_card import model_card
@@ -36,10 +36,11 @@ from fedpdm.publishing.pipeline import PFDMPipeline
 from fedpdm.reporting.pictures import draw_image_grid
 from fedpdm.reporting.pictures.files import png_path
 from fedpdm.rng import Purpose, torch_generator
-from fedpdm.setup.build import build_denoiser, coarse_share
+from fedpdm.setup.build import coarse_share
+from fedpdm.setup.pair import check_finished, client_weights, load_pair, shared_weights
 from fedpdm.setup.run_setup import set_up_for
 from fedpdm.storage.client_store import ClientStore
-from fedpdm.storage.files import StoreError, read_tensors
+from fedpdm.storage.files import StoreError
 from fedpdm.storage.run_directory import RunDirectory
 
 __all__ = ["export_pipeline", "load_pipeline", "sample_grid"]
@@ -71,35 +72,35 @@ def export_pipeline(
     config = run.config()
     if not config.kind.releases:
         raise ValueError(f"{run.root}: this run is a baseline, without a coarse and a fine model")
-    privacy, coarse = _finished(run)
+    check_finished(run, config)
+    privacy, shared = run.read_json("privacy.json"), shared_weights(run)
     folder = Path(store or run.client_path(client_id))
-    fine, ledger = _client(run, folder, privacy, client_id=client_id)
+    own, ledger = _client(run, folder, privacy, client_id=client_id)
     shape = ledger["image_shape"]
     t0, shift = int(privacy["t0"]), float(privacy["shift"])
-    num_classes = len(coarse.get("class_embedding.weight", ())) - 1  # the last is "no label"
+    num_classes = len(shared.get("class_embedding.weight", ())) - 1  # the last is "no label"
     spec = ImageSpec(channels=shape[0], resolution=shape[1], num_classes=num_classes, shift=shift)
-    setup = set_up_for(config, spec)
+    setup, who = set_up_for(config, spec), f" for client {client_id}"
     schedule = setup.schedule
-    models: dict[str, Any] = {}
-    for role, weights in (("coarse", coarse), ("fine", fine)):
-        models[role] = build_denoiser(setup, role)
-        target = dict(models[role].network.named_parameters())
-        load_named(target, weights, what=f"{role} weights for client {client_id}")
+    pair = load_pair(setup, coarse=shared, fine=own, device=torch.device("cpu"), who=who)
+    coarse, fine = pair.coarse, pair.fine
+    assert coarse is not None
+    assert fine is not None
+    unets: tuple[Any, Any] = coarse.network, fine.network
     scheduler = make_scheduler(config.sampling.scheduler, schedule.betas)
     # In float64, as trained: schedulers round them to float32, the pipeline's x0_hat does not.
     scheduler.register_to_config(trained_betas=schedule.betas.tolist())
     pipeline = PFDMPipeline(
-        models["coarse"].network,
-        models["fine"].network,
+        *unets,
         scheduler,
         t0=t0,
         chain=config.coarse.objective,
-        coarse_prediction=models["coarse"].spec.prediction,
-        fine_prediction=models["fine"].spec.prediction,
+        coarse_prediction=coarse.spec.prediction,
+        fine_prediction=fine.spec.prediction,
         num_classes=num_classes,
         resolution=spec.resolution,
-        coarse_patch=models["coarse"].spec.preset.patch,
-        fine_patch=models["fine"].spec.preset.patch,
+        coarse_patch=coarse.spec.preset.patch,
+        fine_patch=fine.spec.preset.patch,
         shift=shift,
         guidance_scale=config.sampling.guidance,
         coarse_share=_share(config, folder, num_classes=num_classes),
@@ -184,14 +185,6 @@ def sample_grid(
     return target
 
 
-def _finished(run: RunDirectory) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Privacy statement and coarse EMA weights; `ValueError` if the run has not got there."""
-    for name in ("coarse.safetensors", "privacy.json"):  # written when the last round is over
-        if not (run.root / name).exists():
-            raise ValueError(f"{run.root}: this run has not finished ({name} is missing)")
-    return run.read_json("privacy.json"), read_tensors(run.root / "coarse.safetensors")[0]
-
-
 def _client(
     run: RunDirectory, folder: Path, privacy: Mapping[str, Any], *, client_id: int
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -199,11 +192,11 @@ def _client(
     in the store (else as it was written beside the ledger's releases); `ValueError` if there are
     none, or not of this run."""
     store = ClientStore(folder)
-    state, released = store.load_state(store.last_round(), "fine"), store.load_statement()
+    weights, released = client_weights(store), store.load_statement()
     known_releases = [asdict(r.parameters) for r in ReleaseStore(folder).ledger().releases()]
     if known_releases:
         released = client_statement(ReleaseStore(folder), delta=float(privacy["delta"]))
-    if not state or released is None:
+    if not weights or released is None:
         folders = (run.root / "clients").glob("[0-9]*")
         known = sorted(int(p.name) for p in folders if ClientStore(p).last_round() > 0)
         raise ValueError(
@@ -218,7 +211,6 @@ def _client(
             f"{folder}: client {client_id} released with {key} = {other[key]:g}, this run has "
             f"{wanted[key]:g}; the store belongs to another run"
         )
-    weights = {k.removeprefix("ema."): v for k, v in state.items() if k.startswith("ema.")}
     return weights, released
 
 

@@ -3,12 +3,12 @@
 An export (`fedpdm.publishing.export`) carries a copy of this file as `pipeline.py`, so that whoever
 has diffusers can load the models without this project. The file therefore imports diffusers, numpy
 and torch alone, and repeats two formulas of `fedpdm`; a test holds both copies together by asking
-`fedpdm.diffusion.sampling.sample` for the same images:
+`fedpdm.diffusion.twostage.sample_two_stage` for the same images:
 
 * network output F to clean image (`fedpdm.diffusion.denoisers`; DDPM Eq. 15; Salimans and Ho
   2022, app. D), with a = sqrt(abar_t), s = sqrt(1 - abar_t):
       sample: x0_hat = F     epsilon: x0_hat = (x_t - s F) / a     v: x0_hat = a x_t - s F
-* which denoiser is asked at which level, in both chains (`fedpdm.diffusion.sampling`).
+* which denoiser is asked at which level, in both chains (`fedpdm.diffusion.twostage`).
 
 `t` counts noising steps that were applied, 0 is clean; diffusers' timestep k is t = k + 1.
 Models see x = pixel / 127.5 - 1 - shift for pixels 0..255.
@@ -224,8 +224,8 @@ class PFDMPipeline(DiffusionPipeline):
     ) -> torch.Tensor:
         """As a call, from given noise: float32 (N, C, H, W) to x_0 of that shape in model scale.
 
-        The same as `fedpdm.diffusion.sampling.sample` for the same `x_T` and `generator`; with
-        `start`, in [0, t0], as `fedpdm.diffusion.sampling.refine` from that level. With
+        The same as `fedpdm.diffusion.twostage.sample_two_stage` for the same `x_T` and `generator`;
+        with `start`, in [0, t0], as `fedpdm.diffusion.twostage.refine` from that level. With
         noise_to_noise, method "coarse" gives noisy images: the coarse model's own data.
         """
         index = self._check_labels(labels).to(x_T.device)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 
@@ -11,10 +9,9 @@ from fedpdm.config import CoarseConfig, ConfigError, FineConfig, RunConfig
 from fedpdm.config.plugins import find
 from fedpdm.diffusion.denoisers import Denoiser, DenoiserSpec
 from fedpdm.diffusion.presets import PRESETS, Preset
-from fedpdm.diffusion.schedule import NoiseSchedule
 from fedpdm.diffusion.training import OptimizerSettings
+from fedpdm.diffusion.twostage import SamplerSettings
 from fedpdm.privacy.dpsgd import DpSgdSettings, dp_sgd_noise_multiplier
-from fedpdm.privacy.planning import ReleasePlan
 from fedpdm.rng import Purpose, seed_sequence
 from fedpdm.setup.run_setup import RunSetup
 
@@ -24,7 +21,7 @@ __all__ = [
     "build_optimizer_settings",
     "coarse_share",
     "find_preset",
-    "sampler_options",
+    "sampler_settings",
 ]
 
 
@@ -108,18 +105,19 @@ def build_dp_sgd(config: RunConfig, *, num_images: int) -> DpSgdSettings:
     )
 
 
-def sampler_options(
-    config: RunConfig, schedule: NoiseSchedule, plan: ReleasePlan
-) -> dict[str, Any]:
-    """Keyword arguments of `sampling.sample` that the config decides."""
-    return {
-        "schedule": schedule,
-        "t0": plan.t0,
-        "scheduler": config.sampling.scheduler,
-        "num_steps": config.sampling.num_steps,
-        "guidance": config.sampling.guidance,
-        "chain": config.coarse.objective if config.kind.releases else "truncated",
-    }
+def sampler_settings(setup: RunSetup, *, share: torch.Tensor | None = None) -> SamplerSettings:
+    """How the run samples; `share` is the client's `coarse_share`."""
+    config, section = setup.config, setup.config.sampling
+    return SamplerSettings(
+        schedule=setup.schedule,
+        t0=setup.plan.t0,
+        scheduler=section.scheduler,
+        num_steps=section.num_steps,
+        guidance=section.guidance,
+        chain=config.coarse.objective if config.kind.releases else "truncated",
+        coarse_share=share,
+        batch_size=section.batch_size,
+    )
 
 
 def coarse_share(config: RunConfig, labels: np.ndarray, *, num_classes: int) -> torch.Tensor | None:

@@ -8,8 +8,8 @@ import torch
 
 from fedpdm.diffusion.denoisers import DenoisingFunction
 from fedpdm.diffusion.gmm import GaussianMixture
-from fedpdm.diffusion.sampling import CHAINS
 from fedpdm.diffusion.schedule import NoiseSchedule
+from fedpdm.diffusion.twostage import CHAINS
 from fedpdm.rng import Purpose, torch_generator
 from fedpdm.toy.theory import sigma2_at
 

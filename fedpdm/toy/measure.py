@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from fedpdm.diffusion.gmm import GaussianMixture
-from fedpdm.diffusion.sampling import SamplerOutput, sample_in_batches
+from fedpdm.diffusion.twostage import SamplerOutput, SamplerSettings, sample_in_batches
 from fedpdm.evaluation.metrics import assignment_distance, frechet_distance, gaussian_statistics
 from fedpdm.rng import Purpose, torch_generator
 from fedpdm.toy.federation import Models, Problem
@@ -128,16 +128,17 @@ def draw_samples(
     return sample_in_batches(
         coarse,
         fine,
+        SamplerSettings(
+            schedule=problem.schedule,
+            t0=problem.t0,
+            scheduler=scheduler,
+            num_steps=every if num_steps is None else num_steps,
+            chain=problem.chain,
+            batch_size=1 << 16,
+        ),
         image_shape=(1, 1, problem.mixture.dim),
         labels=labels.repeat_interleave(num_samples),
         generator=torch_generator(seed, Purpose.SAMPLING, client=label),
-        batch_size=1 << 16,
-        schedule=problem.schedule,
-        t0=problem.t0,
-        scheduler=scheduler,
-        num_steps=every if num_steps is None else num_steps,
-        chain=problem.chain,
-        flag_unclipped=False,
     )
 
 

@@ -25,8 +25,8 @@ from fedpdm.attacks.reconstruction import attack_uploads
 from fedpdm.cli import main
 from fedpdm.data import ImageSet, denormalize, normalize
 from fedpdm.diffusion.denoisers import NO_LABEL
-from fedpdm.diffusion.sampling import sample_in_batches
 from fedpdm.diffusion.schedule import NoiseSchedule, make_schedule
+from fedpdm.diffusion.twostage import SamplerSettings, sample_in_batches
 from fedpdm.privacy.mechanism import SeededNoise, release
 
 SHIFT = -1.0
@@ -125,9 +125,9 @@ def test_a_trained_control_is_kept(controls: Any, tmp_path: Path) -> None:
 def samples(model: ModelTarget, images: ImageSet, num: int, seed: int) -> np.ndarray:
     labels = torch.from_numpy(np.resize(images.labels, num))
     output = sample_in_batches(
-        None, model.target.denoiser, image_shape=(1, 8, 8), labels=labels,
-        generator=torch.Generator().manual_seed(seed), schedule=model.target.schedule, t0=0,
-        num_steps=25, flag_unclipped=False,
+        model.target.denoiser, None,
+        SamplerSettings(schedule=model.target.schedule, t0=0, num_steps=25),
+        image_shape=(1, 8, 8), labels=labels, generator=torch.Generator().manual_seed(seed),
     )  # fmt: skip
     return denormalize(output.images, shift=SHIFT).numpy()
 

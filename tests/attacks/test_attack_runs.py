@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedpdm.attacks.jobs.models import CombinedDenoiser, run_targets
+from fedpdm.attacks.jobs.models import run_targets
 from fedpdm.attacks.jobs.plan import chosen_attacks, plan_run
 from fedpdm.attacks.jobs.running import run_attack_jobs
 from fedpdm.attacks.jobs.subjects import matched_pairs, open_subjects, read_records
@@ -21,6 +21,7 @@ from fedpdm.cli import main
 from fedpdm.config import ConfigError, RunConfig
 from fedpdm.data.loading import build_partitions, load_public, load_split
 from fedpdm.data.members import save_members
+from fedpdm.diffusion.combined import HandOver, ImagesFromReleases
 from fedpdm.diffusion.schedule import make_schedule
 from fedpdm.engines.inprocess import run_in_process
 from fedpdm.evaluation.synthesis import open_synthesizer
@@ -236,13 +237,7 @@ def test_two_chains_become_one_where_the_answer_is_known() -> None:
     def never(*_: Any, **__: Any) -> torch.Tensor:
         raise AssertionError("the fine model was asked above t0")
 
-    both = CombinedDenoiser(
-        coarse,
-        never,
-        schedule=schedule,
-        t0=t0,
-        noise_to_noise=True,  # type: ignore[arg-type]
-    )
+    both = HandOver(ImagesFromReleases(coarse, schedule, t0), never, t0)
     x, t = torch.randn(5, 1, 4, 4), torch.tensor([700, 800, 850, 900, 1000])
     abar = schedule.gather(t, x)
     exact = abar.sqrt() * s2 / (abar * s2 + 1.0 - abar) * x

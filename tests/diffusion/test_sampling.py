@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedpdm.diffusion.sampling import CHAINS, SamplerOutput, sample
 from fedpdm.diffusion.schedule import make_schedule
+from fedpdm.diffusion.twostage import CHAINS, SamplerOutput, SamplerSettings, sample_two_stage
 from tests.support.oracles import (
     GaussianPosterior,
     chain_moments,
@@ -41,7 +41,8 @@ def run(coarse: object, fine: object, n: int = 20_000, **options: object) -> Sam
     given = {"schedule": SHORT, "t0": T0, "scheduler": "ddpm", "num_steps": 100, **options}
     labels = given.pop("labels", torch.zeros(n, dtype=torch.int64))
     x_T = torch.randn((n, 1, 1, 2), generator=generator(10))
-    return sample(coarse, fine, x_T, labels=labels, generator=generator(11), **given)  # type: ignore[arg-type]
+    settings = SamplerSettings(**given)  # type: ignore[arg-type]
+    return sample_two_stage(coarse, fine, x_T, settings, labels=labels, generator=generator(11))  # type: ignore[arg-type]
 
 
 # --- The distribution of the samples --------------------------------------------------------

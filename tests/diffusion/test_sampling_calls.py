@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from fedpdm.diffusion.denoisers import NO_LABEL
-from fedpdm.diffusion.sampling import (
+from fedpdm.diffusion.denoisers import NO_LABEL, DenoisingFunction
+from fedpdm.diffusion.sampling import make_scheduler, sample
+from fedpdm.diffusion.schedule import make_schedule
+from fedpdm.diffusion.twostage import (
     CHAINS,
     SamplerOutput,
-    make_scheduler,
-    sample,
+    SamplerSettings,
     sample_in_batches,
+    sample_two_stage,
 )
-from fedpdm.diffusion.schedule import make_schedule
 from tests.support.cases import every
 from tests.support.oracles import (
     GaussianPosterior,
@@ -45,7 +46,8 @@ def run(coarse: object, fine: object, n: int = 4, **options: object) -> SamplerO
     given = {"schedule": SHORT, "t0": T0, "scheduler": "ddpm", "num_steps": 100, **options}
     labels = given.pop("labels", torch.zeros(n, dtype=torch.int64))
     x_T = torch.randn((n, 1, 1, 2), generator=generator(10))
-    return sample(coarse, fine, x_T, labels=labels, generator=generator(11), **given)  # type: ignore[arg-type]
+    settings = SamplerSettings(**given)  # type: ignore[arg-type]
+    return sample_two_stage(coarse, fine, x_T, settings, labels=labels, generator=generator(11))  # type: ignore[arg-type]
 
 
 # --- Calls, flags, labels, guidance ---------------------------------------------------------
@@ -74,7 +76,6 @@ def test_each_denoiser_is_called_as_often_as_its_share(
 ) -> None:
     coarse, fine = data_posterior(), data_posterior()
     output = run(coarse, fine, scheduler=scheduler, **options)
-    assert (output.num_coarse_calls, output.num_fine_calls) == (coarse_calls, fine_calls)
     assert (len(coarse.levels), len(fine.levels)) == (coarse_calls, fine_calls)
     assert bool(torch.isfinite(output.images).all())
 
@@ -83,9 +84,9 @@ def test_each_denoiser_is_called_as_often_as_its_share(
 def test_one_denoiser_alone_runs_the_whole_chain(chain: str) -> None:
     fine, coarse = data_posterior(), data_posterior()
     alone = run(None, fine, chain=chain)
-    assert (alone.num_coarse_calls, alone.num_fine_calls) == (0, 100)
+    assert alone.coarse is None
     attacker = run(coarse, None, num_steps=130, chain=chain)
-    assert (attacker.num_coarse_calls, attacker.num_fine_calls) == (100, 0)
+    assert attacker.coarse is not None
     assert fine.levels == coarse.levels == list(range(100, 0, -1))
 
 
@@ -95,8 +96,11 @@ def test_only_the_fine_model_sees_the_flag_and_it_is_unset() -> None:
     assert all(flag is None for flag in coarse.flags)
     assert all(flag is not None and flag.tolist() == [False] * 8 for flag in fine.flags)
     fine.flags.clear()
-    run(coarse, fine, flag_unclipped=False, guidance=2.0)
+    x_T = torch.randn((4, 1, 1, 2), generator=generator(10))
+    given = {"labels": torch.zeros(4, dtype=torch.int64), "generator": generator(11)}
+    sample(fine, x_T, schedule=SHORT, **given)  # type: ignore[arg-type]
     assert all(flag is None for flag in fine.flags)
+    assert len(fine.flags) == 50
 
 
 def test_guidance_moves_away_from_the_unlabelled_answer() -> None:
@@ -127,21 +131,31 @@ def test_the_same_seeds_repeat_and_batches_keep_their_order() -> None:
     fine = data_posterior()
     assert torch.equal(run(fine, fine, 50).images, run(fine, fine, 50).images)
 
-    def by_label(x_t: torch.Tensor, t: torch.Tensor, **given: torch.Tensor) -> torch.Tensor:
-        return given["labels"].view(-1, 1, 1, 1).expand_as(x_t).to(x_t.dtype)
+    calls = {"coarse": 0, "fine": 0}
 
-    options = {"schedule": SHORT, "t0": T0, "num_steps": 10, "image_shape": (2, 3, 4)}
+    def by_label(role: str) -> DenoisingFunction:
+        def ask(x_t: torch.Tensor, t: torch.Tensor, **given: torch.Tensor) -> torch.Tensor:
+            calls[role] += 1
+            return given["labels"].view(-1, 1, 1, 1).expand_as(x_t).to(x_t.dtype)
+
+        return ask  # type: ignore[return-value]
+
+    def batches(coarse: DenoisingFunction | None, size: int = 256) -> SamplerOutput:
+        return sample_in_batches(
+            coarse, by_label("fine"),
+            SamplerSettings(schedule=SHORT, t0=T0, num_steps=10, batch_size=size),
+            image_shape=(2, 3, 4), labels=labels, generator=generator(0),
+        )  # fmt: skip
+
     labels = torch.arange(7)
-    for size in (3, 7, 100):
-        output = sample_in_batches(
-            by_label, by_label, labels=labels, generator=generator(0), batch_size=size, **options
-        )
+    for size, num_batches in ((3, 3), (7, 1), (100, 1)):
+        calls.update(coarse=0, fine=0)
+        output = batches(by_label("coarse"), size)
         assert output.images.shape == (7, 2, 3, 4)
         assert output.coarse is not None
         assert output.images[:, 0, 0, 0].round().tolist() == labels.tolist()
-        assert (output.num_coarse_calls, output.num_fine_calls) == (7, 3)
-    alone = sample_in_batches(None, by_label, labels=labels, generator=generator(0), **options)
-    assert alone.coarse is None
+        assert calls == {"coarse": 7 * num_batches, "fine": 3 * num_batches}
+    assert batches(None).coarse is None
 
 
 # --- Errors ---------------------------------------------------------------------------------

@@ -10,8 +10,8 @@ import torch
 from scipy import optimize
 
 from fedpdm.diffusion.denoisers import NO_LABEL
-from fedpdm.diffusion.sampling import SamplerOutput, refine, sample
 from fedpdm.diffusion.schedule import make_schedule
+from fedpdm.diffusion.twostage import SamplerOutput, SamplerSettings, refine, sample_two_stage
 from fedpdm.setup.build import coarse_share
 from tests.support.federations import small_config
 from tests.support.oracles import (
@@ -45,7 +45,8 @@ def run(coarse: object, fine: object, n: int = 300, **options: object) -> Sample
     given = {"schedule": SHORT, "t0": T0, "scheduler": "ddpm", "num_steps": 100, **options}
     labels = given.pop("labels", torch.zeros(n, dtype=torch.int64))
     x_T = torch.randn((n, 1, 1, 2), generator=generator(10))
-    return sample(coarse, fine, x_T, labels=labels, generator=generator(11), **given)  # type: ignore[arg-type]
+    settings = SamplerSettings(**given)  # type: ignore[arg-type]
+    return sample_two_stage(coarse, fine, x_T, settings, labels=labels, generator=generator(11))  # type: ignore[arg-type]
 
 
 class Mixed:
@@ -121,7 +122,6 @@ def test_calls_and_levels_of_a_mixture() -> None:
     output = run(coarse, fine, 3, coarse_share=torch.full((2,), 0.5))
     assert coarse.levels == list(range(100, T0, -1))
     assert fine.levels == list(range(100, 0, -1))
-    assert (output.num_coarse_calls, output.num_fine_calls) == (70, 100)
     assert all(flag is None for flag in coarse.flags)
     assert all(flag is not None and not flag.any() for flag in fine.flags)
     assert output.coarse is not None
@@ -194,8 +194,8 @@ def noised(n: int, t: int) -> torch.Tensor:
 
 def refined(x_t: torch.Tensor, fine: object, t: int, **options: object) -> torch.Tensor:
     labels = torch.zeros(len(x_t), dtype=torch.int64)
-    given = {"schedule": SHORT, "labels": labels, "generator": generator(11), **options}
-    return refine(fine, x_t, t=t, **given)  # type: ignore[arg-type]
+    settings = SamplerSettings(schedule=SHORT, t0=T0, **options)  # type: ignore[arg-type]
+    return refine(fine, x_t, settings, t=t, labels=labels, generator=generator(11))  # type: ignore[arg-type]
 
 
 def test_refining_from_level_0_gives_the_images_back() -> None:
@@ -245,8 +245,9 @@ def test_refining_with_the_exact_posterior_returns_the_distribution(t: int) -> N
     x_t = abar[t] ** 0.5 * x_0 + (1 - abar[t]) ** 0.5 * rng.standard_normal((n, 2))
     fine = GaussianPosterior(abar, MU_M, COV_M)
     images = refine(
-        fine, torch.from_numpy(x_t).float().view(n, 1, 1, 2), t=t, schedule=schedule,
-        labels=torch.zeros(n, dtype=torch.int64), generator=generator(1), num_steps=t,
+        fine, torch.from_numpy(x_t).float().view(n, 1, 1, 2),
+        SamplerSettings(schedule=schedule, t0=0, num_steps=t), t=t,
+        labels=torch.zeros(n, dtype=torch.int64), generator=generator(1),
     ).flatten(1)  # fmt: skip
     assert moments_fault(images, MU_M, COV_M, slack=0.03) is None
     assert moments_fault(0.8 * images, MU_M, COV_M, slack=0.03) is not None

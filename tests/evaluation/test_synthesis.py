@@ -14,7 +14,7 @@ from fedpdm.config import RunConfig
 from fedpdm.data import denormalize
 from fedpdm.data.loading import load_split
 from fedpdm.diffusion.denoisers import Denoiser
-from fedpdm.diffusion.sampling import sample
+from fedpdm.diffusion.twostage import SamplerSettings, sample_two_stage
 from fedpdm.engines.inprocess import run_in_process
 from fedpdm.evaluation.synthesis import Synthesizer, open_synthesizer
 from fedpdm.rng import Purpose, torch_generator
@@ -82,10 +82,13 @@ def by_hand(coarse: Denoiser | None, fine: Denoiser | None, out: Path) -> np.nda
     images = []
     for part in torch.from_numpy(LABELS).split(2):
         x_T = torch.randn((len(part), 3, 8, 8), generator=generator)
-        output = sample(
-            coarse, fine, x_T, labels=part, generator=generator, schedule=setup.schedule,
-            t0=setup.plan.t0, scheduler="dpm_solver", num_steps=3,
-            coarse_share=share,
+        output = sample_two_stage(
+            coarse, fine, x_T,
+            SamplerSettings(
+                schedule=setup.schedule, t0=setup.plan.t0, scheduler="dpm_solver", num_steps=3,
+                coarse_share=share,
+            ),
+            labels=part, generator=generator,
         )  # fmt: skip
         images.append(denormalize(output.images, shift=-1.0).numpy())
     return np.concatenate(images)
@@ -162,7 +165,7 @@ def test_a_fine_model_below_t0_cannot_be_alone(tmp_path: Path) -> None:
     config = baseline("pfdm", run={"rounds": 1}, fine={"t_range": "below_t0"})
     run_in_process(config, tmp_path / "run")
     synthesizer = open_synthesizer(RunDirectory(tmp_path / "run"), 0)
-    assert synthesizer.options["coarse_share"] is None
+    assert synthesizer.settings.coarse_share is None
     assert synthesizer.sample(LABELS, seed=0).shape == (5, 3, 8, 8)
     with pytest.raises(ValueError, match="training alone needs a fine model that was trained at"):
         synthesizer.alone()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import numpy as np
@@ -11,12 +10,14 @@ import torch
 
 from fedpdm.config import RunConfig
 from fedpdm.data import denormalize
-from fedpdm.diffusion.sampling import sample_in_batches
+from fedpdm.data.spec import ImageSpec
 from fedpdm.diffusion.schedule import make_schedule
 from fedpdm.diffusion.training import load_named
-from fedpdm.evaluation.trajectory import Chain, coarse_chain, record_states
+from fedpdm.diffusion.twostage import SamplerSettings, sample_in_batches
+from fedpdm.evaluation.trajectory import record_states
 from fedpdm.rng import Purpose, torch_generator
 from fedpdm.setup.build import build_denoiser
+from fedpdm.setup.pair import ModelPair, shared_pair
 from fedpdm.setup.run_setup import set_up
 from tests.support.federations import small_config
 
@@ -36,13 +37,14 @@ def constant(value: float, null: float | None = None) -> Any:
     return ask
 
 
-def chain(coarse: Any, fine: Any, **options: Any) -> Chain:
-    given = {"schedule": SCHEDULE, "t0": T0, "scheduler": "ddim", "num_steps": 20, "guidance": 1.0,
-             "chain": "truncated", **options}  # fmt: skip
-    return Chain(
-        coarse=coarse, fine=fine, image_shape=(3, 8, 8), num_classes=3, shift=SHIFT,
-        device=torch.device("cpu"), options=given,
-    )  # fmt: skip
+def pair(coarse: Any, fine: Any, **options: Any) -> ModelPair[Any]:
+    return ModelPair(
+        coarse=coarse,
+        fine=fine,
+        spec=ImageSpec(channels=3, resolution=8, num_classes=3, shift=SHIFT),
+        settings=SamplerSettings(**{"schedule": SCHEDULE, "t0": T0, "num_steps": 20, **options}),
+        device=torch.device("cpu"),
+    )
 
 
 def level(x: float) -> int:
@@ -68,15 +70,16 @@ def test_recording_changes_nothing(options: dict[str, Any]) -> None:
     torch.manual_seed(0)
     coarse, fine = (build_denoiser(setup, role).eval() for role in ("coarse", "fine"))
     spec = setup.spec
-    watched = dataclasses.replace(chain(coarse, fine, **options), image_shape=spec.shape)
+    assert spec.shape == (3, 8, 8)
+    watched = pair(coarse, fine, **options)
     states = record_states(watched, LABELS, seed=5, client=2)
     output = sample_in_batches(
         coarse,
         fine,
+        watched.settings,
         image_shape=spec.shape,
         labels=torch.from_numpy(LABELS),
         generator=torch_generator(5, Purpose.SAMPLING, client=2),
-        **watched.options,
     )
     assert np.array_equal(states[-1].noisy, denormalize(output.images, shift=SHIFT).numpy())
 
@@ -85,7 +88,7 @@ def test_recording_changes_nothing(options: dict[str, Any]) -> None:
 def test_coarse_then_fine_from_noise_to_image(name: str) -> None:
     """Denoisers that expect constant images leave nothing to chance."""
     coarse = constant(0.75 * SCHEDULE.alpha_bar(T0) ** 0.5 if name == "noise_to_noise" else 0.75)
-    states = record_states(chain(coarse, constant(0.25), chain=name), LABELS, seed=0)
+    states = record_states(pair(coarse, constant(0.25), chain=name), LABELS, seed=0)
     stages = [state.stage for state in states]
     middle = stages.index("fine")
     assert stages == ["coarse"] * middle + ["fine"] * (len(stages) - middle - 1) + ["image"]
@@ -109,7 +112,7 @@ def test_coarse_then_fine_from_noise_to_image(name: str) -> None:
 
 def test_states_are_shown_where_the_images_are() -> None:
     """The mean of a state is on the way from mid-grey to the image: a (x_0 - s) + a s = a x_0."""
-    states = record_states(chain(None, constant(0.5), num_steps=50), np.zeros(64, int), seed=1)
+    states = record_states(pair(None, constant(0.5), num_steps=50), np.zeros(64, int), seed=1)
     for state in states[25:-1]:
         a = SCHEDULE.alpha_bar(state.t) ** 0.5
         if (1.0 - a * a) ** 0.5 > 0.4:
@@ -118,11 +121,11 @@ def test_states_are_shown_where_the_images_are() -> None:
 
 
 def test_guidance_and_mixture_are_part_of_what_is_expected() -> None:
-    guided = record_states(chain(None, constant(0.5, null=0.375), guidance=3.0), LABELS, seed=0)
+    guided = record_states(pair(None, constant(0.5, null=0.375), guidance=3.0), LABELS, seed=0)
     assert guided[0].estimate is not None
     assert (guided[0].estimate == level(0.375 + 3.0 * 0.125)).all()
     share = torch.tensor([0.25, 0.5, 1.0, 0.0])
-    mixed = record_states(chain(constant(1.0), constant(0.0), coarse_share=share), LABELS, seed=0)
+    mixed = record_states(pair(constant(1.0), constant(0.0), coarse_share=share), LABELS, seed=0)
     assert [state.stage for state in mixed if state.t > T0] == ["both"] * 8
     assert mixed[0].estimate is not None
     for image, label in zip(mixed[0].estimate, LABELS, strict=True):
@@ -134,13 +137,13 @@ def test_one_model_alone_is_not_mixed_whatever_the_share(role: str) -> None:
     """Baselines of one model are sampled under the same config, which may have a share."""
     models = {"coarse": None, "fine": None, role: constant(0.5)}
     share = torch.tensor([0.25, 0.5, 1.0, 0.5])
-    states = record_states(chain(**models, coarse_share=share), LABELS, seed=0)
+    states = record_states(pair(**models, coarse_share=share), LABELS, seed=0)
     assert [state.stage for state in states] == [role] * 20 + ["image"]
     assert all((s.estimate == level(0.5)).all() for s in states[:-1] if s.estimate is not None)
 
 
 def test_equal_seeds_draw_equal_noise_and_others_do_not() -> None:
-    one = chain(None, constant(0.0))
+    one = pair(None, constant(0.0))
     first = record_states(one, LABELS, seed=0)[0].noisy
     assert np.array_equal(first, record_states(one, LABELS, seed=0)[0].noisy)
     assert not np.array_equal(first, record_states(one, LABELS, seed=1)[0].noisy)
@@ -156,7 +159,7 @@ def weights_of(config: RunConfig) -> dict[str, torch.Tensor]:
 def test_the_shared_model_alone_has_the_given_weights() -> None:
     config = small_config()
     weights = {name: torch.full_like(v, 0.01) for name, v in weights_of(config).items()}
-    made = coarse_chain(config, weights)
+    made = shared_pair(config, weights)
     setup = set_up(config)
     model = build_denoiser(setup, "coarse").eval()
     load_named(dict(model.network.named_parameters()), weights, what="weights")
@@ -166,7 +169,7 @@ def test_the_shared_model_alone_has_the_given_weights() -> None:
         assert made.coarse is not None
         assert torch.equal(made.coarse(x, t, labels=labels), model(x, t, labels=labels))
     assert made.fine is None
-    assert made.num_classes == 10
+    assert made.spec.num_classes == 10
     missing = dict(list(weights.items())[1:])
     with pytest.raises(ValueError, match="coarse weights"):
-        coarse_chain(config, missing)
+        shared_pair(config, missing)

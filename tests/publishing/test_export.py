@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from fedpdm.diffusion.denoisers import NO_LABEL
-from fedpdm.diffusion.sampling import sample
+from fedpdm.diffusion.twostage import SamplerSettings, sample_two_stage
 from fedpdm.publishing.export import export_pipeline, load_pipeline, sample_grid
 from fedpdm.storage.run_directory import RunDirectory
 from tests.support.fake_runs import FakeRun
@@ -93,17 +93,19 @@ def test_model_card_states_the_guarantee(fake: FakeRun, exported: Path) -> None:
 def test_loaded_pipeline_gives_the_runs_images(fake: FakeRun, exported: Path) -> None:
     labels = torch.tensor([4, NO_LABEL])
     x_T = torch.randn((2, *fake.spec.shape), generator=seeded(1))
-    expected = sample(
+    expected = sample_two_stage(
         fake.averaged(fake.coarse),
         fake.averaged(fake.fine[2]),
         x_T,
-        schedule=fake.schedule,
-        t0=600,
+        SamplerSettings(
+            schedule=fake.schedule,
+            t0=600,
+            scheduler=fake.config.sampling.scheduler,
+            num_steps=8,
+            guidance=1.5,
+        ),
         labels=labels,
         generator=seeded(),
-        scheduler=fake.config.sampling.scheduler,
-        num_steps=8,
-        guidance=1.5,
     ).images
     pipeline = load_pipeline(exported)
     pipeline.set_progress_bar_config(disable=True)

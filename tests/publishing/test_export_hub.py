@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from fedpdm.data import normalize
-from fedpdm.diffusion.sampling import refine
+from fedpdm.diffusion.twostage import SamplerSettings, refine
 from fedpdm.privacy.releases import ReleaseStore
 from fedpdm.privacy.statement import client_statement
 from fedpdm.publishing.export import export_pipeline, load_pipeline
@@ -138,7 +138,7 @@ def test_schedulers_can_be_swapped(exported: Path, scheduler: Any) -> None:
 @pytest.mark.parametrize("chain", ["truncated", "noise_to_noise"])
 @pytest.mark.parametrize("t", [1, 9, T0])
 def test_refinement_is_that_of_sampling(chain: str, t: int) -> None:
-    """Noised as the formula says, then exactly `fedpdm.diffusion.sampling.refine`."""
+    """Noised as the formula says, then exactly `fedpdm.diffusion.twostage.refine`."""
     schedule, coarse, fine = make_pair()
     pipeline = wrap(schedule, coarse, fine, chain=chain)
     pixels = np.random.default_rng(3).integers(0, 256, (2, 1, 8, 8), np.uint8)
@@ -149,11 +149,10 @@ def test_refinement_is_that_of_sampling(chain: str, t: int) -> None:
     expected = refine(
         fine,
         x_t,
+        SamplerSettings(schedule=schedule, t0=T0, num_steps=max(1, round(20 * t / T))),
         t=t,
-        schedule=schedule,
         labels=labels,
         generator=seeded(),
-        num_steps=max(1, round(20 * t / T)),
     )
     image = torch.from_numpy(pixels).float() / 255.0
     drawn = pipeline(

@@ -12,8 +12,9 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscr
 from fedpdm.data import denormalize
 from fedpdm.diffusion.denoisers import NO_LABEL, Denoiser, DenoiserSpec
 from fedpdm.diffusion.presets import PRESETS
-from fedpdm.diffusion.sampling import make_scheduler, sample
+from fedpdm.diffusion.sampling import make_scheduler
 from fedpdm.diffusion.schedule import NoiseSchedule, make_schedule
+from fedpdm.diffusion.twostage import SamplerSettings, sample_two_stage
 from fedpdm.publishing.pipeline import PFDMPipeline
 from tests.support.toys import seeded
 
@@ -103,18 +104,20 @@ def test_same_images_as_sampling(
 ) -> None:
     schedule, coarse, fine = make_pair(resolution=resolution, predictions=predictions)
     x_T = torch.randn((3, 1, resolution, resolution), generator=seeded(1))
-    expected = sample(
+    expected = sample_two_stage(
         None if method == "alone" else coarse,
         None if method == "coarse" else fine,
         x_T,
-        schedule=schedule,
-        t0=T0,
+        SamplerSettings(
+            schedule=schedule,
+            t0=T0,
+            scheduler=scheduler,
+            num_steps=6,
+            chain=chain,
+            guidance=guidance,
+        ),
         labels=LABELS,
         generator=seeded(),
-        scheduler=scheduler,
-        num_steps=6,
-        chain=chain,
-        guidance=guidance,
     ).images
     pipeline = wrap(schedule, coarse, fine, scheduler=scheduler, chain=chain)
     images = pipeline.generate(
@@ -134,17 +137,14 @@ def test_call_draws_noise_and_scales_pixels() -> None:
     schedule, coarse, fine = make_pair()
     pipeline = wrap(schedule, coarse, fine, scheduler="ddpm", guidance_scale=1.5)
     generator = seeded()
-    expected = sample(
+    guidance = 1.5  # the pipeline's default
+    expected = sample_two_stage(
         coarse,
         fine,
         torch.randn((3, 1, 8, 8), generator=generator),
-        schedule=schedule,
-        t0=T0,
+        SamplerSettings(schedule=schedule, t0=T0, scheduler="ddpm", num_steps=6, guidance=guidance),
         labels=LABELS,
         generator=generator,
-        scheduler="ddpm",
-        num_steps=6,
-        guidance=1.5,  # the pipeline's default
     ).images
     pixels = denormalize(expected, shift=SHIFT).numpy()
     assert pixels.std() > 5

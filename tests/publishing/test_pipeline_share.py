@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedpdm.diffusion.sampling import sample
+from fedpdm.diffusion.twostage import SamplerSettings, sample_two_stage
 from fedpdm.publishing.export import export_pipeline, load_pipeline
 from fedpdm.storage.client_store import ClientStore
 from tests.publishing.test_export import FakeRun
@@ -36,9 +36,13 @@ def test_same_images_as_sampling(
     schedule, coarse, fine = make_pair(resolution=resolution, predictions=predictions)
     labels = torch.cat([LABELS, torch.tensor([1])])
     x_T = torch.randn((4, 1, resolution, resolution), generator=seeded(1))
-    expected = sample(
-        coarse, fine, x_T, schedule=schedule, t0=T0, labels=labels, generator=seeded(),
-        scheduler=scheduler, num_steps=6, guidance=guidance, coarse_share=torch.tensor(SHARE),
+    expected = sample_two_stage(
+        coarse, fine, x_T,
+        SamplerSettings(
+            schedule=schedule, t0=T0, scheduler=scheduler, num_steps=6, guidance=guidance,
+            coarse_share=torch.tensor(SHARE),
+        ),
+        labels=labels, generator=seeded(),
     ).images  # fmt: skip
 
     def generated(share: list[float] | None, method: str = "pfdm") -> torch.Tensor:
@@ -97,10 +101,13 @@ def test_an_export_keeps_the_share(tmp_path: Path) -> None:
     found = pipeline.generate(x_T, labels, num_inference_steps=8, generator=seeded())
 
     def sampled(given: torch.Tensor | None) -> torch.Tensor:
-        return sample(
-            fake.averaged(fake.coarse), fake.averaged(fake.fine[0]), x_T, schedule=fake.schedule,
-            t0=600, labels=labels, generator=seeded(), scheduler=fake.config.sampling.scheduler,
-            num_steps=8, coarse_share=given,
+        return sample_two_stage(
+            fake.averaged(fake.coarse), fake.averaged(fake.fine[0]), x_T,
+            SamplerSettings(
+                schedule=fake.schedule, t0=600, scheduler=fake.config.sampling.scheduler,
+                num_steps=8, coarse_share=given,
+            ),
+            labels=labels, generator=seeded(),
         ).images  # fmt: skip
 
     torch.testing.assert_close(found, sampled(torch.tensor(share)), rtol=1e-4, atol=1e-4)

@@ -25,7 +25,6 @@ from fedpdm.data import ImageSet, denormalize, load_image_set, normalize
 from fedpdm.diffusion.denoisers import Denoiser, DenoiserSpec
 from fedpdm.diffusion.objectives import denoising_loss, drop_labels
 from fedpdm.diffusion.presets import PRESETS
-from fedpdm.diffusion.sampling import sample_in_batches
 from fedpdm.diffusion.schedule import make_schedule
 from fedpdm.diffusion.training import (
     OptimizerSettings,
@@ -34,6 +33,7 @@ from fedpdm.diffusion.training import (
     load_named,
     select_device,
 )
+from fedpdm.diffusion.twostage import SamplerSettings, sample_in_batches
 from fedpdm.storage.files import StoreError, read_tensors, write_tensors
 
 __all__ = ["as_it_must_be", "control_images", "plan_controls", "train_control"]
@@ -181,16 +181,12 @@ def draw_samples(
     wanted = np.random.default_rng(seed_of(seed, "labels")).choice(labels, size=num)
     target = model.target
     output = sample_in_batches(
-        None,
         target.denoiser,
+        None,
+        SamplerSettings(schedule=target.schedule, t0=0, scheduler="dpm_solver", num_steps=50),
         image_shape=shape,
         labels=torch.from_numpy(wanted).to(target.device),
         generator=torch.Generator(target.device).manual_seed(seed),
-        schedule=target.schedule,
-        t0=0,
-        scheduler="dpm_solver",
-        num_steps=50,
-        flag_unclipped=False,
     )
     return denormalize(output.images.cpu(), shift=model.shift).numpy()
 

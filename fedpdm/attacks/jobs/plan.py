@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,8 @@ from fedpdm.attacks.jobs.unet import unet_subjects
 from fedpdm.attacks.jobs.uploads import pretrained_attacker, stored_release, upload_jobs
 from fedpdm.attacks.membership import ATTACKS, MIN_FITTED
 from fedpdm.config import ConfigError
-from fedpdm.data import ImageSet, denormalize
+from fedpdm.data import ImageSet
 from fedpdm.data.loading import load_public, load_split
-from fedpdm.diffusion.sampling import sample_in_batches
 from fedpdm.evaluation.assessment import build_extractor
 from fedpdm.evaluation.synthesis import Synthesizer, open_synthesizer
 from fedpdm.storage.run_directory import RunDirectory
@@ -248,20 +248,12 @@ def _samplers(one: Synthesizer) -> dict[str, Any]:
         return one.sample(labels_of(num, seed), seed=seed)
 
     def coarse_only(num: int, seed: int) -> np.ndarray:
-        output = sample_in_batches(
-            one.coarse,
-            None,
-            image_shape=one.image_shape,
-            labels=torch.from_numpy(labels_of(num, seed)).to(one.device),
-            generator=torch.Generator(one.device).manual_seed(seed),
-            batch_size=one.config.sampling.batch_size,
-            **{**one.options, "coarse_share": None},
-        )
-        return denormalize(output.images.cpu(), shift=one.shift).numpy()
+        generator = torch.Generator(one.device).manual_seed(seed)
+        return replace(one, fine=None).draw_pixels(labels_of(num, seed), generator=generator)
 
     if one.coarse is None or one.fine is None:
         return {"shared" if one.fine is None else "fine": as_run}
-    if one.options["chain"] == "noise_to_noise":
+    if one.settings.chain == "noise_to_noise":
         return {"combined": as_run}  # the coarse model's own samples are as noisy as uploads
     return {"combined": as_run, "coarse": coarse_only}
 

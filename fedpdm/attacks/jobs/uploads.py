@@ -146,7 +146,7 @@ def pretrained_attacker(
         public,
         replace(one.coarse.spec, prediction="v"),
         released.parameters,
-        schedule=one.options["schedule"],
+        schedule=one.settings.schedule,
         settings=settings,
         generator=torch.Generator(one.device).manual_seed(int(stream.generate_state(1)[0])),
         device=one.device,

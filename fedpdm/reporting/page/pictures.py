@@ -9,13 +9,15 @@ from pathlib import Path
 
 import numpy as np
 
+from fedpdm.diffusion.denoisers import Denoiser
 from fedpdm.evaluation.synthesis import open_synthesizer
-from fedpdm.evaluation.trajectory import Chain, State, coarse_chain, record_states
+from fedpdm.evaluation.trajectory import State, record_states
 from fedpdm.reporting.page.reading import RunFacts
 from fedpdm.reporting.pictures.tiles import png_bytes, tile_images
 from fedpdm.reporting.run_files import ROW_NAMES
+from fedpdm.setup.pair import ModelPair, shared_pair, shared_weights
 from fedpdm.storage.client_store import ClientStore
-from fedpdm.storage.files import StoreError, read_tensors
+from fedpdm.storage.files import StoreError
 
 __all__ = ["ClientSamples", "Film", "Frame", "Picture", "data_uri", "draw_film", "draw_samples",
            "embed_file"]  # fmt: skip
@@ -134,23 +136,14 @@ def draw_film(facts: RunFacts, *, client: int, seed: int, say: Callable[[str], N
     config = facts.config
     try:
         if config.run.simulation:
-            one = open_synthesizer(facts.run, client)
-            chain = Chain(
-                coarse=one.coarse,
-                fine=one.fine,
-                image_shape=one.image_shape,
-                num_classes=one.own.images.num_classes,
-                shift=one.shift,
-                device=one.device,
-                options=one.options,
-            )
+            pair: ModelPair[Denoiser] = open_synthesizer(facts.run, client)
             what = f"client {client}"
         else:
-            weights, _ = read_tensors(facts.run.root / "coarse.safetensors")
-            chain, what = coarse_chain(config, weights), "the shared model alone"
-        labels = _film_labels(chain.num_classes)
+            pair = shared_pair(config, shared_weights(facts.run))
+            what = "the shared model alone"
+        labels = _film_labels(pair.spec.num_classes)
         say(f"{facts.name}: sampling {len(labels)} images of {what} with every state ...")
-        states = record_states(chain, labels, seed=seed, client=client)
+        states = record_states(pair, labels, seed=seed, client=client)
     except (ValueError, OSError, StoreError) as error:
         line = " ".join(str(error).split())
         return line.replace(str(facts.run.root), facts.folder)
@@ -161,7 +154,7 @@ def draw_film(facts: RunFacts, *, client: int, seed: int, say: Callable[[str], N
     stages = [frame.stage for frame in frames]
     later = {"fine", "both", "image"} if "both" not in stages else {"fine", "image"}
     first = next((k for k, stage in enumerate(stages) if stage in later), -1)
-    has_both = chain.coarse is not None and chain.fine is not None and first > 0
+    has_both = pair.coarse is not None and pair.fine is not None and first > 0
     return Film(what=what, labels=words, frames=frames, handover=first if has_both else -1)
 
 

@@ -16,9 +16,11 @@ from PIL import Image
 
 from fedpdm.config import RunConfig
 from fedpdm.data.loading import load_split
+from fedpdm.diffusion.training import ema_weights
 from fedpdm.evaluation.synthesis import open_synthesizer
-from fedpdm.evaluation.trajectory import coarse_chain, record_states
+from fedpdm.evaluation.trajectory import record_states
 from fedpdm.reporting.pictures.tiles import tile_images
+from fedpdm.setup.pair import shared_pair
 from fedpdm.storage.run_directory import RunDirectory
 
 __all__ = ["final_pictures", "round_pictures"]
@@ -41,11 +43,7 @@ def round_pictures(run: RunDirectory, config: RunConfig, round: int) -> dict[str
     kept = run.load_checkpoint()
     if kept is None or kept[0] != round:
         return {}
-    weights = {
-        name.removeprefix("ema."): tensor
-        for name, tensor in kept[1].items()
-        if name.startswith("ema.")
-    }
+    weights = ema_weights(kept[1])
     found: dict[str, np.ndarray] = {}
     if config.kind.has_shared_model:
         found["coarse_samples"] = _shared(config, weights)
@@ -86,8 +84,8 @@ def _labels(num_classes: int) -> np.ndarray:
 
 
 def _shared(config: RunConfig, weights: Mapping[str, torch.Tensor]) -> np.ndarray:
-    chain = coarse_chain(config, weights)
-    states = record_states(chain, _labels(chain.num_classes), seed=config.run.seed)
+    pair = shared_pair(config, weights)
+    states = record_states(pair, _labels(pair.spec.num_classes), seed=config.run.seed)
     return _tiled(states[-1].noisy)
 
 

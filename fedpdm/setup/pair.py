@@ -1,0 +1,121 @@
+"""A coarse and a fine model that sample together, as a finished run and a client's store keep them.
+
+Runs of some kinds have one of them only: a baseline's shared model, or a client's own. Only EMA
+weights are used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import numpy as np
+import torch
+
+from fedpdm.config import RunConfig
+from fedpdm.data import denormalize
+from fedpdm.data.spec import ImageSpec
+from fedpdm.diffusion.denoisers import Denoiser, DenoisingFunction
+from fedpdm.diffusion.training import ema_weights, load_named, select_device
+from fedpdm.diffusion.twostage import SamplerOutput, SamplerSettings, sample_in_batches
+from fedpdm.setup.build import build_denoiser, sampler_settings
+from fedpdm.setup.run_setup import RunSetup, set_up
+from fedpdm.storage.client_store import ClientStore
+from fedpdm.storage.files import read_tensors
+from fedpdm.storage.run_directory import RunDirectory
+
+__all__ = [
+    "ModelPair",
+    "check_finished",
+    "client_weights",
+    "load_pair",
+    "shared_pair",
+    "shared_weights",
+]
+
+Weights = Mapping[str, torch.Tensor]
+D_co = TypeVar("D_co", bound=DenoisingFunction, covariant=True)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ModelPair(Generic[D_co]):
+    """Models to sample with, as far as there are; `spec` is that of the images they draw."""
+
+    coarse: D_co | None
+    fine: D_co | None
+    spec: ImageSpec
+    settings: SamplerSettings
+    device: torch.device
+
+    def draw(self, labels: np.ndarray, *, generator: torch.Generator) -> SamplerOutput:
+        """One sample for each label, int64 (N,), -1 for none, in the models' scale."""
+        return sample_in_batches(
+            self.coarse,
+            self.fine,
+            self.settings,
+            image_shape=self.spec.shape,
+            labels=torch.from_numpy(labels).to(self.device),
+            generator=generator,
+        )
+
+    def draw_pixels(self, labels: np.ndarray, *, generator: torch.Generator) -> np.ndarray:
+        """As `draw`; the images as uint8 (N, C, H, W)."""
+        images = self.draw(labels, generator=generator).images
+        return denormalize(images.cpu(), shift=self.spec.shift).numpy()
+
+
+def check_finished(run: RunDirectory, config: RunConfig) -> None:
+    """`ValueError`, one line, if the run's last round is not over."""
+    names = ("coarse.safetensors", "privacy.json")
+    for name in names[not config.kind.has_shared_model :]:
+        if not (run.root / name).exists():
+            raise ValueError(f"{run.root}: this run has not finished ({name} is missing)")
+
+
+def shared_weights(run: RunDirectory) -> dict[str, torch.Tensor]:
+    """The shared model's EMA weights in a finished run."""
+    return read_tensors(run.root / "coarse.safetensors")[0]
+
+
+def client_weights(store: ClientStore) -> dict[str, torch.Tensor]:
+    """EMA weights of the fine model after the client's last round; empty where there is none."""
+    return ema_weights(store.load_state(store.last_round(), "fine"))
+
+
+def load_pair(
+    setup: RunSetup,
+    *,
+    coarse: Weights | None,
+    fine: Weights | None,
+    device: torch.device,
+    share: torch.Tensor | None = None,
+    who: str = "",
+) -> ModelPair[Denoiser]:
+    """The run's denoisers with these weights, in `eval()`; None for none.
+
+    `share` is the client's `coarse_share`. `ValueError` if the weights are not this run's; `who` is
+    added to what they are called.
+    """
+
+    def load(role: str, weights: Weights | None) -> Denoiser | None:
+        if weights is None:
+            return None
+        model = build_denoiser(setup, role).to(device)
+        here = {name: tensor.to(device) for name, tensor in weights.items()}
+        load_named(dict(model.network.named_parameters()), here, what=f"{role} weights{who}")
+        return model.eval()
+
+    return ModelPair(
+        coarse=load("coarse", coarse),
+        fine=load("fine", fine),
+        spec=setup.spec,
+        settings=sampler_settings(setup, share=share),
+        device=device,
+    )
+
+
+def shared_pair(config: RunConfig, weights: Weights) -> ModelPair[Denoiser]:
+    """The shared model alone: what a server can sample. `ValueError` for other weights."""
+    device = select_device(config.run.device)
+    return load_pair(set_up(config), coarse=weights, fine=None, device=device)
