@@ -132,7 +132,7 @@ def _bare_loop(config: RunConfig, share: float = 1.0) -> float:
 
     images = load_split(config, "train")
     setup = set_up(config, images)
-    plan = setup.plan
+    plan = setup.release_plan
     labels = torch.tensor(images.labels)
     released = release(
         normalize(torch.tensor(images.images), shift=plan.shift), labels, schedule=setup.schedule,

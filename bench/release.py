@@ -73,7 +73,8 @@ def release_memory() -> dict[str, Any]:
     from bench.memory import forget_peak, resident
     from fedpdm.data import ImageSet
     from fedpdm.diffusion.schedule import make_schedule
-    from fedpdm.privacy.mechanism import SystemNoise, release_parameters
+    from fedpdm.privacy.events import release_parameters
+    from fedpdm.privacy.mechanism import SystemNoise
     from fedpdm.privacy.releases import ReleaseRequest, ReleaseStore
 
     rng = np.random.default_rng(0)
@@ -97,5 +98,5 @@ def release_memory() -> dict[str, Any]:
         released = ReleaseStore(Path(folder)).obtain(images, request)
         seconds = time.perf_counter() - started
         peak = resident("VmHWM")
-        assert len(released) == len(images)
+        assert len(released.tensors()["labels"]) == len(images)
     return {"ratio": (peak - before) / 1e6, "seconds": seconds}

@@ -61,7 +61,7 @@ def sampling() -> dict[str, Any]:
     config = _config(num_clients=4, steps=1)
     train, test = load_split(config, "train"), load_split(config, "test")
     setup = set_up(config, train)
-    schedule, spec, plan = setup.schedule, setup.spec, setup.plan
+    schedule, spec, plan = setup.schedule, setup.spec, setup.release_plan
     abar = schedule.alpha_bar(plan.t0)
     points = normalize(torch.tensor(train.images), shift=plan.shift)
     clipped = clip_l2(points, clip_norm=plan.clip_norm)

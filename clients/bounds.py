@@ -17,7 +17,14 @@ from fedpdm.config import ConfigError, RunConfig
 from fedpdm.data import ImageSet
 from fedpdm.deployment.acceptance import acceptance_of
 from fedpdm.deployment.code_digest import code_digest
-from fedpdm.deployment.policy import NodePolicy, PolicyError, check_config, check_total, load_policy
+from fedpdm.deployment.policy import (
+    NodePolicy,
+    PolicyError,
+    check_code,
+    check_config,
+    check_total,
+    load_policy,
+)
 from fedpdm.privacy.releases import ReleaseRequest, ReleaseStore
 
 __all__ = ["check_release", "check_run", "flag", "node_policy"]
@@ -38,13 +45,16 @@ def check_run(
 ) -> None:
     """`Refusal` if the run's config asks for more than the policy allows, the code that runs is
     not the installed one (`installed-code`) or one that the policy names, or the operator did not
-    accept exactly this config and that is needed (`require-acceptance`)."""
+    accept exactly this config and that is needed (`require-acceptance`).
+
+    Without a policy, too, code that the config names is not imported, and images alone released."""
     client_id = int(node_config["partition-id"])
-    if policy is not None:
-        try:
+    try:
+        check_code(policy or NodePolicy(), config)
+        if policy is not None:
             check_config(policy, config)
-        except PolicyError as error:
-            raise Refusal(f"{error} (client {client_id})") from None
+    except PolicyError as error:
+        raise Refusal(f"{error} (client {client_id})") from None
     allowed = {*(policy.code if policy else ()), str(node_config.get("installed-code", ""))} - {""}
     if allowed and code_digest() not in allowed:
         raise Refusal(f"code: its digest is not one that this node allows (client {client_id})")

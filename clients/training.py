@@ -21,6 +21,7 @@ from fedpdm.data.members import save_members
 from fedpdm.diffusion.denoisers import Denoiser
 from fedpdm.diffusion.training import BatchLoss, Progress, Trainer, class_weights, select_device
 from fedpdm.jobs.progress import count_progress, work_progress
+from fedpdm.privacy.mechanism import released_images
 from fedpdm.privacy.statement import client_statement, plain_text
 from fedpdm.privacy.types import ReleasedDataset
 from fedpdm.rng import Purpose, torch_generator
@@ -54,6 +55,7 @@ class LocalTraining:
     def release(self) -> ReleasedDataset:
         """The release of all local images; those never released before are noised now."""
         local, store = self.local, self.local.store
+        assert self.setup.release_plan.images  # else `ConfigError`, before anything is released
         local.releases.check_history(store.ledger_heads())
         request = self.setup.release_request(
             client=local.client_id, allow_new_release=local.allow_new_release
@@ -66,7 +68,7 @@ class LocalTraining:
         if local.releases.ledger().head != head or store.load_statement() is None:
             statement = client_statement(local.releases, delta=self.config.privacy.delta)
             store.save_statement(statement, plain_text(statement))
-        return released
+        return released_images(released)
 
     def coarse_loss(
         self, model: Denoiser, indices: np.ndarray, *, training: bool

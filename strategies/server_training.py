@@ -9,8 +9,7 @@ fine models.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
-from dataclasses import replace
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -19,12 +18,13 @@ from flwr.common import NDArrays, Parameters, ndarrays_to_parameters
 from fedpdm import wire
 from fedpdm.diffusion.training import BatchLoss, Trainer, class_weights, select_device
 from fedpdm.privacy.mechanism import (
+    join,
+    mechanism_of,
     release_metadata,
-    release_parameters,
+    released_images,
     restore_release,
-    same_release,
 )
-from fedpdm.privacy.types import ReleasedDataset
+from fedpdm.privacy.types import Release, ReleasedDataset
 from fedpdm.rng import Purpose, torch_generator
 from fedpdm.setup.build import (
     build_denoiser,
@@ -40,7 +40,7 @@ from strategies.coarse import CoarseStrategy, Weights
 __all__ = ["CoarseServerTraining"]
 
 
-def keep_release(run: RunDirectory, client_id: int, released: ReleasedDataset) -> None:
+def keep_release(run: RunDirectory, client_id: int, released: Release) -> None:
     """Keep what a client uploaded in the run directory."""
     metadata = release_metadata(
         released.parameters,
@@ -48,13 +48,13 @@ def keep_release(run: RunDirectory, client_id: int, released: ReleasedDataset) -
         noise_source=released.noise_source,
         seeded=released.seeded,
     )
-    run.save_upload(client_id, {"x_tilde": released.x_tilde, "labels": released.labels}, metadata)
+    run.save_upload(client_id, released.tensors(), metadata)
 
 
 def kept_releases(run: RunDirectory) -> list[ReleasedDataset]:
     """All uploads, in the order of client ids; `ValueError` for one that is malformed."""
     return [
-        restore_release(tensors["x_tilde"], tensors["labels"], metadata)
+        released_images(restore_release(tensors, metadata))
         for tensors, metadata in run.load_uploads()
     ]
 
@@ -66,6 +66,7 @@ class CoarseServerTraining(CoarseStrategy):
         super().__init__(**options)
         config = setup.config
         self._config, self._setup, self._spec = config, setup, setup.spec
+        self._wanted = setup.release_plan.images
         self._accepted: list[int] = []  # whose releases came in this round
         self._releasing = False
         self._device = select_device(config.run.device)
@@ -86,8 +87,13 @@ class CoarseServerTraining(CoarseStrategy):
         if self.phase(round) != "release":
             super().accept(round, answer, message)
             return
-        released = wire.decode_release(
-            message, who=f"client {answer.client_id}", client_id=answer.client_id
+        released = released_images(
+            wire.decode_release(
+                message,
+                who=f"client {answer.client_id}",
+                client_id=answer.client_id,
+                mechanism=self._config.privacy.release,
+            )
         )
         self._check(released, answer)
         keep_release(self._run, answer.client_id, released)
@@ -109,19 +115,15 @@ class CoarseServerTraining(CoarseStrategy):
     def _check(self, released: ReleasedDataset, answer: ClientAnswer) -> None:
         """`wire.WireError` for a release that is not what was asked for."""
         got, shape = released.parameters, tuple(released.x_tilde.shape[1:])
-        plan = self._setup.plan
-        wanted = release_parameters(
-            self._setup.schedule, t0=plan.t0, clip_norm=plan.clip_norm, shift=plan.shift
-        )
         if released.seeded and not self.settings.simulation:
             raise wire.WireError(
                 f"release of client {answer.client_id}: its noise is seeded, outside simulation"
             )
-        same = same_release(got, wanted)
+        same = mechanism_of(self._wanted).same(got, self._wanted)
         if not same or shape != self._spec.shape:
             raise wire.WireError(
                 f"release of client {answer.client_id}: made with {got} of images {shape}, "
-                f"expected {wanted} of {self._spec.shape}"
+                f"expected {self._wanted} of {self._spec.shape}"
             )
         if len(released) != answer.num_examples:
             raise wire.WireError(
@@ -178,13 +180,4 @@ class CoarseServerTraining(CoarseStrategy):
         parts = kept_releases(self._run)
         if not parts:
             raise wire.WireError("server training: no release was collected")
-        return join_releases(parts)
-
-
-def join_releases(parts: Sequence[ReleasedDataset]) -> ReleasedDataset:
-    """Several clients' releases as one data set, for training; parameters are the first's."""
-    return replace(
-        parts[0],
-        x_tilde=torch.cat([part.x_tilde for part in parts]),
-        labels=torch.cat([part.labels for part in parts]),
-    )
+        return join(parts)

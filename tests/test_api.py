@@ -18,7 +18,7 @@ import fedpdm.api
 from fedpdm.config import ConfigError, RunConfig, config_from_mapping
 from fedpdm.data import ImageSet
 from fedpdm.privacy.accountant import epsilon_spent
-from fedpdm.privacy.mechanism import release_event
+from fedpdm.privacy.events import release_event
 from fedpdm.privacy.types import ReleasedDataset
 from fedpdm.setup.run_setup import build_schedule
 from fedpdm.storage.files import StoreError

@@ -56,8 +56,10 @@ SCIENCE = (
     "fedpdm.privacy.accountant",
     "fedpdm.privacy.calibration",
     "fedpdm.privacy.dpsgd",
+    "fedpdm.privacy.events",
     "fedpdm.privacy.ledger",
-    "fedpdm.privacy.mechanism",
+    "fedpdm.privacy.mechanism.gaussian",
+    "fedpdm.privacy.mechanism.records",
     "fedpdm.privacy.noise",
     "fedpdm.privacy.types",
     "fedpdm.wire.quantize",
@@ -105,7 +107,7 @@ IMPORTS_BY_NAME = ("fedpdm.config.plugins", "fedpdm")
 # Where a release may be copied with other rows; it is constructed in the mechanism alone.
 MAY_REPLACE_IMAGES = {
     ("fedpdm.privacy.mechanism.records", "select"),
-    ("strategies.server_training", "join_releases"),
+    ("fedpdm.privacy.mechanism.records", "join"),
 }
 
 

@@ -20,7 +20,8 @@ from fedpdm.diffusion.training import (
     load_named,
     select_device,
 )
-from fedpdm.privacy.mechanism import same_release
+from fedpdm.privacy.events import same_release
+from fedpdm.privacy.mechanism import join
 from fedpdm.privacy.types import ReleasedDataset
 from fedpdm.rng import Purpose, torch_generator
 from fedpdm.setup.build import (
@@ -58,17 +59,20 @@ def train_coarse(
         ValueError: for no release, or releases made with other settings than the config's.
         FloatingPointError: if the training diverged.
     """
-    from strategies.server_training import join_releases
-
     if not releases:
         raise ValueError("releases must hold at least one release, got none")
     first = releases[0]
     channels, resolution, _ = first.x_tilde.shape[1:]
     setup = set_up_for(config, _spec(config, channels=channels, resolution=resolution))
-    plan = setup.plan
-    wanted = {"t0": plan.t0, "clip_norm": plan.clip_norm, "shift": plan.shift}
-    wanted["num_steps"] = setup.schedule.num_steps
+    planned = setup.release_plan.images
+    names = ("t0", "clip_norm", "shift", "num_steps")
+    wanted = {name: getattr(planned, name) for name in names}
     for number, one in enumerate(releases):
+        if (kind := one.parameters.mechanism) != planned.mechanism:
+            raise ValueError(
+                f"releases[{number}] must be made by mechanism {planned.mechanism}, as the config "
+                f"says, got {kind}"
+            )
         for name, value in wanted.items():
             if (got := getattr(one.parameters, name)) != value:
                 raise ValueError(
@@ -77,7 +81,7 @@ def train_coarse(
                 )
         if not same_release(one.parameters, first.parameters):
             raise ValueError(f"releases[{number}] was made with another schedule than releases[0]")
-    joined = join_releases(releases)
+    joined = join(releases)
     trainer = _trainer(setup, "coarse", num_steps)
     loss = coarse_batch_loss(setup, trainer.model, joined, training=True, device=trainer.device)
     weights = class_weights(joined.labels, balance=config.coarse.class_balance)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fedpdm.config import ConfigError, RunConfig, config_from_mapping
+from fedpdm.config import RunConfig, config_from_mapping
 from fedpdm.config.reading import read_mapping
 from fedpdm.config.suite import merge
 from fedpdm.data import ImageSet
 from fedpdm.data.client_images import client_images
 from fedpdm.data.loading import build_partitions, load_split
+from fedpdm.privacy.mechanism import released_images
 from fedpdm.privacy.releases import ReleaseStore, SpentBudget
 from fedpdm.privacy.types import ReleasedDataset
 from fedpdm.setup.run_setup import set_up
@@ -70,15 +71,10 @@ def release(
         StoreError: (a `ValueError`) for a store of another client or data set, a damaged one, or a
             second release that is not allowed; the store is as it was.
     """
-    if not config.kind.releases:
-        raise ConfigError(
-            f"coarse: images {config.coarse.images}, training {config.coarse.training} releases "
-            "nothing; must be released, and trained somewhere"
-        )
     request = set_up(config, images).release_request(
         client=client, allow_new_release=allow_new_release
     )
-    return ReleaseStore(Path(store)).obtain(images, request)
+    return released_images(ReleaseStore(Path(store)).obtain(images, request))
 
 
 def account(store: PathLike, *, delta: float = 1e-5) -> SpentBudget:

@@ -14,6 +14,7 @@ than their 5% for the two one-run bounds, which allow for mechanisms that are no
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ from fedpdm.attacks.noisechecks import (
 )
 from fedpdm.data import ImageSet
 from fedpdm.privacy.accountant import compose, epsilon_spent
-from fedpdm.privacy.mechanism import implied_event
+from fedpdm.privacy.mechanism import event_of
 from fedpdm.privacy.noise import NoiseSource
 from fedpdm.privacy.types import ReleasedDataset
 
@@ -206,11 +207,12 @@ def _implied_epsilon(
     uploads: Sequence[ReleasedDataset], masks: Sequence[NDArray[np.bool_]], *, delta: float
 ) -> float:
     """What the uploads' own parameters cost, for the image that pays most."""
-    events = [implied_event(upload.parameters) for upload in uploads]
-    square = sum(new / event.noise_multiplier**2 for new, event in zip(masks, events, strict=True))
-    at = int(np.argmax(square))
-    paid = [event for new, event in zip(masks, events, strict=True) if new[at]]
-    return epsilon_spent([compose(paid)], delta=delta)
+    events = [event_of(upload.parameters) for upload in uploads]
+    histories = np.unique(np.stack(masks), axis=1).T  # which uploads held an image anew
+    return max(
+        epsilon_spent([compose(list(itertools.compress(events, row)))], delta=delta)
+        for row in histories
+    )
 
 
 def _check_claim(claimed: float, implied: float) -> Finding:

@@ -32,7 +32,6 @@ from fedpdm.attacks.likelihood import (
     chunks,
     clipped_means,
     log_likelihood_ratios,
-    sigma_of,
 )
 from fedpdm.data import ImageSet
 from fedpdm.privacy.types import ReleasedDataset
@@ -192,7 +191,7 @@ def score_game(game: CanaryGame, uploads: Sequence[ReleasedDataset]) -> GameScor
             gained = log_likelihood_ratios(upload.x_tilde[part], a, b, parameters)
             distance = np.linalg.norm(a - b, axis=1)
             scores[part] += np.where(new[part], gained, 0.0)
-            square[part] += np.where(new[part], (distance / sigma_of(parameters)) ** 2, 0.0)
+            square[part] += np.where(new[part], (distance / parameters.sigma) ** 2, 0.0)
             if number == 0:
                 ratio[part] = distance / (2.0 * parameters.clip_norm)
     return GameScores(

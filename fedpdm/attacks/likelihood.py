@@ -18,19 +18,14 @@ import torch
 from numpy.typing import NDArray
 
 from fedpdm.data import normalize
-from fedpdm.privacy.mechanism import clip_l2
+from fedpdm.privacy.mechanism import clip_l2, prepared
 from fedpdm.privacy.types import ReleasedDataset, ReleaseParameters
 
-__all__ = ["Array", "check_release", "chunks", "clipped_means", "log_likelihood_ratios", "sigma_of"]
+__all__ = ["Array", "check_release", "chunks", "clipped_means", "log_likelihood_ratios"]
 
 Array = NDArray[np.float64]
 
 _CHUNK_VALUES = 1 << 21
-
-
-def sigma_of(parameters: ReleaseParameters) -> float:
-    """Noise standard deviation in units of the shifted clean image."""
-    return math.sqrt((1.0 - parameters.alpha_bar) / parameters.alpha_bar)
 
 
 def chunks(num_rows: int, row_size: int) -> Iterator[slice]:
@@ -42,10 +37,13 @@ def chunks(num_rows: int, row_size: int) -> Iterator[slice]:
 def clipped_means(images: NDArray[np.uint8], parameters: ReleaseParameters) -> Array:
     """What the noise is added to, before scaling: `CLIP(x - shift, C)`, float64 (n, d).
 
+    A mechanism of one's own prepares x - shift first (`ImageMechanism.prepare`).
+
     Args:
         images: (n, C, H, W) uint8.
     """
-    x = normalize(images, shift=parameters.shift)
+    shifted = normalize(images, shift=parameters.shift).numpy()
+    x = torch.from_numpy(prepared(shifted, parameters))
     clipped = clip_l2(x, clip_norm=parameters.clip_norm)
     return clipped.flatten(1).double().numpy()
 
@@ -56,7 +54,7 @@ def log_likelihood_ratios(
     """For each row, evidence in nats that it shows `a` (positive) and not `b`, float64 (n,)."""
     y = x_tilde.flatten(1).double().numpy() / math.sqrt(parameters.alpha_bar)
     middle = (mean_a + mean_b) / 2.0  # <c_a - c_b, (c_a + c_b) / 2> is half the norms' difference
-    ratios: Array = np.vecdot(y - middle, mean_a - mean_b) / sigma_of(parameters) ** 2
+    ratios: Array = np.vecdot(y - middle, mean_a - mean_b) / parameters.sigma**2
     return ratios
 
 

@@ -31,7 +31,6 @@ from fedpdm.attacks.likelihood import (
     chunks,
     clipped_means,
     log_likelihood_ratios,
-    sigma_of,
 )
 from fedpdm.attacks.roc import auc, auc_interval, tpr_at_fpr
 from fedpdm.data import ImageSet
@@ -127,7 +126,7 @@ def linkage_attack(
     released = obtain(chosen)
     check_release(released, chosen.images.shape, name="obtain")
     positive, negative, distances = _scores(chosen, released)
-    clip_norm, sigma = released.parameters.clip_norm, sigma_of(released.parameters)
+    clip_norm, sigma = released.parameters.clip_norm, released.parameters.sigma
     low, high = auc_interval(positive, negative, confidence=confidence)
     analytic = linkage_auc(distances, sigma=sigma)
     worst_auc, worst_tpr = worst_case_linkage(clip_norm=clip_norm, sigma=sigma, fpr=fpr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,8 +53,12 @@ def find_ledgers(directory: Path) -> list[Path]:
 
 def run_ledger(options: argparse.Namespace) -> None:
     """The command's action. `ValueError` with one line for a ledger that does not check out."""
+    from fedpdm.privacy.mechanism import mechanism_named
     from fedpdm.privacy.releases import ReleaseStore
+    from fedpdm.storage.run_directory import RunDirectory
 
+    if (options.directory / "config.yaml").exists():  # a run's may be of one's own
+        mechanism_named(RunDirectory(options.directory).config().privacy.release)
     stores = [ReleaseStore(path) for path in find_ledgers(options.directory)]
     if options.head:
         if len(stores) != 1:
@@ -119,18 +124,22 @@ def _text(store: ReleaseStore, facts: dict[str, Any]) -> str:
 
 
 def _record_lines(record: Record, release: ReleaseRecord | None) -> list[str]:
+    from fedpdm.privacy.mechanism import mechanism_of
+
     title = f"  {record.number:>3}  {record.at}  {record.kind}"
     if release is None:
         facts = ", ".join(f"{key} {value}" for key, value in record.fields.items())
         return [f"{title}  {facts}"]
-    settings = release.parameters
+    settings = mechanism_of(release.parameters).describe(release.parameters)
+    event = ", ".join(
+        f"{name.replace('_', ' ')} {value:.5g}"
+        for name, value in dataclasses.asdict(release.event).items()
+    )
     shape = "x".join(map(str, release.image_shape))
     return [
         f"{title} {release.release}: {release.images:,} images of {shape}, epsilon "
         f"{release.epsilon:.4g} at delta {release.delta:g}",
-        f"{'':9}t0 {settings.t0} of {settings.num_steps} ({settings.schedule}), clip norm "
-        f"{settings.clip_norm:g} around {settings.shift:g}, noise multiplier "
-        f"{release.event.noise_multiplier:.5g}",
+        f"{'':9}{settings}, {event}",
         f"{'':9}noise: {release.noise_source}",
         f"{'':9}file: {release.file}, SHA-256 {release.sha256[:16]}...",
     ]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.metadata
 import os
 import re
 import sys
@@ -21,7 +22,7 @@ from typing import TypeVar
 
 from fedpdm.config.keys import ConfigError
 
-__all__ = ["DIRECTORY_VARIABLE", "check_form", "find", "is_named", "load_named"]
+__all__ = ["DIRECTORY_VARIABLE", "check_form", "find", "is_named", "load_installed", "load_named"]
 
 DIRECTORY_VARIABLE = "FEDPDM_MODULES"
 
@@ -71,6 +72,16 @@ def load_named(value: str, *, key: str) -> object:
         raise ConfigError(f"{where}: module {module_name} has no {name}")
     found: object = getattr(module, name)
     return found
+
+
+def load_installed(group: str, name: str) -> object | None:
+    """What an installed package declares as the entry point `name` of `group`, or None.
+
+    `ConfigError`, one line, if its module cannot be imported.
+    """
+    for entry in importlib.metadata.entry_points(group=group, name=name):
+        return load_named(entry.value, key=f"entry point {name} of {group}")
+    return None
 
 
 T = TypeVar("T")

@@ -39,6 +39,9 @@ __all__ = [
 ]
 
 
+YOUNGER_KEYS = (("privacy", "release", "images"),)
+
+
 def _describe(annotation: Any) -> str:
     return str(getattr(annotation, "__name__", annotation)).replace("NoneType", "null")
 
@@ -219,8 +222,16 @@ def read_policy(cls: type[Any], path: Path) -> Any:
 
 
 def config_to_json(config: RunConfig) -> str:
-    """The resolved config as one line of JSON; `config_from_json` is its inverse."""
-    return json.dumps(dataclasses.asdict(config), sort_keys=True)
+    """The resolved config as one line of JSON; `config_from_json` is its inverse.
+
+    Keys that are younger than digests of configs are left out at their default, so that an
+    acceptance or a result of the time before them is found.
+    """
+    plain = dataclasses.asdict(config)
+    for section, key, default in YOUNGER_KEYS:
+        if plain[section][key] == default:
+            del plain[section][key]
+    return json.dumps(plain, sort_keys=True)
 
 
 @functools.lru_cache(maxsize=16)  # every message of a run carries the same text

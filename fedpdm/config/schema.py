@@ -136,6 +136,10 @@ class PrivacyConfig:
         low=-1.0, high=1.0,
     )  # fmt: skip
     accounting: str = key("exact", "how epsilon is computed", choices=("exact", "paper"))
+    release: str = key(
+        "images",
+        "what clients release: a registered mechanism, or package.module:NAME (docs/extending.md)",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

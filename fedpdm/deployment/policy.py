@@ -1,8 +1,9 @@
 """A node's own bounds, whatever the coordinator's config asks for.
 
+    mechanisms: [images]   # what may be released, as `privacy.release` names it
     max_epsilon: 10        # of any one image, all its releases together
     delta: 1e-5            # at which that epsilon is counted
-    min_t0: 600
+    min_t0: 600            # of mechanisms that have one
     allow_raw_metrics: false
     allow_new_release: false
     code: [6f0c...]        # further digests of bundles that may ask (fedpdm node digest)
@@ -15,18 +16,25 @@ always the installed code (`fedpdm.engines.deployed.guard`).
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedpdm.config import ConfigError, RunConfig, key, own_code, read_policy
-from fedpdm.data.spec import ImageSpec
 from fedpdm.privacy.accountant import epsilon_spent
-from fedpdm.privacy.mechanism import release_event
-from fedpdm.privacy.planning import build_release_plan
+from fedpdm.privacy.mechanism import IMAGES, event_of, mechanism_named
+from fedpdm.privacy.planning import plan_release
 from fedpdm.setup.run_setup import build_schedule
 
-__all__ = ["NodePolicy", "PolicyError", "check_config", "check_total", "load_policy"]
+__all__ = [
+    "NodePolicy",
+    "PolicyError",
+    "check_code",
+    "check_config",
+    "check_total",
+    "load_policy",
+]
 
 _DIGEST = re.compile(r"[0-9a-f]{64}\Z")
 
@@ -37,8 +45,10 @@ class PolicyError(ConfigError):
 
 @dataclass(frozen=True, kw_only=True)
 class NodePolicy:
-    """What a node's operator allows; the default bounds nothing but raw metrics and releases."""
+    """What a node's operator allows; the default bounds nothing but raw metrics and releases, and
+    allows releases of images alone."""
 
+    mechanisms: tuple[str, ...] = key((IMAGES,), "releases allowed, by `privacy.release`")
     max_epsilon: float | None = key(None, "largest epsilon of any image, in all", above=0.0)
     delta: float = key(1e-5, "delta at which it is counted", above=0.0, below=1.0)
     min_t0: int | None = key(None, "smallest number of noising steps", low=1)
@@ -57,15 +67,25 @@ def load_policy(path: Path) -> NodePolicy:
             raise ConfigError(
                 f"{path}: code[{index}]: must be a SHA-256 of 64 hexadecimal digits, got {digest!r}"
             )
+    for name in policy.mechanisms:  # a ledger may hold releases by each of them
+        try:
+            mechanism_named(name)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: mechanisms: {error}") from None
     return policy
 
 
-def check_config(policy: NodePolicy, config: RunConfig) -> None:
-    """`PolicyError` if the config asks for more than the policy allows. Looks at no image.
+def check_code(policy: NodePolicy, config: RunConfig) -> None:
+    """`PolicyError` for code that the config names and the policy does not. Imports nothing.
 
-    Code that the config names is not imported here. A strategy is the coordinator's alone: clients
+    A release mechanism is named to the letter. A strategy is the coordinator's alone: clients
     never import it, and whatever it does with updates is post-processing.
     """
+    if config.kind.releases and config.privacy.release not in policy.mechanisms:
+        raise PolicyError(
+            f"privacy.release: {config.privacy.release!r} is not one of the mechanisms of this "
+            f"node: {', '.join(policy.mechanisms)}"
+        )
     for name, value in own_code(config).items():
         module = value.partition(":")[0]
         allowed = any(f"{module}.".startswith(f"{each}.") for each in policy.modules)
@@ -74,6 +94,11 @@ def check_config(policy: NodePolicy, config: RunConfig) -> None:
                 f"{name}: {value} is code of a module that this node's policy does not name "
                 "(modules)"
             )
+
+
+def check_config(policy: NodePolicy, config: RunConfig) -> None:
+    """`PolicyError` if the config asks for more than the policy allows. Looks at no image."""
+    check_code(policy, config)
     if config.run.simulation:
         raise PolicyError("run.simulation: true seeds the privacy noise; a node allows false only")
     if config.evaluation.image_metrics and not policy.allow_raw_metrics:
@@ -83,13 +108,13 @@ def check_config(policy: NodePolicy, config: RunConfig) -> None:
         )
     if not config.kind.releases:
         return
-    schedule = build_schedule(config)
-    nothing = ImageSpec(channels=1, resolution=1, num_classes=1, shift=0.0)  # t0 needs no images
-    plan = build_release_plan(config, schedule, nothing)
-    if policy.min_t0 is not None and plan.t0 < policy.min_t0:
-        raise PolicyError(f"privacy.t0: {plan.t0} is less than the {policy.min_t0} of this node")
-    event = release_event(schedule, t0=plan.t0, clip_norm=plan.clip_norm)
-    check_total(policy, epsilon_spent([event], delta=policy.delta))
+    plan = plan_release(config, build_schedule(config), shift=0.0)  # no shift changes a cost
+    for parameters in plan.rounds:
+        t0 = plan.mechanism.settings(parameters).get("t0", math.inf)
+        if policy.min_t0 is not None and t0 < policy.min_t0:
+            raise PolicyError(f"privacy.t0: {t0} is less than the {policy.min_t0} of this node")
+    events = [event_of(parameters) for parameters in plan.rounds]
+    check_total(policy, epsilon_spent(events, delta=policy.delta))
 
 
 def check_total(policy: NodePolicy, epsilon: float) -> None:

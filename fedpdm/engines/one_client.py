@@ -14,6 +14,7 @@ from fedpdm import wire
 from fedpdm.config import RunConfig, config_from_mapping
 from fedpdm.data import ImageSet
 from fedpdm.data.client_images import own_images
+from fedpdm.privacy.mechanism import released_images
 from fedpdm.privacy.releases import ReleaseStore
 from fedpdm.privacy.types import ReleasedDataset
 from fedpdm.setup.build import build_denoiser
@@ -87,5 +88,5 @@ def upload_releases(
         message, _, metrics = client.fit(request, {"round": number, "phase": "release"})
         if error := metrics.get("error"):
             raise StoreError(str(error))
-        uploads.append(wire.decode_release(message, who="client 0", client_id=0))
+        uploads.append(released_images(wire.decode_release(message, who="client 0", client_id=0)))
     return uploads, store

@@ -13,6 +13,7 @@ from fedpdm.config import ConfigError, RunConfig
 from fedpdm.data import data_set
 from fedpdm.diffusion.sampling import make_scheduler
 from fedpdm.diffusion.twostage import sample_two_stage
+from fedpdm.privacy.mechanism import mechanism_named
 from fedpdm.privacy.statement import baseline_statement
 from fedpdm.reporting.trackers import check_trackers
 from fedpdm.setup.build import (
@@ -55,6 +56,7 @@ def check_own_code(config: RunConfig) -> None:
     """`ConfigError`, one line, for code of one's own that is not there or is of another kind."""
     own_strategy(config.aggregation.method)
     data_set(config.data.name)
+    mechanism_named(config.privacy.release)
     for role in ("coarse", "fine"):
         find_preset(config, role)
         find_weighting(config, role)
@@ -94,13 +96,13 @@ def check_models(setup: RunSetup) -> RunModels:
 def _what_leaves(setup: RunSetup) -> str:
     """The line that says what clients send and at which epsilon."""
     config, plan = setup.config, setup.plan
-    if not config.kind.releases:
+    if plan is None:
         statement = baseline_statement(config)
         epsilon = statement["epsilon"]
         return f"baseline: {statement['guarantee']}" + (f", epsilon {epsilon:g}" if epsilon else "")
     return (
-        f"release: t0 = {plan.t0} of {config.schedule.num_steps}, clip norm {plan.clip_norm:g} "
-        f"around {plan.shift:g}, epsilon {plan.epsilon_exact:.4g} at delta {config.privacy.delta:g}"
+        f"release: {plan.mechanism.describe(plan.rounds[0])}, epsilon {plan.epsilon_exact:.4g} at "
+        f"delta {config.privacy.delta:g}"
     )
 
 

@@ -1,4 +1,7 @@
-"""Privacy accounting of Gaussian releases. Takes numbers, knows no tensors.
+"""Privacy accounting of releases. Takes numbers, knows no tensors.
+
+Events are an open family (`fedpdm.privacy.types.PrivacyEvent`). The accountant reads Gaussian ones;
+any other is refused, never left out.
 
 Neighbouring relation: one image replaced by any other (local model: each image is a data set of
 its own). A release of `CLIP(x, C)` with noise sigma is the Gaussian mechanism with sensitivity
@@ -22,13 +25,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import dp_accounting
 from scipy import optimize, special
 
-from fedpdm.privacy.types import GaussianEvent
+from fedpdm.privacy.types import GaussianEvent, PrivacyEvent
 
 __all__ = [
     "ACCOUNTINGS",
@@ -42,6 +45,7 @@ __all__ = [
     "multiplier_for",
     "multiplier_for_bound",
     "repeated",
+    "worst",
 ]
 
 _SQRT_2 = math.sqrt(2.0)
@@ -61,26 +65,43 @@ def _check_epsilon(epsilon: float) -> None:
         raise ValueError(f"epsilon must be at least 0 and finite, got {epsilon}")
 
 
-def _mu(event: GaussianEvent) -> float:
+def _multiplier(event: PrivacyEvent) -> float:
+    """Of a Gaussian event; `ValueError` for any other, a subclass too: it may mean something else.
+
+    This is the one place that reads events.
+    """
+    if type(event) is not GaussianEvent:
+        raise ValueError(f"the accountant cannot read events of type {type(event).__name__}")
+    return event.noise_multiplier
+
+
+def _mu(event: PrivacyEvent) -> float:
     """1 / multiplier: the distance of two outputs in units of the noise; inf without noise."""
-    if not event.noise_multiplier > 0:  # NaN counts as no noise
+    multiplier = _multiplier(event)
+    if not multiplier > 0:  # NaN counts as no noise
         return math.inf
-    return 1.0 / event.noise_multiplier
+    return 1.0 / multiplier
 
 
-def compose(events: Sequence[GaussianEvent]) -> GaussianEvent:
-    """The single Gaussian event that all `events` on one image amount to."""
+def worst(events: Iterable[PrivacyEvent]) -> PrivacyEvent:
+    """The one that costs an image most."""
+    return min(events, key=_multiplier)
+
+
+def compose(events: Sequence[PrivacyEvent]) -> PrivacyEvent:
+    """The single event that all `events` on one image amount to."""
     mu = math.hypot(*map(_mu, events))
     return GaussianEvent(noise_multiplier=1.0 / mu if mu > 0 else math.inf)
 
 
-def repeated(event: GaussianEvent, count: int) -> GaussianEvent:
+def repeated(event: PrivacyEvent, count: int) -> GaussianEvent:
     """`compose([event] * count)`: K releases of one image, or k images that are replaced."""
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count}")
-    if not event.noise_multiplier > 0:
+    multiplier = _multiplier(event)
+    if not multiplier > 0:
         return GaussianEvent(noise_multiplier=0.0)
-    return GaussianEvent(noise_multiplier=event.noise_multiplier / math.sqrt(count))
+    return GaussianEvent(noise_multiplier=multiplier / math.sqrt(count))
 
 
 def _log_delta(a: float, gap: float, mu: float) -> float:
@@ -108,16 +129,16 @@ def _solve(log_delta: Callable[[float], float], highest: float, *, delta: float)
     return float(optimize.brentq(lambda a: log_delta(a) - target, lowest, highest, xtol=_TOLERANCE))
 
 
-def epsilon_spent(events: Sequence[GaussianEvent], *, delta: float) -> float:
+def epsilon_spent(events: Sequence[PrivacyEvent], *, delta: float) -> float:
     """Exact epsilon of all events that touched one image; inf if one of them added no noise."""
     _check_budget(delta=delta)
     return _epsilon_of(compose(events), delta)
 
 
 @functools.lru_cache(maxsize=1024)  # a store's ledger is checked anew at every message
-def _epsilon_of(event: GaussianEvent, delta: float) -> float:
+def _epsilon_of(event: PrivacyEvent, delta: float) -> float:
     """Exact epsilon of one event."""
-    multiplier, mu = event.noise_multiplier, _mu(event)
+    multiplier, mu = _multiplier(event), _mu(event)
     if mu in (0.0, math.inf):
         return mu
     if _TRUSTED[0] <= multiplier <= _TRUSTED[1]:
@@ -129,7 +150,7 @@ def _epsilon_of(event: GaussianEvent, delta: float) -> float:
     return mu * (mu / 2.0 - a)
 
 
-def delta_spent(events: Sequence[GaussianEvent], *, epsilon: float) -> float:
+def delta_spent(events: Sequence[PrivacyEvent], *, epsilon: float) -> float:
     """Exact delta at `epsilon` >= 0 of all events that touched one image.
 
     1 if one of them added no noise; accurate also where e^epsilon overflows. Below 1e-308 it is
@@ -160,14 +181,14 @@ def multiplier_for(*, epsilon: float, delta: float) -> float:
     return _raised(found, lambda m: epsilon_spent([_event(m)], delta=delta) <= epsilon)
 
 
-def epsilon_bound(event: GaussianEvent, *, delta: float) -> float:
+def epsilon_bound(event: PrivacyEvent, *, delta: float) -> float:
     """The paper's upper bound (Theorem 5.1): 2 C^2/s^2 + C sqrt(8 ln(1/delta) / s^2)."""
     _check_budget(delta=delta)
     mu = _mu(event)  # = 2 C / sigma
     return mu * (mu / 2.0) + mu * math.sqrt(2.0 * math.log(1.0 / delta))
 
 
-def delta_bound(event: GaussianEvent, *, epsilon: float) -> float:
+def delta_bound(event: PrivacyEvent, *, epsilon: float) -> float:
     """The delta at which `epsilon_bound` is `epsilon` >= 0; 1, which says nothing, below mu^2/2."""
     _check_epsilon(epsilon)
     mu = _mu(event)

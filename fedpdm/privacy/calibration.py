@@ -21,7 +21,7 @@ import numpy as np
 
 from fedpdm.diffusion.schedule import NoiseSchedule
 from fedpdm.privacy.accountant import ACCOUNTINGS, Accounting, accounting_named, repeated
-from fedpdm.privacy.mechanism import release_event
+from fedpdm.privacy.events import noise_multiplier, release_event
 from fedpdm.privacy.types import GaussianEvent
 
 __all__ = [
@@ -193,7 +193,8 @@ def calibrate_t0(
         raise ValueError(f"max_t0 must be in [1, {schedule.num_steps}], got {last}")
     needed = rules.multiplier(epsilon=epsilon, delta=delta)
     abar = schedule.alphas_cumprod[1 : last + 1]
-    multipliers = np.sqrt((1.0 - abar) / abar) / (2.0 * clip_norm) / math.sqrt(releases)
+    sigmas = np.sqrt((1.0 - abar) / abar)
+    multipliers = noise_multiplier(sigmas, clip_norm=clip_norm) / math.sqrt(releases)
     reached = np.flatnonzero(multipliers >= needed)
     if len(reached):
         return int(reached[0]) + 1

@@ -3,66 +3,101 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from fedpdm.config import ConfigError, RunConfig
 from fedpdm.data.spec import ImageSpec
 from fedpdm.diffusion.schedule import NoiseSchedule
-from fedpdm.privacy.accountant import epsilon_bound, epsilon_spent
-from fedpdm.privacy.calibration import calibrate_t0
+from fedpdm.privacy.accountant import compose, epsilon_bound, epsilon_spent
 from fedpdm.privacy.mechanism import (
     NoiseSource,
+    ReleaseMechanism,
     SeededNoise,
     SystemNoise,
-    release_event,
-    release_parameters,
+    event_of,
+    mechanism_named,
+    mechanism_of,
 )
 from fedpdm.privacy.releases import ReleaseRequest
+from fedpdm.privacy.types import Parameters, PrivacyEvent, ReleaseParameters
 from fedpdm.rng import Purpose, seed_sequence
 
-__all__ = ["ReleasePlan", "build_noise", "build_release_plan", "build_release_request"]
+__all__ = [
+    "ReleasePlan",
+    "build_noise",
+    "build_release_plan",
+    "build_release_request",
+    "plan_release",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReleasePlan:
-    """How each client's images are to be released; of a baseline that releases none, t0 is T."""
+    """What each client of a run releases, and what that costs an image.
 
-    t0: int
-    clip_norm: float
-    shift: float
+    `rounds` are the parameters of each round in which clients release, `event` all of them
+    together. `epsilon_paper` is the paper's bound.
+    """
+
+    rounds: tuple[Parameters, ...]
+    event: PrivacyEvent
     epsilon_exact: float
     epsilon_paper: float
 
+    @property
+    def mechanism(self) -> ReleaseMechanism[Any]:
+        """Which makes the releases."""
+        return mechanism_of(self.rounds[0])
 
-def build_release_plan(config: RunConfig, schedule: NoiseSchedule, spec: ImageSpec) -> ReleasePlan:
-    """t0 from the budget, or the budget from t0."""
-    section = config.privacy
-    if not config.kind.releases:
-        t0 = schedule.num_steps
-    elif section.t0 is not None:
-        t0 = section.t0
-    else:
-        assert section.epsilon is not None
-        t0 = calibrate_t0(
-            schedule,
-            clip_norm=section.clip_norm,
-            epsilon=section.epsilon,
-            delta=section.delta,
-            accounting=section.accounting,
-            max_t0=schedule.num_steps - (config.coarse.objective == "truncated"),
-        )
-    truncated = config.kind.releases and config.coarse.objective == "truncated"
-    if truncated and t0 >= schedule.num_steps:
-        raise ConfigError(
-            f"coarse.objective: truncated needs t0 < T, got t0 = T = {t0}; lower "
-            "privacy.clip_norm, raise privacy.epsilon, or use noise_to_noise"
-        )
-    event = release_event(schedule, t0=t0, clip_norm=section.clip_norm)
+    @property
+    def images(self) -> ReleaseParameters:
+        """What released images are made with; `ConfigError` if the mechanism releases none."""
+        first = self.rounds[0]
+        if not isinstance(first, ReleaseParameters):
+            raise ConfigError(
+                f"privacy.release: mechanism {first.mechanism} releases no images that a coarse "
+                "model can be trained on"
+            )
+        return first
+
+    @property
+    def t0(self) -> int:
+        """Noising steps of released images."""
+        return self.images.t0
+
+    @property
+    def clip_norm(self) -> float:
+        """L2 bound on a released image before noising."""
+        return self.images.clip_norm
+
+    @property
+    def shift(self) -> float:
+        """The public constant that is subtracted from images."""
+        return self.images.shift
+
+
+def build_release_plan(
+    config: RunConfig, schedule: NoiseSchedule, spec: ImageSpec
+) -> ReleasePlan | None:
+    """What a run on these images releases; None for a baseline, which releases nothing.
+
+    `ConfigError` or `ValueError` for a mechanism that there is not, a budget that it cannot keep,
+    and a cost that the accountant cannot read.
+    """
+    return plan_release(config, schedule, shift=spec.shift) if config.kind.releases else None
+
+
+def plan_release(config: RunConfig, schedule: NoiseSchedule, *, shift: float) -> ReleasePlan:
+    """The plan of a run that releases. What it costs does not depend on the images."""
+    mechanism, delta = mechanism_named(config.privacy.release), config.privacy.delta
+    rounds = mechanism.plan(config, schedule, shift=shift)
+    events = [event_of(parameters) for parameters in rounds]
+    event = events[0] if len(events) == 1 else compose(events)
     return ReleasePlan(
-        t0=t0,
-        clip_norm=section.clip_norm,
-        shift=spec.shift,
-        epsilon_exact=epsilon_spent([event], delta=section.delta),
-        epsilon_paper=epsilon_bound(event, delta=section.delta),
+        rounds=rounds,
+        event=event,
+        epsilon_exact=epsilon_spent(events, delta=delta),
+        epsilon_paper=epsilon_bound(event, delta=delta),
     )
 
 
@@ -78,19 +113,13 @@ def build_noise(config: RunConfig, *, client: int, release: int) -> NoiseSource:
 
 
 def build_release_request(
-    config: RunConfig,
-    schedule: NoiseSchedule,
-    plan: ReleasePlan,
-    *,
-    client: int,
-    allow_new_release: bool,
+    config: RunConfig, plan: ReleasePlan, *, client: int, allow_new_release: bool
 ) -> ReleaseRequest:
-    """What a client of this run asks of its release store."""
+    """What a client of this run asks of its release store, in the first round of the plan."""
     return ReleaseRequest(
         client_id=client,
-        parameters=release_parameters(
-            schedule, t0=plan.t0, clip_norm=plan.clip_norm, shift=plan.shift
-        ),
+        parameters=plan.rounds[0],
+        planned=plan.rounds,
         delta=config.privacy.delta,
         noise=lambda release: build_noise(config, client=client, release=release),
         simulation=config.run.simulation,

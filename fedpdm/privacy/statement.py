@@ -7,19 +7,19 @@ simulation, where one party holds all stores, off all ledgers.
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedpdm.config import RunConfig
-from fedpdm.diffusion.schedule import NoiseSchedule
-from fedpdm.privacy.accountant import epsilon_spent, repeated
+from fedpdm.privacy.accountant import epsilon_spent, repeated, worst
 from fedpdm.privacy.ledger import Ledger
-from fedpdm.privacy.mechanism import release_event
+from fedpdm.privacy.mechanism import mechanism_of
 from fedpdm.privacy.noise import SAMPLER_DISTANCE
 from fedpdm.privacy.planning import ReleasePlan
 from fedpdm.privacy.releases import ReleaseStore
-from fedpdm.privacy.types import GaussianEvent
+from fedpdm.privacy.types import Parameters, PrivacyEvent
 from fedpdm.storage.files import StoreError
 
 __all__ = ["baseline_statement", "client_statement", "plain_text", "run_statement"]
@@ -54,6 +54,7 @@ def client_statement(store: ReleaseStore, *, delta: float) -> dict[str, Any]:
         "image_shape": list(last.image_shape),
         "releases": len(ledger.releases()),
         "latest_release": dataclasses.asdict(last.parameters),
+        "released": _sentences([last.parameters]),
         "noise_sources": sorted({record.noise_source for record in ledger.releases()}),
         "simulation": any(record.seeded for record in ledger.releases()),
         "ledger_head": ledger.head,
@@ -65,7 +66,6 @@ def client_statement(store: ReleaseStore, *, delta: float) -> dict[str, Any]:
 def run_statement(
     config: RunConfig,
     plan: ReleasePlan,
-    schedule: NoiseSchedule,
     *,
     noise_source: str,
     stores: Sequence[ReleaseStore] = (),
@@ -76,7 +76,7 @@ def run_statement(
     """
     delta = config.privacy.delta
     counts = Counter[float]()
-    events = [release_event(schedule, t0=plan.t0, clip_norm=plan.clip_norm)]
+    events = [plan.event]
     releases_per_image = 1
     ledgers: list[Ledger] = []
     unreadable: list[str] = []
@@ -92,7 +92,6 @@ def run_statement(
             releases_per_image = max(releases_per_image, spent.releases_per_image)
             counts.update(dict(spent.distribution))
     distribution = sorted(counts.items(), reverse=True)
-    worst = min(events, key=lambda event: event.noise_multiplier)
     return {
         "guarantee": GUARANTEE,
         "epsilon": distribution[0][0] if distribution else plan.epsilon_exact,
@@ -101,11 +100,10 @@ def run_statement(
         "epsilon_paper_bound": plan.epsilon_paper,
         "accounting": config.privacy.accounting,
         "delta": delta,
-        "group_epsilon": _groups(worst, delta),
+        "group_epsilon": _groups(worst(events), delta),
         "epsilon_distribution": [list(pair) for pair in distribution],
-        "t0": plan.t0,
-        "clip_norm": plan.clip_norm,
-        "shift": plan.shift,
+        "released": _sentences(plan.rounds),
+        **plan.mechanism.settings(plan.rounds[0]),
         "schedule": dataclasses.asdict(config.schedule),
         "releases_per_image": releases_per_image,
         "noise_source": noise_source,
@@ -154,9 +152,19 @@ def baseline_statement(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def _groups(event: GaussianEvent, delta: float) -> dict[str, float]:
+def _sentences(rounds: Sequence[Parameters]) -> str:
+    """What is sent in these rounds, in plain words; the same words once."""
+    return " ".join(dict.fromkeys(mechanism_of(each).sentence(each) for each in rounds))
+
+
+def _groups(event: PrivacyEvent, delta: float) -> dict[str, float]:
     """Epsilon of a person with k images in one client, all replaced together."""
     return {str(k): epsilon_spent([repeated(event, k)], delta=delta) for k in GROUPS}
+
+
+def _paragraph(title: str, text: str | None) -> list[str]:
+    """Lines of at most 88 characters and an empty one; none where there is no text."""
+    return [*textwrap.wrap(f"{title} {text}", 88), ""] if text else []
 
 
 def plain_text(statement: Mapping[str, Any]) -> str:
@@ -176,6 +184,7 @@ def plain_text(statement: Mapping[str, Any]) -> str:
         "everything that the participant sends: the coordinator, the other participants, anyone",
         "who records the traffic, now or later, whatever else they know.",
         "",
+        *_paragraph("What is sent:", statement.get("released")),
         f"How much: epsilon = {epsilon:.4g} at delta = {delta:g} (local differential privacy, per",
         "image). If that one image had been any other image, whatever somebody concludes from the",
         "messages would have been concluded with a probability that differs by at most a factor",

@@ -1,26 +1,41 @@
-"""Values that pass between the modules, and the only ones that may leave a client.
+"""What a release is: what made it, what it costs, and the values that may leave a client.
 
-What a client may send is a *type*: `ReleasedDataset`, which only the mechanism makes, and
-`CoarseUpdate`, which is computed from one. `fedpdm.wire` encodes these and refuses everything
-else, so that raw images and fine weights cannot leave by mistake. (Baselines that average models of
-raw images say so in the update, and the wire refuses it outside simulation.)
+What a client may send is a *type*: a `Release`, which a registered mechanism makes
+(`fedpdm.privacy.mechanism`), and `CoarseUpdate`, which is computed from one. `fedpdm.wire` encodes
+these and refuses everything else, so that raw images and fine weights cannot leave by mistake.
+(Baselines that average models of raw images say so in the update, and the wire refuses it outside
+simulation.)
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 __all__ = [
     "GaussianEvent",
+    "Parameters",
+    "PrivacyEvent",
+    "Release",
     "ReleaseParameters",
     "ReleasedDataset",
 ]
 
 
 @dataclass(frozen=True, kw_only=True)
-class GaussianEvent:
+class PrivacyEvent:
+    """What one release does to an image, for the accountant; the fields are numbers.
+
+    The family is open: a mechanism may have an event of its own. The accountant refuses an event
+    that it cannot read.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class GaussianEvent(PrivacyEvent):
     """One use of the Gaussian mechanism on an image.
 
     `noise_multiplier` is the noise standard deviation over the L2 sensitivity, sigma / (2 C)
@@ -31,14 +46,26 @@ class GaussianEvent:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReleaseParameters:
+class Parameters:
     """What a release was made with; two releases with other parameters are two releases.
+
+    Each mechanism has a subclass with a name of its own. Its fields are of type int, float or str.
+    """
+
+    mechanism: ClassVar[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReleaseParameters(Parameters):
+    """What a release of noised images was made with.
 
     `t0` is the number of noising steps (0 is clean), `clip_norm` the L2 bound C in units of
     the shifted [-1, 1] pixel scale, `shift` the public constant that was subtracted before
     clipping, `alpha_bar` the schedule's cumulative product at `t0`, `grid` the steps per standard
     deviation of the noise of the grid that the release is rounded to (`fedpdm.privacy.noise`).
     """
+
+    mechanism: ClassVar[str] = "images"
 
     t0: int
     clip_norm: float
@@ -48,22 +75,44 @@ class ReleaseParameters:
     alpha_bar: float
     grid: int
 
+    @property
+    def sigma(self) -> float:
+        """Standard deviation of the noise in units of the shifted clean image."""
+        return math.sqrt((1.0 - self.alpha_bar) / self.alpha_bar)
+
 
 @dataclass(frozen=True, kw_only=True)
-class ReleasedDataset:
-    """Privatised images: the only form in which images leave a client.
+class Release:
+    """Privatised values, the only form in which what a client holds leaves it.
 
-    `x_tilde` is float32 (N, C, H, W), `sqrt(abar_t0) CLIP(x) + sqrt(1 - abar_t0) z`; `labels`
-    is int64 (N,), public; `seeded` marks noise that can be drawn again from a seed (simulation).
-    Constructed in `fedpdm.privacy.mechanism` alone (a test holds that).
+    `event` is what they cost an image, `seeded` marks noise that can be drawn again from a seed
+    (simulation). Constructed in `fedpdm.privacy.mechanism` alone (a test holds that).
     """
 
-    x_tilde: torch.Tensor
-    labels: torch.Tensor
-    parameters: ReleaseParameters
-    event: GaussianEvent
+    parameters: Parameters
+    event: PrivacyEvent
     noise_source: str
     seeded: bool
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The values by name, as they are sent and kept."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReleasedDataset(Release):
+    """Privatised images, a row for each image.
+
+    `x_tilde` is float32 (N, C, H, W), `sqrt(abar_t0) CLIP(x) + sqrt(1 - abar_t0) z`; `labels`
+    is int64 (N,), public.
+    """
+
+    parameters: ReleaseParameters
+    x_tilde: torch.Tensor
+    labels: torch.Tensor
+
     def __len__(self) -> int:
         return len(self.x_tilde)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {"x_tilde": self.x_tilde, "labels": self.labels}

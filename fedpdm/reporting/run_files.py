@@ -116,11 +116,9 @@ def finish_run(
     `stores` are the clients' release stores in simulation, empty elsewhere.
     """
     config = setup.config
-    if config.kind.releases:
+    if setup.plan is not None:
         noise_source = build_noise(config, client=0, release=1).description
-        statement = run_statement(
-            config, setup.plan, setup.schedule, noise_source=noise_source, stores=stores
-        )
+        statement = run_statement(config, setup.plan, noise_source=noise_source, stores=stores)
     else:
         noise_source, statement = "none", baseline_statement(config)
         if config.kind is RunKind.DP_SGD:
@@ -169,11 +167,15 @@ def _privacy_lines(privacy: Mapping[str, Any]) -> list[str]:
         return [f"Privacy  baseline: {privacy['guarantee']}. {privacy['words']}"]
     groups = ", ".join(f"{v:.4g} for {k}" for k, v in privacy["group_epsilon"].items() if k != "1")
     releases = privacy["releases_per_image"]
+    what = (
+        f"t0 = {privacy['t0']}, clip norm {privacy['clip_norm']:g} around {privacy['shift']:g}"
+        if "t0" in privacy
+        else privacy["released"]
+    )
     lines = [
         f"Privacy  each image is ({privacy['epsilon']:.4g}, {privacy['delta']:g})-locally "
         "differentially private, by exact accounting (analytic Gaussian);",
-        f"         t0 = {privacy['t0']}, clip norm {privacy['clip_norm']:g} around "
-        f"{privacy['shift']:g}, "
+        f"         {what}, "
         f"{'one release' if releases == 1 else f'up to {releases} releases'} per image; the "
         f"paper's bound would say {privacy['epsilon_paper_bound']:.4g}.",
         f"         A person with more images in one client: epsilon {groups}.",

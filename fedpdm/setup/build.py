@@ -106,11 +106,14 @@ def build_dp_sgd(config: RunConfig, *, num_images: int) -> DpSgdSettings:
 
 
 def sampler_settings(setup: RunSetup, *, share: torch.Tensor | None = None) -> SamplerSettings:
-    """How the run samples; `share` is the client's `coarse_share`."""
-    config, section = setup.config, setup.config.sampling
+    """How the run samples; `share` is the client's `coarse_share`.
+
+    Without a release the fine model, where there is one, answers at all t: hand-over at T.
+    """
+    config, section, plan = setup.config, setup.config.sampling, setup.plan
     return SamplerSettings(
         schedule=setup.schedule,
-        t0=setup.plan.t0,
+        t0=setup.schedule.num_steps if plan is None else plan.t0,
         scheduler=section.scheduler,
         num_steps=section.num_steps,
         guidance=section.guidance,

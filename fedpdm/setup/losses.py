@@ -115,18 +115,20 @@ def fine_batch_loss(
     """The configured fine objective on raw images, as loss of a batch of indices.
 
     `images` uint8 (N, C, H, W) stay so on the device and are normalised there, `labels` int64 (N,).
-    A share of each batch is clipped and flagged so.
+    A share of each batch is clipped and flagged so. Without a release t is drawn from [1, T].
     """
-    section, schedule, plan = setup.config.fine, setup.schedule, setup.plan
+    section, schedule, shift = setup.config.fine, setup.schedule, setup.spec.shift
+    clip_norm, t_max = setup.config.privacy.clip_norm, schedule.num_steps
+    if setup.plan is not None and section.t_range == "below_t0":
+        t_max = setup.plan.t0
     pixels, classes = torch.from_numpy(images).to(device), torch.from_numpy(labels).to(device)
-    t_max = schedule.num_steps if section.t_range == "all" else plan.t0
     weighting = find_weighting(setup.config, "fine")
 
     def loss(indices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        x_0 = normalize(pixels[indices], shift=plan.shift)
+        x_0 = normalize(pixels[indices], shift=shift)
         draw = torch.rand(len(indices), generator=generator, device=device)
         clipped = draw < section.clipped_fraction
-        bounded = clip_l2(x_0, clip_norm=plan.clip_norm)
+        bounded = clip_l2(x_0, clip_norm=clip_norm)
         x_0 = torch.where(clipped.view(-1, 1, 1, 1), bounded, x_0)
         chosen = drop_labels(
             classes[indices], probability=section.label_dropout, generator=generator

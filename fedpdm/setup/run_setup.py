@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-from fedpdm.config import RunConfig
+from fedpdm.config import ConfigError, RunConfig
 from fedpdm.data import ImageSet
 from fedpdm.data.spec import ImageSpec, build_image_spec
 from fedpdm.diffusion.schedule import NoiseSchedule, make_schedule
@@ -25,14 +25,24 @@ class RunSetup:
     config: RunConfig
     spec: ImageSpec
     schedule: NoiseSchedule
-    plan: ReleasePlan
+    plan: ReleasePlan | None
+
+    @property
+    def release_plan(self) -> ReleasePlan:
+        """What is released; `ConfigError` for a baseline, which releases nothing (`plan` None)."""
+        if self.plan is None:
+            coarse = self.config.coarse
+            raise ConfigError(
+                f"coarse: images {coarse.images}, training {coarse.training} releases nothing; "
+                "must be released, and trained somewhere"
+            )
+        return self.plan
 
     def release_request(self, *, client: int, allow_new_release: bool) -> ReleaseRequest:
-        """What a client of this run asks of its release store."""
+        """What a client of this run asks of its release store, in the first round of the plan."""
         return build_release_request(
-            self.config, self.schedule, self.plan,
-            client=client, allow_new_release=allow_new_release,
-        )  # fmt: skip
+            self.config, self.release_plan, client=client, allow_new_release=allow_new_release
+        )
 
 
 def build_schedule(config: RunConfig) -> NoiseSchedule:

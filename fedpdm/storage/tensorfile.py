@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-__all__ = ["TensorFileError", "header", "pack", "read_file", "unpack", "write_file"]
+__all__ = ["TensorFileError", "header", "num_bytes", "pack", "read_file", "unpack", "write_file"]
 
 ENTRY = "fedpdm"
 BUFFER = 1 << 20
@@ -77,6 +77,11 @@ def header(layout: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[
     that order, row by row, little-endian.
     """
     return _header(tuple(layout.items()), json.dumps(dict(metadata), sort_keys=True))
+
+
+def num_bytes(layout: Mapping[str, tuple[str, tuple[int, ...]]]) -> int:
+    """Bytes of the values of a layout (see `header`)."""
+    return sum(_TYPES[dtype].itemsize * math.prod(shape) for dtype, shape in layout.values())
 
 
 @functools.lru_cache(maxsize=8)  # 4 ms for a model's 600 tensors, and the same at every step

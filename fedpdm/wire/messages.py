@@ -3,7 +3,7 @@
 Flower's NumPyClient moves a list of arrays. Every message here is one uint8 array that holds a
 safetensors file: names, shapes and dtypes travel with the values, and a header says what kind of
 message it is. Only three kinds can be encoded: the coarse model (server to client), a
-`CoarseUpdate` and a `ReleasedDataset` (client to server); metrics pass `check_metrics`, a fixed
+`CoarseUpdate` and a `Release` (client to server); metrics pass `check_metrics`, a fixed
 list of scalars. Anything else raises `WireError`.
 
 Numbers are float32, or fewer bits (`fedpdm.wire.quantize`); a header says which. Weights in fewer
@@ -20,8 +20,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedpdm.privacy.mechanism import release_metadata, restore_release
-from fedpdm.privacy.types import ReleasedDataset
+from fedpdm.privacy.mechanism import (
+    IMAGES,
+    mechanism_named,
+    release_metadata,
+    restore_release,
+)
+from fedpdm.privacy.types import Release
 from fedpdm.storage.tensorfile import TensorFileError, pack, unpack
 from fedpdm.wire.quantize import dequantize, quantize
 from fedpdm.wire.types import CoarseUpdate
@@ -243,17 +248,17 @@ def decode_update(
     return update
 
 
-def encode_release(
-    released: ReleasedDataset, *, client_id: int, encoding: str = "float32"
-) -> Message:
-    """Client to server, server-trained mode: the stored release. `WireError` for anything else.
+def encode_release(released: Release, *, client_id: int, encoding: str = "float32") -> Message:
+    """Client to server: a stored release. `WireError` for anything else.
 
-    Fewer bits than float32 round what was released, image by image.
+    Fewer bits than float32 round what was released, row by row; whole numbers are sent as they are.
     """
-    if not isinstance(released, ReleasedDataset):
-        raise WireError(f"only a ReleasedDataset may leave here, got {type(released).__name__}")
+    if not isinstance(released, Release):
+        raise WireError(f"only a Release may leave here, got {type(released).__name__}")
+    tensors = released.tensors()
+    floats = {name: value for name, value in tensors.items() if value.is_floating_point()}
     return _pack(
-        {**quantize({"x_tilde": released.x_tilde}, encoding=encoding), "labels": released.labels},
+        {**quantize(floats, encoding=encoding), **_without(tensors, floats)},
         {
             "kind": "release",
             "encoding": encoding,
@@ -268,24 +273,37 @@ def encode_release(
     )
 
 
-def decode_release(message: Message, *, who: str, client_id: int | None = None) -> ReleasedDataset:
-    """A client's release; `WireError` if it is malformed, contradicts itself or is another's.
+def decode_release(
+    message: Message, *, who: str, client_id: int | None = None, mechanism: str = IMAGES
+) -> Release:
+    """A client's release by the `mechanism` that `privacy.release` names.
 
-    Any client's release is taken if `client_id` is None.
+    `WireError` if it is another's (any client's is taken if `client_id` is None), malformed, or
+    contradicts itself.
     """
     tensors, metadata = _unpack(message, "release", who)
     if client_id is not None and metadata.get("client_id") != str(client_id):
         raise WireError(f"release of {who}: header says client {metadata.get('client_id')}")
-    labels = tensors.pop("labels", None)
-    tensors = _decoded(tensors, metadata, f"release of {who}")
-    if labels is not None:
-        tensors["labels"] = labels
-    if tensors.keys() != {"x_tilde", "labels"}:
-        raise WireError(f"release of {who}: expected x_tilde and labels, got {sorted(tensors)}")
+    expected = mechanism_named(mechanism)
+    wanted, got = expected.parameters.mechanism, metadata.get("mechanism", IMAGES)
+    if got != wanted:
+        raise WireError(f"release of {who}: made by mechanism {got!r}, expected {wanted}")
+    whole = {name: value for name, value in tensors.items() if value.dtype == torch.int64}
+    tensors = {**_decoded(_without(tensors, whole), metadata, f"release of {who}"), **whole}
+    if tensors.keys() != set(expected.names):
+        raise WireError(
+            f"release of {who}: expected {' and '.join(expected.names)}, got {sorted(tensors)}"
+        )
     try:
-        return restore_release(tensors["x_tilde"], tensors["labels"], metadata)
+        return restore_release(tensors, metadata)
     except ValueError as error:
         raise WireError(f"release of {who}: {error}") from None
+
+
+def _without(
+    tensors: Mapping[str, torch.Tensor], names: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in tensors.items() if name not in names}
 
 
 def check_metrics(

@@ -11,7 +11,7 @@ import pytest
 from fedpdm.diffusion.names import SCHEDULE_KINDS
 from fedpdm.diffusion.schedule import make_schedule
 from fedpdm.privacy.accountant import delta_spent, epsilon_bound, epsilon_spent
-from fedpdm.privacy.mechanism import release_event
+from fedpdm.privacy.events import release_event
 from tests.support.command_line import call, forget_surroundings, without_advice
 
 LINEAR = make_schedule("linear")

@@ -133,7 +133,7 @@ def test_a_store_of_a_simulation_is_refused(tmp_path: Path) -> None:
     plan = build_release_plan(local.config, schedule, local.setup.spec)
     options = {"client": 0, "allow_new_release": False}
     simulated = run_config_of(with_config(federation, run={"simulation": True}).run_config)
-    request = build_release_request(simulated, schedule, plan, **options)
+    request = build_release_request(simulated, plan, **options)
     assert request.noise(1).description == SeededNoise.description
     local.releases.obtain(local.held.images, request)
     before = store_tree(federation, 0)
@@ -142,7 +142,7 @@ def test_a_store_of_a_simulation_is_refused(tmp_path: Path) -> None:
         assert sent.metrics["error"].startswith("StoreError; client 0")
         assert sent.payload == []
     assert store_tree(federation, 0) == before
-    request = build_release_request(local.config, schedule, plan, **options)
+    request = build_release_request(local.config, plan, **options)
     with pytest.raises(StoreError, match="release 1 was made with seeded noise in a simulation"):
         ReleaseStore(local.releases.root).obtain(local.held.images, request)
 

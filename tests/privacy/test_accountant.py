@@ -19,7 +19,7 @@ from fedpdm.privacy.accountant import (
     multiplier_for_bound,
 )
 from fedpdm.privacy.calibration import calibrate_t0
-from fedpdm.privacy.mechanism import release_event
+from fedpdm.privacy.events import release_event
 from fedpdm.privacy.types import GaussianEvent
 from tests.support.cases import every
 from tests.support.oracles import hockey_stick

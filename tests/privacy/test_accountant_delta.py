@@ -23,7 +23,7 @@ from fedpdm.privacy.accountant import (
     multiplier_for_bound,
     repeated,
 )
-from fedpdm.privacy.mechanism import release_event
+from fedpdm.privacy.events import release_event
 from fedpdm.privacy.types import GaussianEvent
 from tests.support.cases import every
 from tests.support.oracles import hockey_stick

@@ -14,7 +14,7 @@ from fedpdm.diffusion.names import SCHEDULE_KINDS
 from fedpdm.diffusion.schedule import NoiseSchedule, make_schedule
 from fedpdm.privacy.accountant import ACCOUNTINGS, compose, epsilon_bound, epsilon_spent
 from fedpdm.privacy.calibration import UnreachableEpsilonError, calibrate, calibrate_t0, rounded
-from fedpdm.privacy.mechanism import release_event
+from fedpdm.privacy.events import release_event
 from tests.support.cases import every
 
 LINEAR = make_schedule("linear")

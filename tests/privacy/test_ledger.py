@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
+from fedpdm.privacy.events import implied_event
 from fedpdm.privacy.ledger import START, Ledger, ReleaseRecord, append, read_ledger, release_fields
-from fedpdm.privacy.mechanism import implied_event
 from fedpdm.storage.files import StoreError
 from tests.support.disk_faults import files, full_disk
 from tests.support.release_toys import DELTA, epsilon_of, multiplier, settings

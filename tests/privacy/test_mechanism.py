@@ -14,14 +14,8 @@ import torch
 from scipy import stats
 
 from fedpdm.diffusion.schedule import make_schedule
-from fedpdm.privacy.mechanism import (
-    SeededNoise,
-    SystemNoise,
-    clip_l2,
-    release,
-    release_event,
-    select,
-)
+from fedpdm.privacy.events import release_event
+from fedpdm.privacy.mechanism import SeededNoise, SystemNoise, clip_l2, release, select
 from fedpdm.privacy.types import ReleasedDataset
 from tests.support.oracles import moments_fault
 
@@ -277,5 +271,5 @@ def test_only_the_mechanism_makes_releases() -> None:
     makers.discard("tests/support/attack_paths.py")  # a mechanism of its own, to plant faults in
     assert makers == {
         "fedpdm/privacy/mechanism/gaussian.py",
-        "fedpdm/privacy/mechanism/records.py",
+        "fedpdm/privacy/mechanism/images.py",
     }

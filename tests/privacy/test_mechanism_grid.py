@@ -12,14 +12,8 @@ import pytest
 import torch
 
 from fedpdm.diffusion.schedule import make_schedule
-from fedpdm.privacy.mechanism import (
-    SeededNoise,
-    clip_l2,
-    clip_to_grid,
-    noised_chunks,
-    release,
-    release_parameters,
-)
+from fedpdm.privacy.events import release_parameters
+from fedpdm.privacy.mechanism import SeededNoise, clip_l2, clip_to_grid, noised_chunks, release
 from fedpdm.privacy.noise import GRID, rounded_gaussian_weights
 from tests.support.cases import every
 from tests.support.oracles import binomial_bounds

@@ -5,21 +5,20 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from fedpdm.diffusion.schedule import make_schedule
+from fedpdm.privacy.events import implied_event, release_event, same_release
 from fedpdm.privacy.mechanism import (
     SeededNoise,
     SystemNoise,
-    implied_event,
     release,
-    release_event,
     release_metadata,
     restore_release,
-    same_release,
 )
 from fedpdm.privacy.types import ReleasedDataset
 
@@ -31,6 +30,10 @@ def released(noise: object = None, **options: object) -> ReleasedDataset:
     source = noise or SeededNoise(np.random.SeedSequence(0))
     images = torch.full((3, 1, 2, 2), 255, dtype=torch.uint8)
     return release(images, torch.arange(3), noise=source, **given)  # type: ignore[arg-type]
+
+
+def restored(x_tilde: Any, labels: Any, metadata: dict[str, str], **options: Any) -> Any:
+    return restore_release({"x_tilde": x_tilde, "labels": labels}, metadata, **options)
 
 
 def metadata_of(made: ReleasedDataset) -> dict[str, str]:
@@ -46,7 +49,7 @@ def record() -> tuple[torch.Tensor, torch.Tensor, dict[str, str]]:
 
 def test_records_restore_to_the_bit() -> None:
     made = released(clip_norm=0.1 + 0.2, shift=1 / 3, t0=577)
-    again = restore_release(made.x_tilde, made.labels, metadata_of(made))
+    again = restored(made.x_tilde, made.labels, metadata_of(made))
     assert again.parameters == made.parameters
     assert again.event == made.event
     assert (again.noise_source, again.seeded) == (made.noise_source, made.seeded)
@@ -91,7 +94,7 @@ def test_records_that_contradict_themselves_are_refused(
 ) -> None:
     x_tilde, labels, metadata = record()
     with pytest.raises(ValueError, match=re.escape(message)):
-        restore_release(x_tilde, labels, {**metadata, field: value})
+        restored(x_tilde, labels, {**metadata, field: value})
 
 
 def test_incomplete_records_are_refused() -> None:
@@ -99,7 +102,7 @@ def test_incomplete_records_are_refused() -> None:
     for field in metadata:
         rest = {key: value for key, value in metadata.items() if key != field}
         with pytest.raises(ValueError, match=f"release record is incomplete .*{field}"):
-            restore_release(x_tilde, labels, rest)
+            restored(x_tilde, labels, rest)
     for images, classes in (
         (x_tilde.double(), labels),
         (x_tilde[0], labels),
@@ -108,20 +111,20 @@ def test_incomplete_records_are_refused() -> None:
         (x_tilde, labels.to(torch.int32)),
     ):
         with pytest.raises(ValueError, match=re.escape("expected float32 (N, C, H, W)")):
-            restore_release(images, classes, metadata)
+            restored(images, classes, metadata)
     with pytest.raises(ValueError, match="values that are not finite"):
-        restore_release(x_tilde * math.inf, labels, metadata)
-    trusted = restore_release(x_tilde * math.inf, labels, metadata, check_values=False)
+        restored(x_tilde * math.inf, labels, metadata)
+    trusted = restored(x_tilde * math.inf, labels, metadata, check_values=False)
     assert len(trusted) == 3
 
 
 def test_secure_releases_say_so() -> None:
     made = released(SystemNoise())
-    again = restore_release(made.x_tilde, made.labels, metadata_of(made))
+    again = restored(made.x_tilde, made.labels, metadata_of(made))
     assert not again.seeded
     assert "operating-system" in again.noise_source
     with pytest.raises(ValueError, match="seeded is True, but the noise is 'operating-system"):
-        restore_release(made.x_tilde, made.labels, metadata_of(made) | {"seeded": "true"})
+        restored(made.x_tilde, made.labels, metadata_of(made) | {"seeded": "true"})
 
 
 def test_the_event_follows_from_the_parameters() -> None:

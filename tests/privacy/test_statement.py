@@ -13,7 +13,6 @@ import pytest
 
 from fedpdm.config import RunConfig
 from fedpdm.data.spec import build_image_spec
-from fedpdm.diffusion.schedule import NoiseSchedule
 from fedpdm.privacy.noise import SeededNoise, SystemNoise
 from fedpdm.privacy.planning import ReleasePlan, build_release_plan
 from fedpdm.privacy.releases import ReleaseStore
@@ -50,14 +49,15 @@ def groups_of(multipliers: list[float], delta: float = DELTA) -> dict[str, Any]:
     return {str(k): close(epsilon_of(multipliers * k, delta=delta)) for k in (1, 2, 5, 10)}
 
 
-def planned(simulation: bool = True) -> tuple[RunConfig, ReleasePlan, NoiseSchedule]:
+def planned(simulation: bool = True) -> tuple[RunConfig, ReleasePlan]:
     config = small_config(
         run={"simulation": simulation},
         privacy={"epsilon": None, "t0": T0, "clip_norm": CLIP_NORM, "delta": DELTA, "shift": 0.0},
         evaluation={"image_metrics": False},
     )
-    schedule = build_schedule(config)
-    return config, build_release_plan(config, schedule, build_image_spec(config)), schedule
+    plan = build_release_plan(config, build_schedule(config), build_image_spec(config))
+    assert plan is not None
+    return config, plan
 
 
 # --- A client's -----------------------------------------------------------------------------
@@ -111,8 +111,8 @@ def test_a_client_that_released_nothing_has_no_statement(store: ReleaseStore) ->
 
 
 def test_a_run_s_numbers_without_ledgers() -> None:
-    config, plan, schedule = planned(simulation=False)
-    statement = run_statement(config, plan, schedule, noise_source="a source")
+    config, plan = planned(simulation=False)
+    statement = run_statement(config, plan, noise_source="a source")
     once = epsilon_of([ONE])
     assert statement["epsilon"] == close(once)
     assert statement["epsilon_of_this_release"] == close(once)
@@ -140,10 +140,10 @@ def test_a_run_s_numbers_are_those_of_all_ledgers(tmp_path: Path) -> None:
     stores[0].obtain(images.subset(np.arange(20)), request(client=0))
     stores[0].obtain(images, request(client=0))
     stores[1].obtain(images.subset(np.arange(12)), request(client=1))
-    config, plan, schedule = planned()
+    config, plan = planned()
 
     def statement() -> dict[str, Any]:
-        return run_statement(config, plan, schedule, noise_source="", stores=stores)
+        return run_statement(config, plan, noise_source="", stores=stores)
 
     told = statement()
     once, twice = epsilon_of([ONE]), epsilon_of([ONE, OTHER])
@@ -174,8 +174,8 @@ def test_the_text_says_who_is_protected_how_much(store: ReleaseStore) -> None:
     images = image_set(1300)
     store.obtain(images, request())
     store.obtain(images.subset(np.arange(5)), request(allow=True, t0=700))
-    config, plan, schedule = planned()
-    run = run_statement(config, plan, schedule, noise_source="", stores=[store])
+    config, plan = planned()
+    run = run_statement(config, plan, noise_source="", stores=[store])
     once, twice = epsilon_of([ONE]), epsilon_of([ONE, OTHER])
     for statement in (run, client_statement(store, delta=DELTA)):
         words = words_of(statement)
@@ -192,8 +192,8 @@ def test_the_text_says_who_is_protected_how_much(store: ReleaseStore) -> None:
 
 @pytest.mark.parametrize("simulation", [True, False])
 def test_the_text_says_what_is_not_protected(simulation: bool) -> None:
-    config, plan, schedule = planned(simulation)
-    statement = run_statement(config, plan, schedule, noise_source="")
+    config, plan = planned(simulation)
+    statement = run_statement(config, plan, noise_source="")
     words = plain_text(statement)
     assert ("THIS IS A SIMULATION" in words) is simulation
     assert ("Nothing below protects anybody" in words) is simulation

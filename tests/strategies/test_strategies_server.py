@@ -16,7 +16,7 @@ from fedpdm import wire
 from fedpdm.config import RunConfig
 from fedpdm.data.spec import build_image_spec
 from fedpdm.diffusion.training import Trainer, TrainReport
-from fedpdm.privacy.mechanism import SeededNoise, SystemNoise, release
+from fedpdm.privacy.mechanism import SeededNoise, SystemNoise, join, release
 from fedpdm.privacy.types import ReleasedDataset
 from fedpdm.setup.build import build_denoiser
 from fedpdm.setup.run_setup import build_schedule, set_up_for
@@ -24,7 +24,6 @@ from fedpdm.storage.run_directory import RunDirectory
 from strategies.roster import ClientFailure
 from strategies.server_training import (
     CoarseServerTraining,
-    join_releases,
     keep_release,
     kept_releases,
 )
@@ -129,7 +128,7 @@ def test_the_server_trains_on_every_release_as_it_was_sent(tmp_path: Path) -> No
     train(server, 1, 1)
     kept = kept_releases(RunDirectory(tmp_path))
     assert [len(part) for part in kept] == [COUNTS[k] for k in (0, 1, 2)]
-    joined = join_releases(kept)
+    joined = join(kept)
     sent = [released(k) for k in (0, 1, 2)]
     assert torch.equal(joined.x_tilde, torch.cat([part.x_tilde for part in sent]))
     assert torch.equal(joined.labels, torch.cat([part.labels for part in sent]))

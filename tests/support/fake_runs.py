@@ -13,6 +13,7 @@ from fedpdm.config import RunConfig, config_from_mapping
 from fedpdm.data import ImageSet
 from fedpdm.diffusion.denoisers import Denoiser
 from fedpdm.diffusion.training import Trainer
+from fedpdm.privacy.events import release_parameters
 from fedpdm.privacy.releases import ReleaseStore
 from fedpdm.privacy.statement import client_statement, plain_text, run_statement
 from fedpdm.setup.build import build_denoiser, build_optimizer_settings
@@ -42,7 +43,7 @@ class FakeRun:
         self.run.open(self.config, resume=False)
         self.setup = set_up(self.config)
         self.schedule, self.spec = self.setup.schedule, self.setup.spec
-        self.plan = self.setup.plan
+        self.plan = self.setup.release_plan
         self.coarse = self._trained("coarse", seed=3)
         write_tensors(root / "coarse.safetensors", self.coarse.ema())
         self.fine: dict[int, Trainer] = {}
@@ -50,7 +51,7 @@ class FakeRun:
         for client in (0, 2):
             self.fine[client] = self._trained("fine", seed=10 + client)
             self._fill_store(client)
-        statement = run_statement(self.config, self.plan, self.schedule, noise_source="seeded")
+        statement = run_statement(self.config, self.plan, noise_source="seeded")
         self.run.write_json("privacy.json", statement)
 
     def _trained(self, role: str, *, seed: int) -> Trainer:
@@ -83,7 +84,11 @@ class FakeRun:
 
     def release_again(self, client: int, *, t0: int) -> None:
         """Noise the client's images at another t0; its store goes back to the run's statement."""
-        setup = dataclasses.replace(self.setup, plan=dataclasses.replace(self.plan, t0=t0))
+        parameters = release_parameters(
+            self.schedule, t0=t0, clip_norm=self.plan.clip_norm, shift=self.plan.shift
+        )
+        plan = dataclasses.replace(self.plan, rounds=(parameters,))
+        setup = dataclasses.replace(self.setup, plan=plan)
         request = setup.release_request(client=client, allow_new_release=True)
         ReleaseStore(self.run.client_path(client)).obtain(self.images[client], request)
 

@@ -13,7 +13,8 @@ from scipy import optimize, stats
 
 from fedpdm.data import ImageSet
 from fedpdm.diffusion.schedule import make_schedule
-from fedpdm.privacy.mechanism import NoiseSource, SeededNoise, SystemNoise, release_parameters
+from fedpdm.privacy.events import release_parameters
+from fedpdm.privacy.mechanism import NoiseSource, SeededNoise, SystemNoise
 from fedpdm.privacy.releases import ReleaseRequest
 from fedpdm.privacy.types import ReleaseParameters
 

@@ -157,14 +157,14 @@ def test_only_the_two_types_may_leave(thing: Any) -> None:
     name = type(thing).__name__
     with pytest.raises(WireError, match=f"^only a CoarseUpdate may leave here, got {name}$"):
         wire.encode_update(thing)
-    with pytest.raises(WireError, match=f"^only a ReleasedDataset may leave here, got {name}$"):
+    with pytest.raises(WireError, match=f"^only a Release may leave here, got {name}$"):
         wire.encode_release(thing, client_id=3)
 
 
 def test_one_type_does_not_pass_as_the_other() -> None:
     with pytest.raises(WireError, match="only a CoarseUpdate may leave here, got ReleasedDataset"):
         wire.encode_update(released())  # type: ignore[arg-type]
-    with pytest.raises(WireError, match="only a ReleasedDataset may leave here, got CoarseUpdate"):
+    with pytest.raises(WireError, match="only a Release may leave here, got CoarseUpdate"):
         wire.encode_release(update(), client_id=3)  # type: ignore[arg-type]
 
 

@@ -21,7 +21,7 @@ from fedpdm.attacks.membership import AttackTarget
 from fedpdm.attacks.pretraining import pretrain
 from fedpdm.data import ImageSet
 from fedpdm.evaluation.synthesis import Synthesizer
-from fedpdm.privacy.mechanism import select
+from fedpdm.privacy.mechanism import released_images, select
 from fedpdm.privacy.releases import ReleaseStore
 from fedpdm.privacy.types import ReleasedDataset
 from fedpdm.setup.build import build_optimizer_settings
@@ -129,7 +129,7 @@ def stored_release(
             f"{folder}: {missing} images of client {client} have no release there; if the run kept "
             "its releases elsewhere, give --releases"
         )
-    return store.obtain(one.own.images, request)
+    return released_images(store.obtain(one.own.images, request))
 
 
 def pretrained_attacker(

@@ -31,7 +31,7 @@ from fedpdm.deployment.node.statement import (
     node_statement,
     statement_text,
 )
-from fedpdm.deployment.policy import check_config
+from fedpdm.deployment.policy import NodePolicy, check_code, check_config
 from fedpdm.privacy.releases import ReleaseStore
 from fedpdm.privacy.statement import baseline_statement
 from fedpdm.setup.build import build_denoiser
@@ -108,11 +108,15 @@ class _Checking:
         self.report.policy = policy
         if self.settings.policy is None:
             return "no policy.yaml: no bounds on epsilon and t0; no raw metrics, no second release"
-        bounds = ", ".join(f"{name} {value}" for name, value in asdict(policy).items() if value)
+        shown = asdict(policy) | {"mechanisms": ", ".join(policy.mechanisms)}
+        if policy.mechanisms == NodePolicy().mechanisms:
+            del shown["mechanisms"]
+        bounds = ", ".join(f"{name} {value}" for name, value in shown.items() if value)
         return f"{self.settings.policy}: {bounds or 'no bounds'}"
 
     def invitation(self) -> str:
         found = read_invitation(self.settings.invitation)
+        check_code(self._given(self.report.policy), found.config)
         self.report.invitation = found
         config, client = found.config, self._given(self.report.certificate).client_id
         if client >= config.partition.num_clients:
@@ -214,31 +218,31 @@ class _Checking:
 
     def bounds(self) -> str:
         policy = self._given(self.report.policy)
-        setup = self._setup
-        config, plan = setup.config, setup.plan
+        config = self._given(self.report.invitation).config
         check_config(policy, config)
-        if not config.kind.releases:
+        plan = self._setup.plan
+        if plan is None:
             return "nothing is released"
         total = check_spending(
             policy,
             config,
-            setup.schedule,
             plan,
             self._given(self.report.store),
             self._given(self.report.images),
             client_id=self._client,
         )
-        return f"t0 {plan.t0}, epsilon {total:.4g} in all at delta {policy.delta:g}: within bounds"
+        return (
+            f"{plan.mechanism.describe(plan.rounds[0])}, epsilon {total:.4g} in all at delta "
+            f"{policy.delta:g}: within bounds"
+        )
 
     def statement(self) -> str:
         policy, store = self._given(self.report.policy), self._given(self.report.store)
         images = self._given(self.report.images)
-        setup = self._setup
-        config, plan = setup.config, setup.plan
-        if config.kind.releases:
+        config, plan = self._setup.config, self._setup.plan
+        if plan is not None:
             statement = node_statement(
                 config,
-                setup.schedule,
                 plan,
                 store,
                 images,

@@ -9,9 +9,7 @@ from typing import Any
 from fedpdm.config import RunConfig
 from fedpdm.data import ImageSet
 from fedpdm.deployment.policy import NodePolicy, check_total
-from fedpdm.diffusion.schedule import NoiseSchedule
-from fedpdm.privacy.accountant import compose, epsilon_spent, repeated
-from fedpdm.privacy.mechanism import release_event
+from fedpdm.privacy.accountant import compose, epsilon_spent, repeated, worst
 from fedpdm.privacy.noise import SystemNoise
 from fedpdm.privacy.planning import ReleasePlan, build_release_request
 from fedpdm.privacy.releases import ReleaseStore
@@ -29,7 +27,6 @@ def images_sha256(images: ImageSet) -> str:
 def check_spending(
     policy: NodePolicy,
     config: RunConfig,
-    schedule: NoiseSchedule,
     plan: ReleasePlan,
     store: ReleaseStore,
     images: ImageSet,
@@ -42,7 +39,7 @@ def check_spending(
     Writes nothing.
     """
     request = build_release_request(
-        config, schedule, plan, client=client_id, allow_new_release=policy.allow_new_release
+        config, plan, client=client_id, allow_new_release=policy.allow_new_release
     )
     request = dataclasses.replace(request, delta=policy.delta)
     after = store.preview(images, request).epsilon_after
@@ -53,7 +50,6 @@ def check_spending(
 
 def node_statement(
     config: RunConfig,
-    schedule: NoiseSchedule,
     plan: ReleasePlan,
     store: ReleaseStore,
     images: ImageSet,
@@ -67,18 +63,16 @@ def node_statement(
     `images` are its distinct images. Epsilon counts what they have spent before.
     """
     request = build_release_request(
-        config, schedule, plan, client=client_id, allow_new_release=allow_new_release
+        config, plan, client=client_id, allow_new_release=allow_new_release
     )
     preview = store.preview(images, request)
     spent = store.spent(delta=config.privacy.delta)
-    statement = run_statement(
-        config, plan, schedule, noise_source=SystemNoise.description, stores=[store]
-    )
-    event = release_event(schedule, t0=plan.t0, clip_norm=plan.clip_norm)
+    statement = run_statement(config, plan, noise_source=SystemNoise.description, stores=[store])
+    event = plan.event
     if preview.again and spent.event is not None:
         event = compose([spent.event, event])
     elif spent.event is not None:
-        event = min((spent.event, event), key=lambda e: e.noise_multiplier)
+        event = worst((spent.event, event))
     delta = config.privacy.delta
     statement |= {
         "client_id": client_id,

@@ -1,4 +1,4 @@
-"""Clip and release: the local differential privacy mechanism.
+"""Clip and noise images: the Gaussian mechanism of per-image releases.
 
     CLIP(x, C) = x min(1, C / ||x||_2)
     x_tilde    = sqrt(abar_t0) CLIP(x - shift, C) + sqrt(1 - abar_t0) z,   z ~ N(0, I)
@@ -19,14 +19,14 @@ it once per image and keeps the result.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 
 from fedpdm.data import normalize
 from fedpdm.diffusion.schedule import NoiseSchedule
-from fedpdm.privacy.mechanism.events import release_event, release_parameters
+from fedpdm.privacy.events import release_event, release_parameters
 from fedpdm.privacy.noise import GRID, NoiseSource
 from fedpdm.privacy.types import ReleasedDataset, ReleaseParameters
 
@@ -99,25 +99,36 @@ def _check_scale(x: np.ndarray, start: int, bounds: tuple[float, float]) -> None
     )
 
 
+def _prepared(x: np.ndarray, shape: tuple[int, ...], start: int) -> np.ndarray:
+    """Prepared images as float32 (n, D); `ValueError` unless they are images still, and finite."""
+    if x.shape != shape or not np.isfinite(x).all():
+        raise ValueError(
+            f"images {start} to {start + shape[0] - 1}: prepare must return finite values of shape "
+            f"{shape}, got {x.shape}"
+        )
+    return np.ascontiguousarray(x, dtype=np.float32).reshape(len(x), -1)
+
+
 def noised_chunks(
     images: torch.Tensor | np.ndarray,
     *,
     parameters: ReleaseParameters,
     noise: NoiseSource,
     largest: float | None = None,
+    prepare: Callable[[np.ndarray], np.ndarray] | None = None,
     out: np.ndarray | None = None,
 ) -> Iterator[np.ndarray]:
     """x_tilde of the images in order, chunk by chunk: float32 (n, C, H, W). See `release`.
 
-    Chunks are parts of `out`, float32 (N, C, H, W), where it is given; else a chunk is valid until
-    the next one is asked for.
+    `prepare` is applied to shifted images float32 (n, C, H, W) before they are clipped. Chunks are
+    parts of `out`, float32 (N, C, H, W), where it is given; else a chunk is valid until the next
+    one is asked for.
     """
     if images.ndim != 4:
         raise ValueError(f"images must be (N, C, H, W), got {tuple(images.shape)}")
     if parameters.grid != GRID:
         raise ValueError(f"grid must be {GRID}, as the noise's, got {parameters.grid}")
-    sigma = math.sqrt((1.0 - parameters.alpha_bar) / parameters.alpha_bar)
-    steps = parameters.grid / sigma
+    steps = parameters.grid / parameters.sigma
     step = np.float32(math.sqrt(1.0 - parameters.alpha_bar) / parameters.grid)
     size = math.prod(images.shape[1:])
     rows = min(max(1, CHUNK // max(1, size)), len(images))
@@ -132,6 +143,8 @@ def noised_chunks(
         else:
             x = np.ascontiguousarray(part, dtype=np.float32).reshape(len(part), size)
             _check_scale(x, start, bounds)
+        if prepare is not None:
+            x = _prepared(prepare(x.reshape(part.shape)), part.shape, start)
         z = noise_room[: len(part)]
         x_tilde = (room if out is None else out[start:].reshape(-1, size))[: len(part)]
         clip_to_grid(x, bound=parameters.clip_norm * steps, steps=steps, out=x_tilde)

@@ -2,17 +2,39 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, replace
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 
-from fedpdm.privacy.mechanism.events import implied_event
+from fedpdm.privacy.mechanism.door import mechanism_of, recorded_mechanism
 from fedpdm.privacy.noise import SeededNoise
-from fedpdm.privacy.types import GaussianEvent, ReleasedDataset, ReleaseParameters
+from fedpdm.privacy.types import (
+    Parameters,
+    PrivacyEvent,
+    Release,
+    ReleasedDataset,
+    ReleaseParameters,
+)
 
-__all__ = ["read_release_metadata", "release_metadata", "restore_release", "select"]
+__all__ = [
+    "IMAGES",
+    "event_of",
+    "join",
+    "mechanism_field",
+    "read_release_metadata",
+    "recorded_event",
+    "release_metadata",
+    "released_images",
+    "restore_release",
+    "select",
+]
+
+IMAGES = ReleaseParameters.mechanism
 
 
 def select(released: ReleasedDataset, indices: torch.Tensor) -> ReleasedDataset:
@@ -20,92 +42,111 @@ def select(released: ReleasedDataset, indices: torch.Tensor) -> ReleasedDataset:
     return replace(released, x_tilde=released.x_tilde[indices], labels=released.labels[indices])
 
 
+def released_images(released: Release) -> ReleasedDataset:
+    """A release that must be one of images; `ValueError` for any other."""
+    if not isinstance(released, ReleasedDataset):
+        raise ValueError(
+            f"release mechanism {released.parameters.mechanism} releases no images to train on"
+        )
+    return released
+
+
+def join(parts: Sequence[ReleasedDataset]) -> ReleasedDataset:
+    """Several clients' releases as one data set, for training; parameters are the first's."""
+    return replace(
+        parts[0],
+        x_tilde=torch.cat([part.x_tilde for part in parts]),
+        labels=torch.cat([part.labels for part in parts]),
+    )
+
+
+def event_of(parameters: Parameters) -> PrivacyEvent:
+    """What a release with these parameters costs each image in it."""
+    event: PrivacyEvent = mechanism_of(parameters).event(parameters)
+    return event
+
+
+def mechanism_field(parameters: Parameters) -> dict[str, str]:
+    """What records say of the mechanism: nothing where it is `images`, else its name."""
+    name = parameters.mechanism
+    return {} if name == IMAGES else {"mechanism": name}
+
+
+def recorded_event(parameters: Parameters, record: Mapping[str, Any]) -> PrivacyEvent:
+    """The event in a record of these parameters.
+
+    `ValueError` unless it is what the parameters imply, so that a file or message cannot claim
+    less privacy loss; `KeyError` for a field that is missing.
+    """
+    mechanism = mechanism_of(parameters)
+    mechanism.check(parameters)
+    implied: PrivacyEvent = mechanism.event(parameters)
+    recorded = _fields_of(type(implied), record)
+    for name, value in dataclasses.asdict(implied).items():
+        if not math.isclose(value, recorded[name], rel_tol=1e-12):
+            raise ValueError(
+                f"{name.replace('_', ' ')} {recorded[name]} does not follow from its parameters "
+                f"({value})"
+            )
+    return type(implied)(**recorded)
+
+
+def _fields_of(kind: type[Any], record: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a dataclass in a record, each converted to its type."""
+    hints = typing.get_type_hints(kind)
+    return {each.name: hints[each.name](record[each.name]) for each in dataclasses.fields(kind)}
+
+
 def release_metadata(
-    parameters: ReleaseParameters, event: GaussianEvent, *, noise_source: str, seeded: bool
+    parameters: Parameters, event: PrivacyEvent, *, noise_source: str, seeded: bool
 ) -> dict[str, str]:
     """What a release was made with as strings, exact to the bit (`restore_release` reads them)."""
-    fields = {name: repr(value) for name, value in asdict(parameters).items()}
-    fields["schedule"] = parameters.schedule
-    fields["noise_multiplier"] = repr(event.noise_multiplier)
-    fields["noise_source"] = noise_source
-    fields["seeded"] = "true" if seeded else "false"
-    return fields
+    fields = dataclasses.asdict(parameters) | dataclasses.asdict(event)
+    return {
+        **mechanism_field(parameters),
+        **{name: v if isinstance(v, str) else repr(v) for name, v in fields.items()},
+        "noise_source": noise_source,
+        "seeded": "true" if seeded else "false",
+    }
 
 
-def read_release_metadata(
-    metadata: Mapping[str, str],
-) -> tuple[ReleaseParameters, GaussianEvent]:
-    """Inverse of `release_metadata`; `ValueError` if it contradicts itself.
-
-    The event is recomputed from the parameters and must equal the recorded one, so that a file
-    or message cannot claim less privacy loss than its parameters imply.
-    """
+def read_release_metadata(metadata: Mapping[str, str]) -> tuple[Parameters, PrivacyEvent]:
+    """Inverse of `release_metadata`; `ValueError` if it contradicts itself (`recorded_event`)."""
+    mechanism = recorded_mechanism(metadata.get("mechanism", IMAGES))
     try:
-        parameters = ReleaseParameters(
-            t0=int(metadata["t0"]),
-            clip_norm=float(metadata["clip_norm"]),
-            shift=float(metadata["shift"]),
-            schedule=metadata["schedule"],
-            num_steps=int(metadata["num_steps"]),
-            alpha_bar=float(metadata["alpha_bar"]),
-            grid=int(metadata["grid"]),
-        )
-        recorded = float(metadata["noise_multiplier"])
+        parameters = mechanism.parameters(**_fields_of(mechanism.parameters, metadata))
         seeded = {"true": True, "false": False}[metadata["seeded"]]
         source = metadata["noise_source"]
     except (KeyError, ValueError) as error:
         raise ValueError(f"release record is incomplete or malformed: {error}") from None
-    abar = parameters.alpha_bar
-    if not 0.0 < abar < 1.0 or not 0.0 < parameters.clip_norm < math.inf:
-        raise ValueError(
-            f"release record: alpha_bar must be in (0, 1) and clip_norm positive, "
-            f"got {abar} and {parameters.clip_norm}"
-        )
-    if not 1 <= parameters.t0 <= parameters.num_steps or not math.isfinite(parameters.shift):
-        raise ValueError(
-            f"release record: t0 must be in [1, {parameters.num_steps}] and shift finite, "
-            f"got {parameters.t0} and {parameters.shift}"
-        )
-    if parameters.grid < 1:
-        raise ValueError(f"release record: grid must be at least 1, got {parameters.grid}")
-    implied = implied_event(parameters).noise_multiplier
-    if not math.isclose(implied, recorded, rel_tol=1e-12):
-        raise ValueError(
-            f"release record: noise multiplier {recorded} does not follow from its "
-            f"parameters ({implied})"
-        )
+    try:
+        event = recorded_event(parameters, metadata)
+    except KeyError as error:
+        raise ValueError(f"release record is incomplete or malformed: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"release record: {error}") from None
     if seeded != (source == SeededNoise.description):
         raise ValueError(f"release record: seeded is {seeded}, but the noise is {source!r}")
-    return parameters, GaussianEvent(noise_multiplier=recorded)
+    return parameters, event
 
 
 def restore_release(
-    x_tilde: torch.Tensor,
-    labels: torch.Tensor,
+    tensors: Mapping[str, torch.Tensor],
     metadata: Mapping[str, str],
     *,
     check_values: bool = True,
-) -> ReleasedDataset:
+) -> Release:
     """A release read back from disk or wire; `ValueError` if it is malformed.
 
     `check_values=False` leaves out the pass over all values, for files whose checksum is known.
     """
     parameters, event = read_release_metadata(metadata)
-    images_fit = x_tilde.ndim == 4 and x_tilde.dtype == torch.float32
-    if not images_fit or labels.dtype != torch.int64 or labels.shape != (len(x_tilde),):
-        raise ValueError(
-            f"release: expected float32 (N, C, H, W) and int64 labels (N,), got {x_tilde.dtype} "
-            f"{tuple(x_tilde.shape)} and {labels.dtype} {tuple(labels.shape)}"
-        )
-    if check_values and not all(
-        bool(torch.isfinite(part).all()) for part in x_tilde.flatten().split(1 << 20)
-    ):
-        raise ValueError("release: values that are not finite")
-    return ReleasedDataset(
-        x_tilde=x_tilde,
-        labels=labels,
+    released: Release = mechanism_of(parameters).restore(
+        tensors,
         parameters=parameters,
         event=event,
         noise_source=metadata["noise_source"],
         seeded=metadata["seeded"] == "true",
+        check_values=check_values,
     )
+    return released

@@ -1,7 +1,7 @@
 """The files of a client's releases, and the order in which they come to be.
 
     ledger.jsonl                    what was released (`fedpdm.privacy.ledger`)
-    releases/000001.safetensors     digests uint8 (n, 32) and x_tilde float32 (n, C, H, W)
+    releases/000001.safetensors     digests uint8 (n, 32) of the images in it, and its values
 
 A release is written to a `.tmp` file as it is made (it need not fit into memory), renamed to
 `.ready` when complete, recorded in the ledger, and only then renamed to its name, under which alone
@@ -17,7 +17,7 @@ import functools
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,16 +26,19 @@ import torch
 from fedpdm.privacy.accountant import epsilon_spent
 from fedpdm.privacy.ledger import Ledger, ReleaseRecord, append, read_ledger, release_fields
 from fedpdm.privacy.mechanism import (
-    implied_event,
-    noised_chunks,
+    IMAGES,
+    ReleaseSource,
+    StoredRelease,
+    event_of,
+    mechanism_of,
     read_release_metadata,
     release_metadata,
     restore_release,
 )
 from fedpdm.privacy.releases.request import DigestIndex, ReleaseRequest
-from fedpdm.privacy.types import ReleasedDataset
+from fedpdm.privacy.types import Parameters, PrivacyEvent, Release
 from fedpdm.storage.files import StoreError, flush_directory, make_directory, read_tensors
-from fedpdm.storage.tensorfile import header
+from fedpdm.storage.tensorfile import header, num_bytes
 
 __all__ = ["Progress", "ReleaseArchive"]
 
@@ -95,10 +98,11 @@ class ReleaseArchive:
                 raise StoreError(f"{path}: is not the file that the ledger records; restore it")
             tensors, metadata = read_tensors(path)
             known = {bytes(row): at for at, row in enumerate(tensors["digests"].numpy())}
-            shape = tuple(tensors["x_tilde"].shape)
+            layout = _layout(record.parameters, record.images, record.image_shape)
             if (
-                metadata != _metadata(record)
-                or shape != (record.images, *record.image_shape)
+                metadata != _metadata_of(record)
+                or {name: tuple(value.shape) for name, value in tensors.items()}
+                != {name: shape for name, (_, shape) in layout.items()}
                 or len(known) != record.images
             ):
                 raise StoreError(f"{path}: the ledger says something else of it; restore both")
@@ -108,36 +112,45 @@ class ReleaseArchive:
     def make(
         self,
         ledger: Ledger,
-        images: np.ndarray,
+        source: ReleaseSource,
         digests: Sequence[bytes],
         request: ReleaseRequest,
         progress: Progress | None,
     ) -> Ledger:
-        """Noise images uint8 (N, C, H, W), once; see the module for the order of steps."""
+        """Release images, once; see the module for the order of steps."""
         number = len(ledger.releases()) + 1
         ready = self._ready(number)
         temporary = ready.with_suffix(".tmp")
-        noise = request.noise(number)
-        metadata = release_metadata(
-            request.parameters,
-            implied_event(request.parameters),
+        noise, parameters = request.noise(number), request.parameters
+        count, channels, height, width = source.images.shape
+        shape = (channels, height, width)
+        metadata = _metadata(
+            parameters,
+            event_of(parameters),
             noise_source=noise.description,
             seeded=noise.seeded,
+            image_shape=shape,
+            delta=request.delta,
         )
-        layout = {"digests": ("U8", (len(images), 32)), "x_tilde": ("F32", images.shape)}
+        layout = _layout(parameters, count, shape)
+        size = num_bytes(layout) - 32 * count
         try:
             make_directory(self.folder)
-            if shutil.disk_usage(self.folder).free < 4 * images.size:
+            if shutil.disk_usage(self.folder).free < size:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             with open(temporary, "wb") as file:
-                file.write(header(layout, {**metadata, "delta": repr(request.delta)}))
+                file.write(header(layout, metadata))
                 file.write(b"".join(digests))
                 done = 0
-                for chunk in noised_chunks(images, parameters=request.parameters, noise=noise):
-                    file.write(chunk.data)
-                    done += len(chunk)
+                for chunk in mechanism_of(parameters).make(source, parameters, noise):
+                    done += file.write(chunk.data)
                     if progress is not None:
-                        progress(done, len(images))
+                        progress(done * count // size, count)
+                if done != size:
+                    raise ValueError(
+                        f"release mechanism {parameters.mechanism}: made {done} bytes, its layout "
+                        f"has {size}"
+                    )
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, ready)
@@ -162,28 +175,21 @@ class ReleaseArchive:
         numbers: Sequence[int],
         digests: Sequence[bytes],
         labels: np.ndarray,
-    ) -> ReleasedDataset:
-        """The rows of these images from releases `numbers`, mapped from disk if they lie in order.
+    ) -> Release:
+        """What is sent for these images, from releases `numbers`.
 
         `labels` is int64 (N,), one for each of the digests.
         """
         records = {record.release: record for record in ledger.releases()}
-        parts, start = [], 0
-        rows: dict[bytes, int] = {}
+        stored = []
         metadata: dict[str, str] = {}
         for number in numbers:
             tensors, metadata = read_tensors(self._path(records[number]))
-            parts.append(tensors["x_tilde"])
-            rows |= {digest: start + at for digest, at in index[number].items()}
-            start += len(parts[-1])
-        x_tilde = parts[0] if len(parts) == 1 else torch.cat(parts)
-        chosen = np.array([rows[digest] for digest in digests])
-        if not np.array_equal(chosen, np.arange(len(x_tilde))):
-            x_tilde = x_tilde[torch.from_numpy(chosen)]
+            stored.append(StoredRelease(tensors=tensors, rows=index[number]))
+        mechanism = mechanism_of(records[numbers[0]].parameters)
         try:
-            return restore_release(
-                x_tilde, torch.from_numpy(labels.copy()), metadata, check_values=False
-            )
+            tensors = mechanism.gather(stored, digests, labels)
+            return restore_release(tensors, metadata, check_values=False)
         except ValueError as error:
             raise StoreError(f"{self.folder}: {error}") from None
 
@@ -214,8 +220,8 @@ class ReleaseArchive:
             record = ReleaseRecord(
                 release=len(ledger.releases()) + 1,
                 sha256=_sha256(ready),
-                images=len(tensors["x_tilde"]),
-                image_shape=tuple(tensors["x_tilde"].shape[1:]),  # type: ignore[arg-type]
+                images=len(tensors["digests"]),
+                image_shape=_image_shape(tensors, metadata),
                 parameters=parameters,
                 event=event,
                 epsilon=epsilon_spent([event], delta=delta),
@@ -229,12 +235,51 @@ class ReleaseArchive:
         return append(ledger, "release", release_fields(record))
 
 
-def _metadata(record: ReleaseRecord) -> dict[str, str]:
+def _layout(
+    parameters: Parameters, count: int, image_shape: tuple[int, int, int]
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The tensors of a release's file, in order."""
+    values = mechanism_of(parameters).layout(parameters, count, image_shape)
+    return {"digests": ("U8", (count, 32)), **values}
+
+
+def _metadata(
+    parameters: Parameters,
+    event: PrivacyEvent,
+    *,
+    noise_source: str,
+    seeded: bool,
+    image_shape: tuple[int, int, int],
+    delta: float,
+) -> dict[str, str]:
+    """What a release's file says of itself; the shape of images where its values do not."""
+    made_with = release_metadata(parameters, event, noise_source=noise_source, seeded=seeded)
+    if parameters.mechanism != IMAGES:
+        made_with["image_shape"] = "x".join(map(str, image_shape))
+    return {**made_with, "delta": repr(delta)}
+
+
+def _metadata_of(record: ReleaseRecord) -> dict[str, str]:
     """What the file of a recorded release says of itself."""
-    made_with = release_metadata(
-        record.parameters, record.event, noise_source=record.noise_source, seeded=record.seeded
+    return _metadata(
+        record.parameters,
+        record.event,
+        noise_source=record.noise_source,
+        seeded=record.seeded,
+        image_shape=record.image_shape,
+        delta=record.delta,
     )
-    return {**made_with, "delta": repr(record.delta)}
+
+
+def _image_shape(
+    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
+) -> tuple[int, int, int]:
+    """(C, H, W) of the images in a release's file."""
+    if "image_shape" in metadata:
+        channels, height, width = map(int, metadata["image_shape"].split("x"))
+    else:
+        channels, height, width = tensors["x_tilde"].shape[1:]
+    return channels, height, width
 
 
 def _sha256(path: Path) -> str:

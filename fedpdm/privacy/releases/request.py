@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+import torch
 
 from fedpdm.privacy.accountant import epsilon_spent
 from fedpdm.privacy.ledger import Ledger
-from fedpdm.privacy.mechanism import NoiseSource, implied_event, same_release
-from fedpdm.privacy.types import ReleaseParameters
+from fedpdm.privacy.mechanism import NoiseSource, event_of, mechanism_of
+from fedpdm.privacy.types import Parameters
 from fedpdm.storage.files import StoreError
 
 __all__ = ["DigestIndex", "ReleasePreview", "ReleaseRequest", "examine", "matching_releases"]
@@ -26,24 +28,34 @@ DigestIndex = Mapping[int, Mapping[bytes, int]]
 class ReleaseRequest:
     """What a client wants released, and what it allows.
 
-    `noise` makes the noise source of the release with a given number; `delta` is for messages and
-    the ledger; `allow_new_release` allows to noise released images once more, or to add images to
-    a store that knows none of them.
+    `parameters` are those of the round that is asked for, `planned` those of all rounds of its
+    plan (default: of this one); an image takes part in each once. `public` is what the server made
+    of earlier rounds. `noise` makes the noise source of the release with a given number; `delta` is
+    for messages and the ledger; `allow_new_release` allows to release images once more that were
+    released outside the plan, or to add images to a store that knows none of them.
     """
 
     client_id: int
-    parameters: ReleaseParameters
+    parameters: Parameters
     delta: float
     noise: Callable[[int], NoiseSource]
     simulation: bool
     allow_new_release: bool = False
+    planned: tuple[Parameters, ...] = ()
+    public: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def rounds(self) -> tuple[Parameters, ...]:
+        """The parameters of all rounds of the plan."""
+        return self.planned or (self.parameters,)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReleasePreview:
     """What a request would do: images `known` as wanted, `fresh` ones, `again` released otherwise.
 
-    `epsilon_before` and `epsilon_after` are of the image that would have paid most.
+    `epsilon_before` and `epsilon_after` (the whole plan) are of the image that would have paid
+    most.
     """
 
     known: int
@@ -53,9 +65,15 @@ class ReleasePreview:
     epsilon_after: float
 
 
-def matching_releases(ledger: Ledger, parameters: ReleaseParameters) -> list[int]:
-    """Numbers of the releases with these settings."""
-    return [r.release for r in ledger.releases() if same_release(r.parameters, parameters)]
+def matching_releases(ledger: Ledger, parameters: Parameters) -> list[int]:
+    """Numbers of the releases by the same mechanism with these settings."""
+    mechanism = mechanism_of(parameters)
+    return [
+        record.release
+        for record in ledger.releases()
+        if record.parameters.mechanism == parameters.mechanism
+        and mechanism.same(record.parameters, parameters)
+    ]
 
 
 def examine(
@@ -70,6 +88,8 @@ def examine(
     _check_owner(root, ledger, shape, request)
     records = {record.release: record for record in ledger.releases()}
     wanted = set(matching_releases(ledger, request.parameters))
+    planned = {p: set(matching_releases(ledger, p)) for p in request.rounds}
+    inside = set().union(*planned.values())
     known, past = 0, Counter[tuple[int, ...]]()
     for digest in set(digests):
         numbers = tuple(number for number in index if digest in index[number])
@@ -77,22 +97,26 @@ def examine(
             known += 1
         else:
             past[numbers] += 1
-    event = implied_event(request.parameters)
-    costs = [(0.0, epsilon_spent([event], delta=request.delta))]
-    for numbers in past:
+    events = {p: event_of(p) for p in request.rounds}
+    costs = [(0.0, epsilon_spent(list(events.values()), delta=request.delta))]
+    again = 0
+    for numbers, count in past.items():
         before = [records[number].event for number in numbers]
         if before:
             spent = epsilon_spent(before, delta=request.delta)
-            costs.append((spent, epsilon_spent([*before, event], delta=request.delta)))
+            to_come = [events[p] for p in planned if planned[p].isdisjoint(numbers)]
+            costs.append((spent, epsilon_spent([*before, *to_come], delta=request.delta)))
+        if not inside.issuperset(numbers):
+            again += count
     before_it, after_it = max(costs, key=lambda cost: cost[1])
     preview = ReleasePreview(
         known=known,
-        fresh=past[()],
-        again=past.total() - past[()],
+        fresh=past.total() - again,
+        again=again,
         epsilon_before=before_it,
         epsilon_after=after_it,
     )
-    _check_allowed(root, ledger, preview, request)
+    _check_allowed(root, ledger, preview, request, strangers=past[()])
     return preview
 
 
@@ -119,9 +143,17 @@ def _check_owner(
 
 
 def _check_allowed(
-    root: Path, ledger: Ledger, preview: ReleasePreview, request: ReleaseRequest
+    root: Path,
+    ledger: Ledger,
+    preview: ReleasePreview,
+    request: ReleaseRequest,
+    *,
+    strangers: int,
 ) -> None:
-    """Refuse a new release of known images, or images of which the store knows none."""
+    """Refuse a new release of known images, or images of which the store knows none.
+
+    `strangers` are those that it does not know at all.
+    """
     records, total = ledger.releases(), preview.known + preview.fresh + preview.again
     if preview.known < total and request.simulation and not all(r.seeded for r in records):
         raise StoreError(
@@ -138,7 +170,7 @@ def _check_allowed(
             f"{preview.epsilon_after:.4g} at delta {request.delta:g}: restore the old setting, or "
             "allow it (--allow-new-release)"
         )
-    if preview.fresh == total:
+    if strangers == total:
         raise StoreError(
             f"{root}: holds releases of {sum(r.images for r in records)} images and none of these "
             f"{total}: a store of another data set; use another directory, or add them to it "
@@ -146,8 +178,10 @@ def _check_allowed(
         )
 
 
-def _differences(old: ReleaseParameters, new: ReleaseParameters) -> str:
+def _differences(old: Parameters, new: Parameters) -> str:
     """`t0 = 642 (now 675), ...` for what differs."""
+    if old.mechanism != new.mechanism:
+        return f"mechanism = {old.mechanism} (now {new.mechanism})"
     before, after = vars(old), vars(new)
     changed = [f"{k} = {before[k]} (now {after[k]})" for k in before if before[k] != after[k]]
     return ", ".join(changed) or "other settings in between"

@@ -1,9 +1,9 @@
-"""Every image is noised once, for ever.
+"""Every image is released once, for ever; by a plan of several rounds once in each.
 
 An image is known by the SHA-256 of its pixels, whatever its file's name, place or label. What the
 store has released is handed out again; only images that it does not know are noised, in one more
-release. Other settings for images that were released are refused: a second noising adds to what
-they have spent.
+release. Another mechanism or other settings for images that were released are refused: a second
+noising adds to what they have spent.
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fedpdm.data import ImageSet
-from fedpdm.privacy.accountant import compose, epsilon_spent
+from fedpdm.privacy.accountant import compose, epsilon_spent, worst
 from fedpdm.privacy.ledger import START, Ledger, append
+from fedpdm.privacy.mechanism import ReleaseSource
 from fedpdm.privacy.releases.archive import Progress, ReleaseArchive
 from fedpdm.privacy.releases.request import (
     ReleasePreview,
@@ -24,7 +27,7 @@ from fedpdm.privacy.releases.request import (
     examine,
     matching_releases,
 )
-from fedpdm.privacy.types import GaussianEvent, ReleasedDataset
+from fedpdm.privacy.types import PrivacyEvent, Release
 from fedpdm.storage.files import StoreError, locked
 
 __all__ = ["ReleaseStore", "SpentBudget"]
@@ -40,7 +43,7 @@ class SpentBudget:
 
     delta: float
     distribution: tuple[tuple[float, int], ...]
-    event: GaussianEvent | None
+    event: PrivacyEvent | None
     releases_per_image: int
 
     @property
@@ -96,16 +99,14 @@ class ReleaseStore:
         for number, known in self._archive.index(ledger).items():
             for digest in known:
                 touched[digest] = (*touched.get(digest, ()), number)
-        counts, event = Counter[float](), None
+        counts, paid = Counter[float](), []
         for numbers, count in Counter(touched.values()).items():
-            paid = compose([events[number] for number in numbers])
-            counts[epsilon_spent([paid], delta=delta)] += count
-            if event is None or paid.noise_multiplier < event.noise_multiplier:
-                event = paid
+            paid.append(compose([events[number] for number in numbers]))
+            counts[epsilon_spent(paid[-1:], delta=delta)] += count
         return SpentBudget(
             delta=delta,
             distribution=tuple(sorted(counts.items(), reverse=True)),
-            event=event,
+            event=worst(paid) if paid else None,
             releases_per_image=max(map(len, touched.values()), default=0),
         )
 
@@ -117,7 +118,7 @@ class ReleaseStore:
 
     def obtain(
         self, images: ImageSet, request: ReleaseRequest, *, progress: Progress | None = None
-    ) -> ReleasedDataset:
+    ) -> Release:
         """The release of these images, in their order, noised now where they never were.
 
         `StoreError` (one line, the store as it was) if that needs what the request does not allow,
@@ -138,9 +139,12 @@ class ReleaseStore:
                     fresh.append(position)
                     known.add(digest)
             if fresh:
-                chosen = images.images if len(fresh) == len(images) else images.images[fresh]
+                chosen = images if len(fresh) == len(images) else images.subset(np.array(fresh))
+                source = ReleaseSource(
+                    images=chosen.images, labels=chosen.labels, public=request.public
+                )
                 new = [digests[position] for position in fresh]
-                ledger = self._archive.make(ledger, chosen, new, request, progress)
+                ledger = self._archive.make(ledger, source, new, request, progress)
                 index = self._archive.index(ledger)
                 numbers = matching_releases(ledger, request.parameters)
             return self._archive.assemble(ledger, index, numbers, digests, images.labels)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpdm.config import ConfigError, RunConfig, config_to_json
+from fedpdm.privacy.mechanism import mechanism_named
 from fedpdm.privacy.releases import ReleaseStore
 from fedpdm.privacy.statement import plain_text
 from fedpdm.storage.files import StoreError, read_json
@@ -121,6 +122,7 @@ def _ledgers(
     run: RunDirectory, config: RunConfig, privacy: Mapping[str, Any]
 ) -> tuple[LedgerLine, ...]:
     """A line per client: from its ledger where that is here, else the head that the run noted."""
+    mechanism_named(config.privacy.release)  # ledgers may name one's own
     lines = {
         int(client): LedgerLine(client=int(client), head=str(head))
         for client, head in privacy.get("ledger_heads", {}).items()
@@ -167,5 +169,5 @@ def flat_config(config: RunConfig) -> dict[str, Any]:
     for field in dataclasses.fields(config):
         if isinstance(section := nested[field.name], dict):
             order = [f.name for f in dataclasses.fields(getattr(config, field.name))]
-            flat |= {f"{field.name}.{key}": section[key] for key in order}
+            flat |= {f"{field.name}.{key}": section[key] for key in order if key in section}
     return flat

@@ -1,4 +1,4 @@
-"""What a release costs: from settings and records to its privacy event.
+"""What a release of noised images costs: from settings and records to its privacy event.
 
 With sigma^2 = (1 - abar_t0) / abar_t0 the noise in units of the clean image, a release that clips
 to C is the Gaussian mechanism with noise multiplier sigma / (2 C) (docs/method.md section 2).
@@ -8,24 +8,40 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import TypeVar
+
+import numpy as np
 
 from fedpdm.diffusion.schedule import NoiseSchedule
 from fedpdm.privacy.noise import GRID
 from fedpdm.privacy.types import GaussianEvent, ReleaseParameters
 
-__all__ = ["implied_event", "release_event", "release_parameters", "same_release"]
+__all__ = [
+    "implied_event",
+    "noise_multiplier",
+    "release_event",
+    "release_parameters",
+    "same_release",
+]
 
 LARGEST_BOUND = 1 << 23  # clip norm in grid steps; with the noise, sums stay whole in float32
+Number = TypeVar("Number", float, np.ndarray)
+
+
+def noise_multiplier(sigma: Number, *, clip_norm: float) -> Number:
+    """sigma / (2 C): replacing an image moves what is noised by at most 2 C."""
+    return sigma / (2.0 * clip_norm)
 
 
 def release_event(schedule: NoiseSchedule, *, t0: int, clip_norm: float) -> GaussianEvent:
-    """The privacy event of one release at `t0`: noise multiplier sigma / (2 C).
+    """The privacy event of one release at `t0`.
 
     t0 = 0 adds no noise: multiplier 0, infinite epsilon.
     """
     if not (clip_norm > 0 and math.isfinite(clip_norm)):
         raise ValueError(f"clip_norm must be positive and finite, got {clip_norm}")
-    return GaussianEvent(noise_multiplier=schedule.noise_to_signal(t0) / (2.0 * clip_norm))
+    sigma = schedule.noise_to_signal(t0)
+    return GaussianEvent(noise_multiplier=noise_multiplier(sigma, clip_norm=clip_norm))
 
 
 def release_parameters(
@@ -56,10 +72,8 @@ def release_parameters(
 
 def implied_event(parameters: ReleaseParameters) -> GaussianEvent:
     """The privacy event that follows from recorded parameters."""
-    abar = parameters.alpha_bar
-    return GaussianEvent(
-        noise_multiplier=math.sqrt((1.0 - abar) / abar) / (2.0 * parameters.clip_norm)
-    )
+    sigma = parameters.sigma
+    return GaussianEvent(noise_multiplier=noise_multiplier(sigma, clip_norm=parameters.clip_norm))
 
 
 def same_release(a: ReleaseParameters, b: ReleaseParameters) -> bool:
