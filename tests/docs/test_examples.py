@@ -133,6 +133,18 @@ def test_bring_your_own_images(tmp_path: Path) -> None:
     assert 19 < statement["epsilon"] <= 20
 
 
+def test_a_mechanism_of_ones_own(tmp_path: Path) -> None:
+    """The example is short, is what the page shows, and releases what it says."""
+    source = (EXAMPLES / "own_mechanism.py").read_text()
+    assert len(source.splitlines()) <= 40
+    assert source in (ROOT / "docs" / "extending.md").read_text()
+    words, epsilon = run_example(tmp_path, "own_mechanism.py", "made").splitlines()[-2:]
+    assert words.startswith("Images are first averaged over blocks of 2x2. Of each image its label")
+    assert epsilon == "epsilon 9.969 per image, by the ledger"  # as without blocks
+    record = read_ledger(tmp_path / "made" / "clients" / "1" / "ledger.jsonl").records[1]
+    assert record.fields["mechanism"] == "block_means"
+
+
 @pytest.mark.slow
 def test_custom_strategy(tmp_path: Path) -> None:
     printed = run_example(tmp_path, "custom_strategy.py", "made")

@@ -189,24 +189,16 @@ def mechanism_named(value: str) -> ReleaseMechanism[Any]:
     `ConfigError` with one line for a name that nothing has, or that of something else.
     """
     key = "privacy.release"
-    if not is_named(value):
-        try:
-            return recorded_mechanism(value)
-        except ValueError:
-            near = difflib.get_close_matches(value, _registered, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ConfigError(
-                f"{key}: must be one of {', '.join(sorted(_registered))} or package.module:NAME, "
-                f"got {value!r}{hint}"
-            ) from None
-    found = load_named(value, key=key)
-    if not (isinstance(found, type) and issubclass(found, ReleaseMechanism)):
-        raise ConfigError(f"{key}: {value!r} must be a class of release mechanisms, got {found!r}")
-    try:
-        register(found)
-    except (TypeError, ValueError) as error:  # TypeError: methods that it lacks
-        raise ConfigError(f"{key}: {value!r}: {error}") from None
-    return _registered[found.parameters.mechanism]
+    if is_named(value):
+        return _take(load_named(value, key=key), f"{key}: {value!r}")
+    if not _is_known(value):
+        near = difflib.get_close_matches(value, _registered, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(
+            f"{key}: must be one of {', '.join(sorted(_registered))} or package.module:NAME, "
+            f"got {value!r}{hint}"
+        )
+    return _registered[value]
 
 
 def mechanism_of(parameters: Parameters) -> ReleaseMechanism[Any]:
@@ -216,10 +208,26 @@ def mechanism_of(parameters: Parameters) -> ReleaseMechanism[Any]:
 
 def recorded_mechanism(name: str) -> ReleaseMechanism[Any]:
     """The mechanism by the name in a record; `ValueError` if nothing here has it."""
-    if name not in _registered and (found := load_installed(GROUP, name)) is not None:
-        register(typing.cast(type[ReleaseMechanism[Any]], found))
-    if name not in _registered:
+    if not _is_known(name):
         raise ValueError(
             f"release mechanism {name!r} is not known here; import the module that registers it"
         )
     return _registered[name]
+
+
+def _is_known(name: str) -> bool:
+    """Whether a mechanism is registered by this name; installed packages are asked."""
+    if name not in _registered and (found := load_installed(GROUP, name)) is not None:
+        _take(found, f"entry point {name} of {GROUP}:")
+    return name in _registered
+
+
+def _take(found: object, where: str) -> ReleaseMechanism[Any]:
+    """Register what must be a class of mechanisms; `ConfigError` for anything else."""
+    if not (isinstance(found, type) and issubclass(found, ReleaseMechanism)):
+        raise ConfigError(f"{where} must be a class of release mechanisms, got {found!r}")
+    try:
+        register(found)
+    except (TypeError, ValueError) as error:  # TypeError: methods that it lacks
+        raise ConfigError(f"{where} {error}") from None
+    return _registered[found.parameters.mechanism]
