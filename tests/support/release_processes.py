@@ -78,7 +78,8 @@ def _work(options: dict[str, Any]) -> dict[str, Any]:
     `at` is the time at which all begin; `uid` who the process is; `file_size` the largest file
     that it may write; `all_at_once` plants the fault of holding the whole release in memory.
     """
-    from fedpdm.privacy.releases import ReleaseStore, archive
+    from fedpdm.privacy.mechanism import ImageMechanism
+    from fedpdm.privacy.releases import ReleaseStore
     from fedpdm.storage.files import StoreError
     from tests.support.release_toys import request
 
@@ -90,9 +91,9 @@ def _work(options: dict[str, Any]) -> dict[str, Any]:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
     if options.get("all_at_once"):
-        real = archive.noised_chunks
-        archive.noised_chunks = lambda *given, **named: iter(  # type: ignore[attr-defined]
-            [chunk.copy() for chunk in real(*given, **named)]
+        real = ImageMechanism.make
+        ImageMechanism.make = lambda *given: iter(  # type: ignore[method-assign]
+            [chunk.copy() for chunk in real(*given)]
         )
     time.sleep(max(0.0, options.get("at", 0.0) - time.time()))
     with _peak() as memory:
