@@ -113,7 +113,9 @@ def test_dry_run_writes_nothing(
         told = capsys.readouterr()
         assert "120 images of digits" in told.out
         assert "2 clients with" in told.out
-        assert re.search(r"t0 \d+ of 1000 \(linear\), clip norm 8 around -1, epsilon 9\.\d+", told.out)
+        assert re.search(
+            r"t0 \d+ of 1000 \(linear\), clip norm 8 around -1, epsilon 9\.\d+", told.out
+        )
         assert told.err == ""
     assert list(tmp_path.iterdir()) == [experiment]
 

@@ -32,11 +32,11 @@ from fedpdm.privacy.mechanism import (
     mechanism_of,
     register,
 )
-from fedpdm.privacy.planning import build_release_plan, build_release_request, plan_release
+from fedpdm.privacy.planning import build_release_plan, build_release_request
 from fedpdm.privacy.releases import ReleaseRequest, ReleaseStore
 from fedpdm.privacy.statement import client_statement, plain_text, run_statement
 from fedpdm.privacy.types import GaussianEvent, ReleasedDataset, ReleaseParameters
-from fedpdm.setup.build import build_schedule
+from fedpdm.setup.run_setup import build_schedule, set_up
 from fedpdm.storage.files import StoreError
 from tests.support.federations import small_config
 from tests.support.own_mechanisms import (
@@ -297,7 +297,7 @@ def test_a_baseline_has_no_plan() -> None:
     config = small_config(coarse={"training": "none"})
     assert build_release_plan(config, build_schedule(config), build_image_spec(config)) is None
     with pytest.raises(ConfigError, match="training none releases nothing"):
-        plan_release(config, build_schedule(config), shift=0.0)
+        set_up(config).release_request(client=0, allow_new_release=False)
 
 
 # --- A row for each image ----------------------------------------------------------------------
