@@ -1,7 +1,7 @@
 """A large model's messages: bytes, and the memory of making and reading them.
 
-The `paper` U-Net (35.7 M parameters, 143 MB of float32). Each part is measured in a process of its
-own, so that one's peak is not another's.
+The `paper` U-Net (35.7 M parameters, 143 MB of float32). Each part is measured in its own
+process, so that peaks do not mix.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ __all__ = ["server_memory"]
 def server_memory() -> dict[str, Any]:
     """Peak memory that a server adds in copies of its model: 128 clients, the `paper` U-Net.
 
-    One round, and the request of the next. The model is large so that what else a process allocates
-    does not count.
+    One round, and the request of the next. The model is large, so that the process's other
+    allocations hardly count.
 
     Clients are answered for by the shortest code that makes a message as a transport would: one
     `bytes`, which is the server's to let go.

@@ -1,4 +1,4 @@
-"""What a deployed node's own operator decides, checked by the client app for every message.
+"""The bounds that a node's operator sets; the client app checks them for every message.
 
 The node config names the policy file and says whether the operator's acceptance is needed; both
 are on the node's disk, where no coordinator writes. A refusal is one line.

@@ -1,4 +1,4 @@
-"""What one client has at hand: its images, its store, its part of the configuration."""
+"""A client's own side: its images, its store, its part of the configuration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A client's samples and, in simulation, what they are worth against real images."""
+"""A client's samples and, in simulation, their scores against real images."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What a process keeps between messages, and what it does beside training.
+"""Trainers that a process keeps between messages, and files that it writes beside training.
 
 A client object lives for one message, but building a U-Net and its optimiser takes as long as a
-gradient step of a small one. Trainers of small models are therefore kept for the next message,
-whoever's it is; who borrows one sets all of its state. Their files are written while training goes
+gradient step of a small one. Trainers of small models are therefore kept for the next message, of
+any client; a borrower sets all of a trainer's state. Their files are written while training goes
 on. Large models are built anew and written at once: a step dwarfs that, and memory is what counts.
 """
 

@@ -51,13 +51,13 @@ MOVED: dict[str, tuple[str, ...]] = {
     "fedpdm.pictures": ("fedpdm.reporting.pictures",),
     "fedpdm.pipeline": ("fedpdm.publishing.pipeline",),
     "fedpdm.releases": ("fedpdm.privacy.releases",),
-    "fedpdm.sampling": ("fedpdm.diffusion.sampling",),
+    "fedpdm.sampling": ("fedpdm.diffusion.sampling", "fedpdm.diffusion.twostage"),
     "fedpdm.schedule": ("fedpdm.diffusion.schedule",),
     "fedpdm.training": ("fedpdm.diffusion.training",),
     "fedpdm.types": (
         "fedpdm.privacy.types",
         "fedpdm.wire.types",
-        "fedpdm.diffusion.sampling",
+        "fedpdm.diffusion.twostage",
         "fedpdm.diffusion.training",
     ),
 }

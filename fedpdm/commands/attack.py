@@ -1,4 +1,4 @@
-"""`fedpdm attack`: break the release, if it can be broken, on the code that clients run."""
+"""`fedpdm attack`: try to break the release, with the code that clients run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`fedpdm evaluate`: what the clients of a finished simulation draw, against real images."""
+"""`fedpdm evaluate`: score the samples of a finished simulation against real images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `fedpdm privacy` prints: the answer that `--json` gives, as tables of plain text."""
+"""The tables of plain text that `fedpdm privacy` prints in place of JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all commands share at a terminal: examples, --quiet, shell completion, what to do next."""
+"""What all commands share: examples, --json, --quiet, shell completion, advice after an error."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Long work in pieces: jobs that are run, kept as they end, and not run again.
+"""Long work in pieces: each job runs once, and its result is kept as soon as it ends.
 
 `running` is the one resumable runner; the Gaussian toy, suites of experiments and attacks use it.
 `processes` has the ways to run jobs: in turn, in a pool of processes, in a process each. `files`
-keeps a file per finished job. `progress` shows how far a long job is. What a job is, the runner
-does not know. It imports `storage` alone.
+keeps a file per finished job. `progress` shows how far a long job is. The runner does
+not know what a job is. It imports `storage` alone; `toy`, `attacks`, `suites`, `clients` and
+everything above may import it.
 """

@@ -1,7 +1,7 @@
 """Ways to run jobs: in turn in this process, in a pool of processes, in a process each.
 
-An interruption (Ctrl-C) reaches every process of a terminal. Those of a pool leave it to their
-parent, which raises it when they have ended; a process of a job's own is sent one, and waited for.
+An interruption (Ctrl-C) reaches every process of a terminal. Processes of a pool ignore it; their
+parent raises it when they have ended. A job's own process is sent one and waited for.
 """
 
 from __future__ import annotations

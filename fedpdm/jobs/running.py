@@ -1,4 +1,4 @@
-"""The runner: what is done is skipped, what ends is kept at once, and said with an estimate."""
+"""The runner: it skips finished jobs, keeps each result as its job ends, and estimates the rest."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Kept:
 
 
 class Shelf(Protocol[JobIn]):
-    """Where results are kept. A job is found again by whatever decides its result."""
+    """Where results are kept. Everything that decides a job's result identifies the job."""
 
     def find(self, job: JobIn) -> Kept | None:
-        """What is kept of this very job; None if it is not there, damaged or of another."""
+        """The kept result of exactly this job; None if it is missing, damaged or of another job."""
         ...
 
     def keep(self, job: JobIn, result: Any, seconds: float) -> None:
@@ -74,10 +74,10 @@ def run_jobs(
     way: Way[Job],
     tell: Callable[[Ended[Job], Standing], None],
 ) -> list[Ended[Job]]:
-    """Run what `shelf` does not have; what ended, in the order of `jobs`.
+    """Run the jobs whose results `shelf` does not have; all results, in the order of `jobs`.
 
-    `tell` hears of each job as it ends, and of a kept one when all before it have ended. Whatever
-    is raised, by an interruption too, ends the run: what has ended by then is kept.
+    `tell` is called for each job as it ends, and for a kept one when all before it have ended. Any
+    exception, an interruption too, ends the run; finished jobs are kept.
     """
     kept = [shelf.find(job) for job in jobs]
     places = {id(job): place for place, job in enumerate(jobs)}

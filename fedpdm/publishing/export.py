@@ -2,7 +2,7 @@
 
 An exported directory needs diffusers and torch alone: U-Nets and scheduler as diffusers saves them,
 `pipeline.py` (a copy of `fedpdm.publishing.pipeline`), `privacy.json` (the run's statement) and a
-model card with the client's ledger. As it is it can be uploaded to the Hugging Face Hub as a model.
+model card with the client's ledger. It can be uploaded to the Hugging Face Hub as it is.
 """
 
 from __future__ import annotations

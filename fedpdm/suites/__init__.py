@@ -1,6 +1,6 @@
 """Suites of experiments: which runs a table needs, and how each is trained, scored and kept.
 
-`planning` makes the cells of a suite, `cell` runs one, in a process of its own, `running` runs
-what has no result yet. What a suite is, is read in `fedpdm.config.suite`; its tables are
-`fedpdm.reporting.suite_tables`. It imports `engines` and the rooms below.
+`planning` lists the cells of a suite, `cell` runs one in its own process, and `running` runs the
+cells without a result. `fedpdm.config.suite` reads suites; `fedpdm.reporting.suite_tables` makes
+their tables. It may import `engines` and the rooms below; `commands` imports it.
 """

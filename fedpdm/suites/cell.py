@@ -64,7 +64,7 @@ class Cell:
 
 
 def public_config(config: RunConfig) -> dict[str, Any]:
-    """The config without what is of this machine alone, as plain data."""
+    """The config as plain data, without the folders of this machine."""
     own: dict[str, Any] = json.loads(config_to_json(config))
     own["data"]["root"] = None
     own["run"] |= {"threads": None, "device": None}
@@ -72,7 +72,7 @@ def public_config(config: RunConfig) -> dict[str, Any]:
 
 
 def finished(cell: Cell) -> bool:
-    """Whether this very cell has a result already."""
+    """Whether exactly this cell has a result already."""
     try:
         known = json.loads(cell.result.read_text())
     except (OSError, ValueError):
@@ -81,7 +81,7 @@ def finished(cell: Cell) -> bool:
 
 
 def run_cell(cell: Cell) -> dict[str, Any]:
-    """Train what is not trained yet, score it and write the result; returns it."""
+    """Train the cell, or go on with it; score it and write the result, which is returned."""
     run = RunDirectory(cell.run_directory)
     done = (run.root / "privacy.json").exists()
     if done and not (run.root / "clients").is_dir():

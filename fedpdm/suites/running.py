@@ -1,4 +1,4 @@
-"""Cells side by side, each in a process of its own, which writes its result itself."""
+"""Cells side by side, each in its own process, which writes the result."""
 
 from __future__ import annotations
 

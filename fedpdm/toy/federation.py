@@ -1,4 +1,4 @@
-"""Who holds which points, and which denoisers sample with which."""
+"""The split of points over clients, and the pairs of denoisers that sample together."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ def fit_slope(x: Sequence[float], y: Sequence[float], half_widths: Sequence[floa
 
 
 def sampling_floor(variances: Array, num_samples: int) -> float:
-    """What `frechet_distance` shows between N(mu, diag(v)) and S exact samples, to order 1 / S.
+    """`frechet_distance` between N(mu, diag(v)) and S exact samples, on average, to order 1 / S.
 
     The mean gives sum v / S. The Bures distance of v and v + E is sum E_ij^2 / (2 (v_i + v_j)) to
     second order, and Var E_ij = v_i v_j (1 + [i = j]) / S (Wishart).

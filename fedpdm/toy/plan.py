@@ -1,4 +1,4 @@
-"""Which cells the toy's experiment has, and what is read off them."""
+"""The cells of the toy's experiment, and the slopes that are read off them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the toy's experiment says: files, figures, a table, and where theory is contradicted."""
+"""The report of the toy's experiment: files, figures, a table, and contradictions of theory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Spectra of data and the noise that an epsilon asks for: where images gain."""
+"""Spectra of data beside the noise that an epsilon asks for: they show where images gain."""
 
 from __future__ import annotations
 

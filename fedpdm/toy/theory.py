@@ -1,4 +1,4 @@
-"""What the toy must measure, in closed form.
+"""The closed forms that the toy's measurements must match.
 
 Setting: component N(mu, diag(v)), known v; every denoiser is the linear posterior of its own
 estimate of mu. The client's estimate mu_m is the mean of its n points, the coarse estimate mu_G

@@ -1,7 +1,7 @@
 """Controls: a model that was overfitted on purpose, and one that never saw the members.
 
-An attack that fails on the first, or succeeds on the second, means nothing. The images are the
-8x8 digits that come with scikit-learn, in grey.
+An attack that fails on the first or succeeds on the second is no evidence of anything. The images
+are the 8x8 digits that come with scikit-learn, in grey.
 """
 
 from __future__ import annotations
@@ -202,7 +202,7 @@ def plan_controls(
     device: str = "auto",
     show: Callable[[str], Progress] | None = None,
 ) -> list[AttackJob]:
-    """Train both models; the jobs: membership attacks on both, memorisation by both.
+    """Train both models; returns the jobs: membership attacks and memorisation, on each.
 
     Pictures, and the weights of models, are written into `out`. `show` makes the progress of a
     training from what it is called.

@@ -1,4 +1,4 @@
-"""The attacks on models: membership, memorisation, collusion. `upload_attacks` has the others.
+"""The attacks on models: membership, memorisation, collusion. `upload_attacks` has the rest.
 
 `settings` of a job begin with its name, under the key of the files that hold results.
 """
@@ -163,7 +163,7 @@ def collusion_job(
     settings: Mapping[str, Any],
     seed: int,
 ) -> AttackJob:
-    """Everybody else's published models and the coarse one, their scores pooled, against a client.
+    """Pool the scores of all other clients' published models and the coarse model against a client.
 
     `colluders` begins with the coarse model: its own score is what the others add to.
     """

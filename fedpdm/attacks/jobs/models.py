@@ -39,7 +39,7 @@ class ModelTarget:
 
 
 def run_targets(opened: Synthesizer) -> dict[str, ModelTarget]:
-    """What there is to attack of one client of a run, by name: coarse, fine, combined, shared."""
+    """The targets that a client of a run offers, by name: coarse, fine, combined, shared."""
     config, settings = opened.config, opened.settings
     schedule, t0, T = settings.schedule, settings.t0, settings.schedule.num_steps
     clip_norm, two_chains = config.privacy.clip_norm, settings.chain == "noise_to_noise"

@@ -1,4 +1,4 @@
-"""What a reader gets: `attacks.json`, ROC curves, and `summary.md`, one page."""
+"""The report on attacks: `attacks.json`, ROC curves, and `summary.md`, one page."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Attacks one after the other, each kept as a file as soon as it is done.
+"""Attacks one after the other; each result is kept as a file as soon as the attack ends.
 
 `results/<name>.json` holds an attack's settings, figures and the scores its curve is drawn from. A
-rerun does again only what is not there with the same settings; what a crash or an interruption
-leaves is complete or absent.
+rerun repeats only attacks that have no result with the same settings. After a crash or an
+interruption a result is complete or absent.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ EndedAttack = Ended[AttackJob]
 
 
 def run_attack_jobs(jobs: Sequence[AttackJob], folder: Path, *, say: Say) -> list[EndedAttack]:
-    """Make the attacks that are not done; results in the order of `jobs`.
+    """Run the attacks that have no result; all results, in the order of `jobs`.
 
-    `say` hears a line for each, with about how long the rest will take.
+    `say` gets a line for each, with an estimate of the time left.
     """
     numbers = {job.name: f"[{number}/{len(jobs)}] {job.name}" for number, job in enumerate(jobs, 1)}
 

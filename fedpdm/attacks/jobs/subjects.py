@@ -1,4 +1,4 @@
-"""Whom an attack is judged by: images that trained a model, and as many that did not.
+"""The images that an attack is judged on: some that trained a model, and as many that did not.
 
 Members are read from what the run recorded when it trained (`fedpdm.data.members`) and their
 digests compared with the data set. Non-members are the client's own held-out images; where it has

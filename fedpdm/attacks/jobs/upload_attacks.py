@@ -1,4 +1,4 @@
-"""The attacks on uploads: what an attacker makes of them, and which image each was made from."""
+"""The attacks on uploads: reconstruction, and linkage to the image that was uploaded."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def reconstruction_job(
 ) -> AttackJob:
     """Reconstruct `originals` uint8 from their uploads. `public` gives the length of images.
 
-    `late` makes one attacker more, when the attack is made: one that must be trained first.
+    `late` adds an attacker when the attack runs: one that must be trained first.
     """
 
     def attack_once(count: Count) -> dict[str, Any]:
