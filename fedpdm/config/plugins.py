@@ -22,7 +22,7 @@ from typing import TypeVar
 
 from fedpdm.config.keys import ConfigError
 
-__all__ = ["DIRECTORY_VARIABLE", "check_form", "find", "is_named", "load_installed", "load_named"]
+__all__ = ["DIRECTORY_VARIABLE", "check_form", "find", "is_named", "load_installed", "load_kind", "load_named"]
 
 DIRECTORY_VARIABLE = "FEDPDM_MODULES"
 
@@ -87,13 +87,8 @@ def load_installed(group: str, name: str) -> object | None:
 T = TypeVar("T")
 
 
-def find(value: str, table: Mapping[str, T], kind: type[T], *, key: str) -> T:
-    """The entry of `table` that `value` names, or the `kind` of one's own at `package.module:NAME`.
-
-    `ConfigError`, one line, also for an object of another kind.
-    """
-    if value in table:
-        return table[value]
+def load_kind(value: str, kind: type[T], *, key: str) -> T:
+    """As `load_named`; `ConfigError` also for an object that is no `kind`."""
     found = load_named(value, key=key)
     if not isinstance(found, kind):
         raise ConfigError(
@@ -101,3 +96,8 @@ def find(value: str, table: Mapping[str, T], kind: type[T], *, key: str) -> T:
             f"is a {type(found).__name__}"
         )
     return found
+
+
+def find(value: str, table: Mapping[str, T], kind: type[T], *, key: str) -> T:
+    """The entry of `table` that `value` names, or the `kind` of one's own that it names."""
+    return table[value] if value in table else load_kind(value, kind, key=key)

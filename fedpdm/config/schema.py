@@ -190,7 +190,9 @@ class CoarseConfig(_ModelConfig):
         "noisy gradients)",
         choices=("released", "raw", "dp_sgd"),
     )
-    objective: str = key("truncated", "docs/method.md section 3", choices=OBJECTIVES)
+    objective: str = key(
+        "truncated", "docs/method.md section 3", choices=tuple(OBJECTIVES), own=True
+    )
     weighting: str = key(
         "v", "loss weight (not for truncated)", choices=tuple(WEIGHTINGS), own=True
     )

@@ -10,6 +10,7 @@ It imports `config`, `rng` and `storage`; `privacy` and everything above may imp
 from fedpdm.data.coloring import COLOR_NAMES, PALETTE, choose_colors, colorize
 from fedpdm.data.imageset import ImageSet, denormalize, normalize
 from fedpdm.data.labelling import count_classes
+from fedpdm.data.rawsplit import ArrayReader, RawSplit
 from fedpdm.data.registry import DataSet, Request, data_set
 from fedpdm.data.resizing import center_square, resize
 from fedpdm.data.sources import SPLITS, load_image_set, stratified_positions
@@ -18,8 +19,10 @@ __all__ = [
     "COLOR_NAMES",
     "PALETTE",
     "SPLITS",
+    "ArrayReader",
     "DataSet",
     "ImageSet",
+    "RawSplit",
     "Request",
     "center_square",
     "choose_colors",

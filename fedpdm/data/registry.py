@@ -10,7 +10,7 @@ from typing import Final
 
 from fedpdm.config import ConfigError
 from fedpdm.config.names import DATA_SETS, Coloring
-from fedpdm.config.plugins import is_named, load_named
+from fedpdm.config.plugins import is_named, load_kind
 from fedpdm.data.rawsplit import RawSplit, Split
 
 __all__ = ["BLACK", "MID_GREY", "DataSet", "Request", "data_set"]
@@ -96,10 +96,4 @@ def data_set(name: str) -> DataSet:
         raise ConfigError(
             f"data.name: unknown data set {name!r}{guess} (known: {', '.join(DATA_SETS)})"
         )
-    found = load_named(DATA_SETS.get(name, name), key="data.name")
-    if not isinstance(found, DataSet):
-        raise ConfigError(
-            f"data.name: {name!r} must be a fedpdm.data.registry.DataSet, "
-            f"is a {type(found).__name__}"
-        )
-    return found
+    return load_kind(DATA_SETS.get(name, name), DataSet, key="data.name")

@@ -14,14 +14,21 @@ and regressing x_tilde on it trains x0_hat towards E[CLIP(x) | x_t]. The residua
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 
 from fedpdm.diffusion.denoisers import NO_LABEL, DenoisingFunction
-from fedpdm.diffusion.names import TIMESTEPS
+from fedpdm.diffusion.names import OBJECTIVES, TIMESTEPS
 from fedpdm.diffusion.schedule import NoiseSchedule, q_sample, q_sample_from
 from fedpdm.diffusion.weightings import WEIGHTINGS, Weighting
 
 __all__ = [
+    "NOISE_TO_NOISE",
+    "TRUNCATED",
+    "CoarseObjective",
     "bridge_coefficients",
     "denoising_loss",
     "draw_timesteps",
@@ -104,6 +111,24 @@ def denoising_loss(
     return weighted_error(x0_hat, x_0, weight)
 
 
+@dataclass(frozen=True, kw_only=True)
+class CoarseObjective:
+    """How the shared model is trained on releases, and sampled.
+
+    `loss(denoiser, schedule, x_tilde, *, labels, t0, weighting, timesteps, generator)` gives a loss
+    per example (B,) of stored releases x_tilde (B, *) made by t0 steps. `chain` is the way to
+    sample that suits the model: "truncated" where it estimates the clean image at t > t0 (one
+    chain, handed over at t0), "noise_to_noise" where it estimates the release itself.
+    """
+
+    loss: Callable[..., torch.Tensor]
+    chain: str
+
+    def __post_init__(self) -> None:
+        if self.chain not in OBJECTIVES:
+            raise ValueError(f"chain must be one of {', '.join(OBJECTIVES)}, got {self.chain!r}")
+
+
 def bridge_coefficients(
     abar_t: torch.Tensor, abar_t0: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -144,3 +169,24 @@ def truncated_loss(
     )
     estimate = clean.to(x_t.dtype) * x0_hat + noisy.to(x_t.dtype) * x_t
     return weighted_error(estimate, x_tilde, (1.0 / variance.flatten()).to(x_t.dtype))
+
+
+def _truncated(*arguments: Any, weighting: Any, timesteps: str, **options: Any) -> torch.Tensor:
+    """`truncated_loss`, which has a weight and a law of t of its own."""
+    return truncated_loss(*arguments, **options)
+
+
+def _noise_to_noise(
+    denoiser: DenoisingFunction,
+    schedule: NoiseSchedule,
+    x_tilde: torch.Tensor,
+    *,
+    t0: int,
+    **options: Any,
+) -> torch.Tensor:
+    """`denoising_loss` of the releases at t in [1, T], whatever their t0."""
+    return denoising_loss(denoiser, schedule, x_tilde, t_max=schedule.num_steps, **options)
+
+
+TRUNCATED = CoarseObjective(loss=_truncated, chain="truncated")
+NOISE_TO_NOISE = CoarseObjective(loss=_noise_to_noise, chain="noise_to_noise")

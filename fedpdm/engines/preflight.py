@@ -25,7 +25,7 @@ from fedpdm.engines.run_checks import (
     nearest_folder,
 )
 from fedpdm.privacy.releases import ReleaseStore
-from fedpdm.setup.build import find_preset
+from fedpdm.setup.chosen import find_preset
 from fedpdm.setup.run_setup import RunSetup, set_up_for
 from fedpdm.storage.run_directory import RunDirectory
 

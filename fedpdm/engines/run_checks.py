@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from fedpdm.config import ConfigError, RunConfig
-from fedpdm.data import data_set
 from fedpdm.diffusion.sampling import make_scheduler
 from fedpdm.diffusion.twostage import sample_two_stage
 from fedpdm.privacy.mechanism import mechanism_named
@@ -19,10 +18,9 @@ from fedpdm.reporting.trackers import check_trackers
 from fedpdm.setup.build import (
     build_denoiser,
     build_optimizer_settings,
-    find_preset,
     sampler_settings,
 )
-from fedpdm.setup.losses import find_weighting
+from fedpdm.setup.chosen import check_chosen
 from fedpdm.setup.run_setup import RunSetup, build_schedule
 from fedpdm.storage.run_directory import RunDirectory
 from strategies.own import own_strategy
@@ -30,7 +28,7 @@ from strategies.own import own_strategy
 __all__ = [
     "RunModels",
     "check_models",
-    "check_own_code",
+    "check_named",
     "check_place",
     "check_writable",
     "nearest_folder",
@@ -45,21 +43,18 @@ def check_place(config: RunConfig, out: Path, *, resume: bool) -> None:
             f"aggregation.min_clients: must be at most partition.num_clients = {there}, "
             f"got {wanted}"
         )
-    check_own_code(config)
+    check_named(config)
     check_trackers(config)
     RunDirectory(out).check(config, resume=resume)
     check_writable(out)
     make_scheduler(config.sampling.scheduler, build_schedule(config).betas)
 
 
-def check_own_code(config: RunConfig) -> None:
+def check_named(config: RunConfig) -> None:
     """`ConfigError`, one line, for code of one's own that is not there or is of another kind."""
     own_strategy(config.aggregation.method)
-    data_set(config.data.name)
     mechanism_named(config.privacy.release)
-    for role in ("coarse", "fine"):
-        find_preset(config, role)
-        find_weighting(config, role)
+    check_chosen(config)
 
 
 @dataclass(frozen=True, kw_only=True)

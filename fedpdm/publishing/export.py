@@ -38,6 +38,7 @@ from fedpdm.reporting.pictures import draw_image_grid
 from fedpdm.reporting.pictures.files import png_path
 from fedpdm.rng import Purpose, torch_generator
 from fedpdm.setup.build import coarse_share
+from fedpdm.setup.chosen import find_objective
 from fedpdm.setup.pair import check_finished, client_weights, load_pair, shared_weights
 from fedpdm.setup.run_setup import set_up_for
 from fedpdm.storage.client_store import ClientStore
@@ -96,7 +97,7 @@ def export_pipeline(
         *unets,
         scheduler,
         t0=t0,
-        chain=config.coarse.objective,
+        chain=find_objective(config).chain,
         coarse_prediction=coarse.spec.prediction,
         fine_prediction=fine.spec.prediction,
         num_classes=num_classes,

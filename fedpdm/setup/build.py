@@ -6,13 +6,12 @@ import numpy as np
 import torch
 
 from fedpdm.config import CoarseConfig, ConfigError, FineConfig, RunConfig
-from fedpdm.config.plugins import find
 from fedpdm.diffusion.denoisers import Denoiser, DenoiserSpec
-from fedpdm.diffusion.presets import PRESETS, Preset
 from fedpdm.diffusion.training import OptimizerSettings
 from fedpdm.diffusion.twostage import SamplerSettings
 from fedpdm.privacy.dpsgd import DpSgdSettings, dp_sgd_noise_multiplier
 from fedpdm.rng import Purpose, seed_sequence
+from fedpdm.setup.chosen import find_objective, find_preset
 from fedpdm.setup.run_setup import RunSetup
 
 __all__ = [
@@ -20,15 +19,8 @@ __all__ = [
     "build_dp_sgd",
     "build_optimizer_settings",
     "coarse_share",
-    "find_preset",
     "sampler_settings",
 ]
-
-
-def find_preset(config: RunConfig, role: str) -> Preset:
-    """The U-Net of the coarse or fine model: a preset by name, or one's own."""
-    name = config.coarse.preset if role == "coarse" else config.fine.preset
-    return find(name, PRESETS, Preset, key=f"{role}.preset")
 
 
 def build_denoiser(setup: RunSetup, role: str, *, client: int = 0) -> Denoiser:
@@ -117,7 +109,7 @@ def sampler_settings(setup: RunSetup, *, share: torch.Tensor | None = None) -> S
         scheduler=section.scheduler,
         num_steps=section.num_steps,
         guidance=section.guidance,
-        chain=config.coarse.objective if config.kind.releases else "truncated",
+        chain=find_objective(config).chain if config.kind.releases else "truncated",
         coarse_share=share,
         batch_size=section.batch_size,
     )

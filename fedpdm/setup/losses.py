@@ -5,24 +5,16 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from fedpdm.config import RunConfig
-from fedpdm.config.plugins import find
 from fedpdm.data import normalize
 from fedpdm.diffusion.denoisers import Denoiser
-from fedpdm.diffusion.objectives import denoising_loss, drop_labels, truncated_loss
+from fedpdm.diffusion.objectives import denoising_loss, drop_labels
 from fedpdm.diffusion.training import BatchLoss
-from fedpdm.diffusion.weightings import WEIGHTINGS, Weighting
 from fedpdm.privacy.mechanism import clip_l2
 from fedpdm.privacy.types import ReleasedDataset
+from fedpdm.setup.chosen import find_objective, find_weighting
 from fedpdm.setup.run_setup import RunSetup
 
-__all__ = ["coarse_batch_loss", "find_weighting", "fine_batch_loss", "raw_coarse_batch_loss"]
-
-
-def find_weighting(config: RunConfig, role: str) -> Weighting:
-    """The loss weight of the coarse or fine model: one by name, or one's own."""
-    name = config.coarse.weighting if role == "coarse" else config.fine.weighting
-    return find(name, WEIGHTINGS, Weighting, key=f"{role}.weighting")
+__all__ = ["coarse_batch_loss", "fine_batch_loss", "raw_coarse_batch_loss"]
 
 
 def coarse_batch_loss(
@@ -43,26 +35,18 @@ def coarse_batch_loss(
     positions = None if subset is None else torch.from_numpy(subset).to(device)
     dropout = section.label_dropout if training else 0.0
     weighting = find_weighting(setup.config, "coarse")
+    objective = find_objective(setup.config)
 
     def loss(indices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         if positions is not None:
             indices = positions[indices]
         chosen = drop_labels(labels[indices], probability=dropout, generator=generator)
-        if section.objective == "truncated":
-            return truncated_loss(
-                denoiser,
-                schedule,
-                x_tilde[indices],
-                labels=chosen,
-                t0=released.parameters.t0,
-                generator=generator,
-            )
-        return denoising_loss(
+        return objective.loss(
             denoiser,
             schedule,
             x_tilde[indices],
             labels=chosen,
-            t_max=schedule.num_steps,
+            t0=released.parameters.t0,
             weighting=weighting,
             timesteps=section.timesteps,
             generator=generator,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpdm.engines.preflight import check_run
+from fedpdm.engines.run_checks import check_named
 from fedpdm.evaluation.assessment import check_scoring
 from fedpdm.jobs.processes import in_own_processes
 from fedpdm.jobs.running import Ended, Failed, Kept, Standing, run_jobs
@@ -36,6 +37,8 @@ def check_cells(cells: Sequence[Cell], *, nowhere: Path) -> None:
 
     `nowhere` is a run directory that is not there.
     """
+    for cell in cells:
+        check_named(cell.config)
     sets = {(c.config.data, c.config.partition, c.config.evaluation): c for c in cells}
     for cell in sets.values():
         check_run(cell.config, nowhere, resume=False)

@@ -20,6 +20,7 @@ import yaml
 from fedpdm.commands.experiment import add_experiment_parser, chosen_cells
 from fedpdm.config import load_suite
 from tests.support.command_line import call, forget_surroundings, without_advice
+from tests.support.own_code import MODULE, write_module
 from tests.support.refusals import tree
 
 METHODS = Path(__file__).parents[2] / "experiments" / "methods"
@@ -384,6 +385,28 @@ def test_data_folder_of_the_environment(
     monkeypatch.setenv("FEDPDM_DATA", "elsewhere")
     _, line = refusal(folder, capsys, "small.yaml", "--set", "data.name=mnist")
     assert f"in {folder / 'elsewhere'};" in line
+
+
+@pytest.mark.slow
+def test_a_method_takes_a_strategy_of_ones_own(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_module(folder)
+    own = f"aggregation.method={MODULE}:PlainMean"
+    arguments = ("experiment", "small.yaml", *places(folder), *methods("ours"))
+    assert call(*arguments, "--set", own, "--set", "run.rounds=1", "--keep") == 0
+    assert read(folder, "ours")["config"]["aggregation"]["method"] == f"{MODULE}:PlainMean"
+    (run,) = (folder / "runs").iterdir()
+    assert json.loads((run / "metrics.json").read_text())["rounds"][0]["moved"] > 0
+
+
+@pytest.mark.parametrize("name", ["nowhere_at_all:Mine", "json:dumps", "json:", "json:Nothing"])
+def test_a_strategy_that_is_not_there_is_refused_before_any_cell(
+    folder: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    key = f"aggregation.method={name}"
+    _, line = refusal(folder, capsys, "small.yaml", *places(folder), *methods("ours"), "--set", key)
+    assert line.startswith(f"aggregation.method: '{name}'")
 
 
 def test_table_of_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -476,3 +476,23 @@ def test_an_empty_policy_allows_no_raw_metrics_and_no_new_release(tmp_path: Path
     policy = load_policy(tmp_path / "policy.yaml")
     assert policy == NodePolicy()
     assert (policy.allow_raw_metrics, policy.allow_new_release) == (False, False)
+
+
+def test_code_that_a_config_names_is_the_operators_to_allow() -> None:
+    """Clients import data sets and models: of modules that the policy names, and no others."""
+    base = {"run": {"simulation": False}, "evaluation": {"image_metrics": False}}
+    named = {"data": {"name": "theirs.sets:scans"}, "fine": {"preset": "theirs.nets:slim"}}
+    config = config_from_mapping({**base, **named})
+    with pytest.raises(PolicyError, match=r"^data\.name: theirs\.sets:scans is code of a module"):
+        check_config(NodePolicy(), config)
+    with pytest.raises(PolicyError, match=r"^fine\.preset: theirs\.nets:slim is code of a module"):
+        check_config(NodePolicy(modules=("theirs.sets", "their")), config)
+    for modules in (("theirs",), ("theirs.nets", "theirs.sets")):
+        check_config(NodePolicy(modules=modules), config)
+    strategy = config_from_mapping({**base, "aggregation": {"method": "nowhere_at_all:Mine"}})
+    check_config(NodePolicy(), strategy)  # the server's alone
+
+
+def test_a_client_does_not_import_the_servers_strategy(place: Place) -> None:
+    federation = place.federation(aggregation={"method": "nowhere_at_all:Mine"})
+    assert "error" not in str(federation.ask(0, "get_properties"))

@@ -255,10 +255,6 @@ def test_schedule_tables_do_not_travel_with_the_weights() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            {"preset": "huge"},
-            "preset must be one of micro, tiny, tiny_patch, small, paper, got huge",
-        ),
         ({"prediction": "score"}, "prediction must be sample, epsilon or v, got 'score'"),
         ({"resolution": 0}, "resolution must be at least 1, got 0"),
         ({"channels": 0}, "channels must be at least 1, got 0"),

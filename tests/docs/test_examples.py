@@ -145,6 +145,25 @@ def test_a_mechanism_of_ones_own(tmp_path: Path) -> None:
     assert record.fields["mechanism"] == "block_means"
 
 
+DOORS = ("custom_strategy.py", "own_data_set.py", "own_model.py")
+
+
+@pytest.mark.parametrize("name", DOORS)
+def test_an_example_of_ones_own_code_is_short_and_on_its_page(name: str) -> None:
+    source = (EXAMPLES / name).read_text()
+    assert len(source.splitlines()) <= 40
+    assert source in (ROOT / "docs" / "extending.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["own_data_set.py", "own_model.py"])
+def test_code_of_ones_own_runs_by_name(tmp_path: Path, name: str) -> None:
+    printed = run_example(tmp_path, name, "made")
+    assert 0 < float(printed.splitlines()[-1].removeprefix("held-out loss ")) < 3
+    config = (tmp_path / "made" / "config.yaml").read_text()
+    assert f" {name.removesuffix('.py')}:" in config
+
+
 @pytest.mark.slow
 def test_custom_strategy(tmp_path: Path) -> None:
     printed = run_example(tmp_path, "custom_strategy.py", "made")
