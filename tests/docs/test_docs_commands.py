@@ -110,7 +110,7 @@ def write_data(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pages")
-    for name in ("experiments", "deploy"):
+    for name in ("experiments", "examples", "deploy"):
         (folder / name).symlink_to(ROOT / name)
     write_data(folder)
     deployed = small_config(run={"simulation": False}, evaluation={"image_metrics": False})

@@ -188,7 +188,7 @@ def test_it_runs_by_name_and_its_state_survives_a_resume(
     class Stopped(Exception):
         """Stands for a crash after the first round."""
 
-    def stop(self: Any, server_round: int, *_: Any) -> Any:
+    def stop(*_: Any, **__: Any) -> Any:
         raise Stopped
 
     with monkeypatch.context() as patch:
