@@ -22,7 +22,15 @@ from typing import TypeVar
 
 from fedpdm.config.keys import ConfigError
 
-__all__ = ["DIRECTORY_VARIABLE", "check_form", "find", "is_named", "load_installed", "load_kind", "load_named"]
+__all__ = [
+    "DIRECTORY_VARIABLE",
+    "check_form",
+    "find",
+    "is_named",
+    "load_installed",
+    "load_kind",
+    "load_named",
+]
 
 DIRECTORY_VARIABLE = "FEDPDM_MODULES"
 
