@@ -257,8 +257,9 @@ def encode_release(released: Release, *, client_id: int, encoding: str = "float3
         raise WireError(f"only a Release may leave here, got {type(released).__name__}")
     tensors = released.tensors()
     floats = {name: value for name, value in tensors.items() if value.is_floating_point()}
+    whole = {name: value for name, value in tensors.items() if name not in floats}
     return _pack(
-        {**quantize(floats, encoding=encoding), **_without(tensors, floats)},
+        {**quantize(floats, encoding=encoding), **whole},
         {
             "kind": "release",
             "encoding": encoding,
@@ -289,7 +290,8 @@ def decode_release(
     if got != wanted:
         raise WireError(f"release of {who}: made by mechanism {got!r}, expected {wanted}")
     whole = {name: value for name, value in tensors.items() if value.dtype == torch.int64}
-    tensors = {**_decoded(_without(tensors, whole), metadata, f"release of {who}"), **whole}
+    rest = {name: value for name, value in tensors.items() if name not in whole}
+    tensors = {**_decoded(rest, metadata, f"release of {who}"), **whole}
     if tensors.keys() != set(expected.names):
         raise WireError(
             f"release of {who}: expected {' and '.join(expected.names)}, got {sorted(tensors)}"
@@ -298,12 +300,6 @@ def decode_release(
         return restore_release(tensors, metadata)
     except ValueError as error:
         raise WireError(f"release of {who}: {error}") from None
-
-
-def _without(
-    tensors: Mapping[str, torch.Tensor], names: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    return {name: value for name, value in tensors.items() if name not in names}
 
 
 def check_metrics(

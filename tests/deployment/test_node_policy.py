@@ -242,19 +242,21 @@ def test_raw_metrics_where_both_allow_them(place: Place) -> None:
     assert "fine_loss" in federation.ask(0, "train", {"round": 1, "phase": "coarse"}).metrics
 
 
-def test_code_that_a_coordinator_names_is_not_imported(place: Place) -> None:
+def test_code_that_a_coordinator_names_is_not_imported(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Neither without a policy nor with one that does not name it."""
+    monkeypatch.setattr("tests.support.deployments.initial_message", lambda _: [])
     (place.root / "theirs.py").write_text("raise SystemExit('their code ran')\n")
-    sys.path.insert(0, str(place.root))
-    try:
-        for federation in (
-            place.federation(privacy={"release": "theirs:Own"}),
-            place.with_policy("max_epsilon: 10", privacy={"release": "theirs:Own"}),
-        ):
-            line = refusal(federation)
-            assert "privacy.release: 'theirs:Own' is not one of the mechanisms" in line
-    finally:
-        sys.path.remove(str(place.root))
+    monkeypatch.syspath_prepend(str(place.root))
+    for federation in (
+        place.federation(privacy={"release": "theirs:Own"}),
+        place.with_policy("max_epsilon: 10", privacy={"release": "theirs:Own"}),
+    ):
+        line = refusal(federation)
+        assert "privacy.release: 'theirs:Own' is not one of the mechanisms" in line
+    named = place.federation(data={"name": "theirs:images"})
+    assert "data.name: theirs:images is code of a module" in refusal(named)
     assert "theirs" not in sys.modules
     assert not place.store.exists()
 
