@@ -32,6 +32,7 @@ from fedpdm.privacy.types import ReleasedDataset
 from fedpdm.rng import Purpose
 from fedpdm.storage.client_store import Reply
 from fedpdm.storage.files import StoreError
+from fedpdm.wire.types import Phase
 
 __all__ = ["PFDMClient"]
 
@@ -137,13 +138,13 @@ class PFDMClient(NumPyClient):
             "num_released": len(self.local.held.images) if self.config.kind.releases else 0,
         }
         phase = str(config["phase"])
-        if phase == "fine":
+        if phase == Phase.FINE:
             return wire.encode_nothing(), metrics
-        if phase == "release":
+        if phase == Phase.RELEASE:
             train = select(self.work.release(), torch.from_numpy(self.local.held.train))
             self.work.record_members("coarse", "released")
             return self._upload(train), metrics
-        if phase == "coarse":
+        if phase == Phase.COARSE:
             message, trained = self.work.train_coarse(parameters, round, config, write)
             return message, metrics | trained
         raise ValueError(f"phase must be coarse, release or fine, got {phase!r}")

@@ -18,6 +18,7 @@ from fedpdm.data.loading import build_partitions, load_split
 from fedpdm.diffusion.training import BatchLoss
 from fedpdm.setup.losses import raw_coarse_batch_loss
 from fedpdm.setup.run_setup import RunSetup
+from fedpdm.wire.types import Phase
 from strategies.coarse import CoarseStrategy
 from strategies.server_training import CoarseServerTraining
 
@@ -29,8 +30,8 @@ class TrainingAlone(CoarseStrategy):
 
     has_model = False
 
-    def phase(self, round: int) -> str:
-        return "fine"
+    def phase(self, round: int) -> Phase:
+        return Phase.FINE
 
     def fit_message(self, round: int) -> Parameters:
         return ndarrays_to_parameters(wire.encode_nothing())
@@ -58,8 +59,8 @@ class CentralisedTraining(CoarseServerTraining):
         self._pixels = np.concatenate([own.images.images[own.train] for own in held])
         self._labels = np.concatenate([own.train_labels for own in held])
 
-    def phase(self, round: int) -> str:
-        return "fine"
+    def phase(self, round: int) -> Phase:
+        return Phase.FINE
 
     def training_data(self) -> tuple[BatchLoss, torch.Tensor]:
         """(loss on all clients' training images, their labels); records whose these are."""

@@ -24,7 +24,7 @@ from flwr.server.client_proxy import ClientProxy
 
 from fedpdm import wire
 from fedpdm.storage.run_directory import RunDirectory
-from fedpdm.wire.types import CoarseUpdate
+from fedpdm.wire.types import CoarseUpdate, Phase
 from strategies.answers import ClientAnswer, encode_arrays
 from strategies.exchange import RoundExchange
 from strategies.robust import shorten
@@ -88,8 +88,8 @@ class CoarseStrategy(RoundExchange):
 
     # A round of updates.
 
-    def phase(self, round: int) -> str:
-        return "coarse"
+    def phase(self, round: int) -> Phase:
+        return Phase.COARSE
 
     def fit_message(self, round: int) -> Parameters:
         """The coarse weights."""
@@ -111,7 +111,7 @@ class CoarseStrategy(RoundExchange):
         A longer update than `settings.max_update_norm` is shortened to it.
         """
         who = f"client {answer.client_id}"
-        if self.phase(round) != "coarse":
+        if self.phase(round) is not Phase.COARSE:
             if message:
                 raise wire.WireError(f"{who} sent a message where none was asked for")
             return

@@ -27,6 +27,7 @@ from flwr.server.strategy import Strategy
 
 from fedpdm import wire
 from fedpdm.reporting.trackers import RunTrackers
+from fedpdm.wire.types import Phase
 from strategies.answers import (
     ClientAnswer,
     accepted_metrics,
@@ -82,7 +83,7 @@ class RoundExchange(Strategy):
     # What a round is made of.
 
     @abstractmethod
-    def phase(self, round: int) -> str:
+    def phase(self, round: int) -> Phase:
         """What clients do in this round besides fine training: coarse, release or fine."""
 
     @abstractmethod
@@ -155,7 +156,7 @@ class RoundExchange(Strategy):
             return []  # only the final evaluation was missing
         config: dict[str, Scalar] = {
             "round": round,
-            "phase": self.phase(round),
+            "phase": self.phase(round).value,
             **self.fit_config(),
         }
         chosen = self._roster.choose(round, client_manager)

@@ -34,6 +34,7 @@ from fedpdm.setup.build import (
 from fedpdm.setup.losses import coarse_batch_loss
 from fedpdm.setup.run_setup import RunSetup
 from fedpdm.storage.run_directory import RunDirectory
+from fedpdm.wire.types import Phase
 from strategies.answers import ClientAnswer
 from strategies.coarse import CoarseStrategy, Weights
 
@@ -75,8 +76,8 @@ class CoarseServerTraining(CoarseStrategy):
         self._trainer = Trainer(model, settings, device=self._device)
         self._trainer.load_weights(self.weights, what="initial coarse weights")
 
-    def phase(self, round: int) -> str:
-        return "release" if round == 1 else "fine"
+    def phase(self, round: int) -> Phase:
+        return Phase.RELEASE if round == 1 else Phase.FINE
 
     def fit_message(self, round: int) -> Parameters:
         """Nothing: no client trains the coarse model, so weights travel for evaluation alone."""
@@ -84,7 +85,7 @@ class CoarseServerTraining(CoarseStrategy):
 
     def accept(self, round: int, answer: ClientAnswer, message: NDArrays) -> None:
         """A release goes to disk at once."""
-        if self.phase(round) != "release":
+        if self.phase(round) is not Phase.RELEASE:
             super().accept(round, answer, message)
             return
         released = released_images(
@@ -101,7 +102,7 @@ class CoarseServerTraining(CoarseStrategy):
 
     def begin(self, round: int, clients: Collection[int]) -> None:
         self._accepted = []
-        self._releasing = self.phase(round) == "release"
+        self._releasing = self.phase(round) is Phase.RELEASE
 
     def largest_message(self, num_examples: int) -> int:
         """Float32 values and an int64 label for each image, whatever the encoding."""

@@ -1,13 +1,22 @@
-"""What a client computes from its release and sends: a coarse update."""
+"""What a server asks for, and the coarse update that a client computes from its release."""
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
-__all__ = ["CoarseUpdate"]
+__all__ = ["CoarseUpdate", "Phase"]
+
+
+class Phase(enum.StrEnum):
+    """What a client is asked for in a round of training, besides its own fine model."""
+
+    COARSE = "coarse"  # local steps of the coarse model
+    RELEASE = "release"  # its release itself
+    FINE = "fine"  # nothing
 
 
 @dataclass(frozen=True, kw_only=True)
