@@ -143,8 +143,9 @@ def _train(
     from fedpdm.data import denormalize, normalize
     from fedpdm.diffusion.objectives import denoising_loss
     from fedpdm.diffusion.schedule import make_schedule
-    from fedpdm.diffusion.training import OptimizerSettings, Trainer, load_named, select_device
+    from fedpdm.diffusion.training import OptimizerSettings, Trainer, select_device
     from fedpdm.diffusion.twostage import SamplerSettings, sample_in_batches
+    from fedpdm.diffusion.weights import load_named
     from fedpdm.evaluation.measures import group_labels
 
     train, schedule, device = images["train"], make_schedule("linear"), select_device()

@@ -25,7 +25,7 @@ from clients.training import LocalTraining
 from clients.workers import WriteBehind
 from fedpdm import wire
 from fedpdm.diffusion.denoisers import Denoiser
-from fedpdm.diffusion.training import load_named
+from fedpdm.diffusion.weights import load_named
 from fedpdm.evaluation.measures import mean_loss
 from fedpdm.privacy.mechanism import select
 from fedpdm.privacy.types import ReleasedDataset

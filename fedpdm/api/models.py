@@ -12,14 +12,8 @@ from fedpdm.config import ConfigError, RunConfig
 from fedpdm.data import ImageSet, data_set
 from fedpdm.data.spec import ImageSpec, build_image_spec
 from fedpdm.diffusion.denoisers import Denoiser
-from fedpdm.diffusion.training import (
-    BatchLoss,
-    Progress,
-    Trainer,
-    class_weights,
-    load_named,
-    select_device,
-)
+from fedpdm.diffusion.training import BatchLoss, Progress, Trainer, class_weights, select_device
+from fedpdm.diffusion.weights import load_named
 from fedpdm.privacy.events import same_release
 from fedpdm.privacy.mechanism import join
 from fedpdm.privacy.types import ReleasedDataset

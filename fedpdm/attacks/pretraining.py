@@ -15,7 +15,8 @@ from fedpdm.data import ImageSet, normalize
 from fedpdm.diffusion.denoisers import NO_LABEL, Denoiser, DenoiserSpec
 from fedpdm.diffusion.objectives import denoising_loss
 from fedpdm.diffusion.schedule import NoiseSchedule
-from fedpdm.diffusion.training import OptimizerSettings, Progress, Trainer, TrainReport, load_named
+from fedpdm.diffusion.training import OptimizerSettings, Progress, Trainer, TrainReport
+from fedpdm.diffusion.weights import load_named
 from fedpdm.privacy.mechanism import clip_l2
 from fedpdm.privacy.types import ReleaseParameters
 

@@ -17,8 +17,9 @@ from fedpdm.config import RunConfig
 from fedpdm.data import denormalize
 from fedpdm.data.spec import ImageSpec
 from fedpdm.diffusion.denoisers import Denoiser, DenoisingFunction
-from fedpdm.diffusion.training import ema_weights, load_named, select_device
+from fedpdm.diffusion.training import select_device
 from fedpdm.diffusion.twostage import SamplerOutput, SamplerSettings, sample_in_batches
+from fedpdm.diffusion.weights import ema_weights, load_named
 from fedpdm.setup.build import build_denoiser, sampler_settings
 from fedpdm.setup.run_setup import RunSetup, set_up
 from fedpdm.storage.client_store import ClientStore

@@ -13,12 +13,8 @@ from fedpdm.diffusion.denoisers import Denoiser, DenoiserSpec
 from fedpdm.diffusion.objectives import denoising_loss
 from fedpdm.diffusion.presets import PRESETS
 from fedpdm.diffusion.schedule import make_schedule
-from fedpdm.diffusion.training import (
-    Trainer,
-    class_weights,
-    load_named,
-    select_device,
-)
+from fedpdm.diffusion.training import Trainer, class_weights, select_device
+from fedpdm.diffusion.weights import load_named
 from tests.support.toys import CPU, copies, same, settings, toy_trainer, train
 
 # --- Stopping and going on ------------------------------------------------------------------

@@ -12,8 +12,8 @@ from fedpdm.config import RunConfig
 from fedpdm.data import denormalize
 from fedpdm.data.spec import ImageSpec
 from fedpdm.diffusion.schedule import make_schedule
-from fedpdm.diffusion.training import load_named
 from fedpdm.diffusion.twostage import SamplerSettings, sample_in_batches
+from fedpdm.diffusion.weights import load_named
 from fedpdm.evaluation.trajectory import record_states
 from fedpdm.rng import Purpose, torch_generator
 from fedpdm.setup.build import build_denoiser

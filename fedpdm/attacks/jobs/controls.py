@@ -26,14 +26,9 @@ from fedpdm.diffusion.denoisers import Denoiser, DenoiserSpec
 from fedpdm.diffusion.objectives import denoising_loss, drop_labels
 from fedpdm.diffusion.presets import PRESETS
 from fedpdm.diffusion.schedule import make_schedule
-from fedpdm.diffusion.training import (
-    OptimizerSettings,
-    Progress,
-    Trainer,
-    load_named,
-    select_device,
-)
+from fedpdm.diffusion.training import OptimizerSettings, Progress, Trainer, select_device
 from fedpdm.diffusion.twostage import SamplerSettings, sample_in_batches
+from fedpdm.diffusion.weights import load_named
 from fedpdm.storage.files import StoreError, read_tensors, write_tensors
 
 __all__ = ["as_it_must_be", "control_images", "plan_controls", "train_control"]

@@ -16,7 +16,7 @@ from PIL import Image
 
 from fedpdm.config import RunConfig
 from fedpdm.data.loading import load_split
-from fedpdm.diffusion.training import ema_weights
+from fedpdm.diffusion.weights import ema_weights
 from fedpdm.evaluation.synthesis import open_synthesizer
 from fedpdm.evaluation.trajectory import record_states
 from fedpdm.reporting.pictures.tiles import tile_images
