@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
@@ -23,6 +24,7 @@ from fedpdm.setup.build import build_denoiser
 from fedpdm.setup.run_setup import set_up
 from fedpdm.storage.client_store import ClientStore
 from tests.support.markdown_pages import ROOT
+from tests.support.oracles import GaussianPosterior
 
 EXAMPLES = ROOT / "examples"
 NOTEBOOK = EXAMPLES / "quickstart.ipynb"
@@ -145,7 +147,7 @@ def test_a_mechanism_of_ones_own(tmp_path: Path) -> None:
     assert record.fields["mechanism"] == "block_means"
 
 
-DOORS = ("custom_strategy.py", "own_data_set.py", "own_model.py")
+DOORS = ("custom_strategy.py", "own_data_set.py", "own_denoiser.py", "own_model.py")
 
 
 @pytest.mark.parametrize("name", DOORS)
@@ -162,6 +164,33 @@ def test_code_of_ones_own_runs_by_name(tmp_path: Path, name: str) -> None:
     assert 0 < float(printed.splitlines()[-1].removeprefix("held-out loss ")) < 3
     config = (tmp_path / "made" / "config.yaml").read_text()
     assert f" {name.removesuffix('.py')}:" in config
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_a_denoiser_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The closed form is exact, the fine model takes over at its level, and a picture is drawn."""
+    monkeypatch.setattr(sys, "argv", ["own_denoiser.py", str(tmp_path / "drawn.png")])
+    example = runpy.run_path(str(EXAMPLES / "own_denoiser.py"))
+    with Image.open(tmp_path / "drawn.png") as picture:
+        assert picture.width > 500
+    x_t = torch.randn((3, 1, 8, 8), generator=torch.Generator().manual_seed(4))
+    labels, flag = torch.tensor([7, 0, 7]), torch.zeros(3, dtype=torch.bool)
+    cov = np.cov((example["x_0"] - example["means"][example["classes"]]).numpy().T)
+    levels = torch.tensor([900, 301, 500])
+    with torch.no_grad():
+        for label in (7, 0):
+            mean = example["x_0"][example["classes"] == label].mean(0)
+            exact = GaussianPosterior(example["schedule"].alphas_cumprod, mean, cov)
+            rows, given = labels == label, {"labels": labels[labels == label]}
+            expected = exact(x_t[rows], levels[rows], **given)
+            assert torch.allclose(example["gaussians"](x_t[rows], levels[rows], **given), expected,
+                                  atol=1e-3)  # fmt: skip
+        both, level = example["both"], torch.full((3,), 300)
+        assert torch.equal(both(x_t, level + 1, labels=labels),
+                           example["gaussians"](x_t, level + 1, labels=labels))  # fmt: skip
+        fine = example["fine"](x_t, level, labels=torch.full((3,), -1), clipped=flag)
+        assert torch.equal(both(x_t, level, labels=labels), fine)
+        assert not torch.allclose(fine, example["gaussians"](x_t, level, labels=labels), atol=0.05)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from fedpdm.diffusion.denoisers import NO_LABEL, Denoiser, DenoiserSpec
 from fedpdm.diffusion.presets import PRESETS
 from fedpdm.diffusion.sampling import make_scheduler
 from fedpdm.diffusion.schedule import NoiseSchedule, make_schedule
-from fedpdm.diffusion.twostage import SamplerSettings, sample_two_stage
+from fedpdm.diffusion.twostage import SamplerSettings, as_asked, sample_two_stage, stages
 from fedpdm.publishing.pipeline import PFDMPipeline
 from tests.support.toys import seeded
 
@@ -131,6 +132,28 @@ def test_same_images_as_sampling(
     torch.testing.assert_close(images, expected, rtol=1e-4, atol=1e-4)
     other = pipeline.generate(x_T, [1, 1, 1], num_inference_steps=6, generator=seeded())
     assert not torch.allclose(other, expected, rtol=1e-2, atol=1e-2)  # the check can fail
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@pytest.mark.parametrize("share", [None, [1.0, 0.3, 0.0, 0.65]], ids=["handed over", "mixed"])
+@torch.no_grad()
+def test_the_same_model_answers_at_every_level(share: list[float] | None, guidance: float) -> None:
+    """The export's copy of the rule against the denoiser that the sampler asks."""
+    schedule, coarse, fine = make_pair()
+    pipeline = wrap(schedule, coarse, fine, coarse_share=share)
+    given = None if share is None else torch.tensor(share)
+    settings = SamplerSettings(schedule=schedule, t0=T0, guidance=guidance, coarse_share=given)
+    (stage,) = stages(*as_asked(coarse, fine, settings), settings)
+    x = torch.randn((3, 1, 8, 8), generator=seeded(1))
+    index = torch.where(LABELS == NO_LABEL, 3, LABELS)
+    answers = []
+    for level in range(1, T + 1):
+        t = torch.full((3,), level)
+        answers.append(stage.denoiser(x, t, labels=LABELS))
+        found = pipeline._answer(x, level, index, guidance, "pfdm", T0)
+        torch.testing.assert_close(found, answers[-1], rtol=1e-4, atol=1e-4)
+    steps = torch.stack([(b - a).abs().mean() for a, b in itertools.pairwise(answers)])
+    assert int(steps.argmax()) == T0 - 1  # between T0 and T0 + 1: a shifted level would show
 
 
 def test_call_draws_noise_and_scales_pixels() -> None:
