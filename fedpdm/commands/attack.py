@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedpdm.commands.attack_controls import add_controls
 from fedpdm.commands.attack_models import add_model_attacks
+from fedpdm.commands.terminal import say
 from fedpdm.config.schema import ScheduleConfig
 
 if TYPE_CHECKING:
@@ -129,10 +129,6 @@ def _config(options: argparse.Namespace) -> RunConfig:
     )
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 def run_linkage(options: argparse.Namespace) -> int:
     """The action of `attack linkage`: 0 if measured and analytic AUC agree, else 1."""
     import numpy as np
@@ -143,7 +139,7 @@ def run_linkage(options: argparse.Namespace) -> int:
     config, images = _config(options), _images(options)
     most = len(images.distinct()) // 2
     pairs = min(10_000, most) if options.pairs is None else options.pairs
-    _say(f"linkage: {pairs:,} pairs of {options.data}, through a client's release path ...")
+    say(f"linkage: {pairs:,} pairs of {options.data}, through a client's release path ...")
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="fedpdm-attack-") as folder:
         result = linkage_attack(
@@ -152,7 +148,7 @@ def run_linkage(options: argparse.Namespace) -> int:
             num_pairs=pairs,
             rng=np.random.default_rng(options.seed),
         )
-    _say(f"linkage: done in {time.perf_counter() - started:.1f} s")
+    say(f"linkage: done in {time.perf_counter() - started:.1f} s")
     summary = result.summary
     facts = {
         "data": options.data,
@@ -247,7 +243,7 @@ def run_audit(options: argparse.Namespace) -> int:
         rng=np.random.default_rng(options.seed),
         background=shift,
     )
-    _say(f"audit: {options.canaries:,} canaries of {options.shape}, two rounds ...")
+    say(f"audit: {options.canaries:,} canaries of {options.shape}, two rounds ...")
     started = time.perf_counter()
     suspects = []
     for seed in options.known_seed:
@@ -264,7 +260,7 @@ def run_audit(options: argparse.Namespace) -> int:
             recorded=spent.releases_per_image,
             suspects=suspects,
         )
-    _say(f"audit: done in {time.perf_counter() - started:.1f} s")
+    say(f"audit: done in {time.perf_counter() - started:.1f} s")
     facts = {"seed": options.seed, **dataclasses.asdict(report)}
     _tell(options, "audit.json", facts, _audit_text(report, options))
     return 0 if report.passed else 1

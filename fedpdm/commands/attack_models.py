@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedpdm.commands.terminal import say
 from fedpdm.config import ConfigError
 
 if TYPE_CHECKING:
@@ -90,10 +90,6 @@ def add_model_attacks(kinds: Any) -> None:
     models.set_defaults(action=run_attacks)
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 def check_numbers(options: argparse.Namespace, *names: str) -> None:
     """`ConfigError` unless these options are at least 1 (the seed: 0) and --out may be a folder."""
     for name in names:
@@ -121,7 +117,7 @@ def finish_attacks(
     from fedpdm.attacks.jobs.report import write_report
     from fedpdm.attacks.jobs.running import run_attack_jobs
 
-    done = run_attack_jobs(jobs, options.out, say=_say)
+    done = run_attack_jobs(jobs, options.out, say=say)
     path = write_report(done, options.out, title=title, facts={"seed": options.seed, **facts})
     if getattr(options, "json", False):
         print((options.out / "attacks.json").read_text(), end="")
@@ -151,7 +147,7 @@ def _of_run(options: argparse.Namespace) -> tuple[list[AttackJob], str, dict[str
         releases=options.releases,
         public=_public_set(options, run) if options.public else None,
         public_steps=options.public_steps,
-        say=_say,
+        say=say,
     )
     config = run.config()
     privacy = run.read_json("privacy.json")
@@ -236,7 +232,7 @@ def _of_unet(options: argparse.Namespace) -> tuple[list[AttackJob], str, dict[st
             "null_label": options.null_label,
         },
         seed=options.seed,
-        say=_say,
+        say=say,
     )
     what = (
         f"Attacked: the U-Net in `{options.unet.name}`, {len(subjects)} members and as many "

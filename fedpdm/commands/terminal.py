@@ -25,6 +25,7 @@ __all__ = [
     "equip",
     "progress_aside",
     "quiet",
+    "say",
     "tell",
     "walk_commands",
 ]
@@ -162,6 +163,11 @@ def progress_aside(options: argparse.Namespace) -> Iterator[None]:
         elif options.json:
             stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         yield
+
+
+def say(line: str) -> None:
+    """A line of progress, on standard error: standard output is for results."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def tell(options: argparse.Namespace, line: str, facts: Mapping[str, Any]) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from fedpdm.commands.terminal import say
 
 __all__ = ["add_toy_parser"]
 
@@ -82,17 +83,13 @@ def run_toy(options: argparse.Namespace) -> int:
     (out / "config.yaml").write_text(config_to_yaml(config), encoding="utf-8")
     kept = CellLines(out / "cells.jsonl", resume=options.resume)
     rows, samples = run_cells(
-        cells, kept, num_processes=options.jobs or os.cpu_count() or 1, say=_say
+        cells, kept, num_processes=options.jobs or os.cpu_count() or 1, say=say
     )
-    _say("toy: drawing figures ...")
+    say("toy: drawing figures ...")
     figures = draw_figures(rows, samples, cells, out, delta=config.release.delta)
     report = summarise(rows)
     write_results(rows, report, config, out)
-    _say(f"toy: done in {time.perf_counter() - started:.0f} s; {len(figures)} figures, "
+    say(f"toy: done in {time.perf_counter() - started:.0f} s; {len(figures)} figures, "
          f"results.json and results.csv in {out}")  # fmt: skip
     print(json.dumps(report) if options.json else report_text(rows, report))
     return 1 if report["contradictions"] else 0
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
