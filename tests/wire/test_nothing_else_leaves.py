@@ -187,10 +187,10 @@ def with_releases_of(first: Federation, root: Path, **sections: Any) -> Federati
     for client in second.nodes:
         was = open_local_client(dict(first.nodes[client]), first.run_config, 0)
         now = open_local_client(dict(second.nodes[client]), second.run_config, 0)
-        assert now.images.labels.tolist() == was.images.labels.tolist()
-        assert not (now.images.images == was.images.images).all(axis=(1, 2, 3)).any()
+        assert now.held.images.labels.tolist() == was.held.images.labels.tolist()
+        assert not (now.held.images.images == was.held.images.images).all(axis=(1, 2, 3)).any()
         stored, metadata = read_tensors(was.releases.root / "releases" / "000001.safetensors")
-        stored["digests"] = torch.from_numpy(now.images.image_digests().copy())
+        stored["digests"] = torch.from_numpy(now.held.images.image_digests().copy())
         append(read_ledger(now.releases.root / "ledger.jsonl"), "opened", {"client_id": client})
         write_tensors(now.releases.root / "releases" / "000001.ready", stored, metadata)
     return second
