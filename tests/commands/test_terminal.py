@@ -55,19 +55,22 @@ def test_no_example_is_of_a_command_that_is_gone() -> None:
     assert {*RESULTS} <= COMMANDS.keys()
 
 
-def test_no_colours_without_a_terminal(finished_run: Path) -> None:
-    environment = {**os.environ, "FORCE_COLOR": "", "PYTHON_COLORS": ""}
-    for arguments in (
-        ["--help"],
-        ["run", "--help"],
-        ["show", str(finished_run)],
-        ["show", "nowhere"],
-    ):
-        answer = subprocess.run(
-            [sys.executable, "-m", "fedpdm.cli", *arguments],
-            capture_output=True, check=False, env=environment,
-        )  # fmt: skip
-        assert b"\x1b" not in answer.stdout + answer.stderr
+def test_no_colours_without_a_terminal(
+    finished_run: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("FORCE_COLOR", "PYTHON_COLORS"):
+        monkeypatch.setenv(name, "")
+    with contextlib.suppress(SystemExit):
+        call("--help")
+    with contextlib.suppress(SystemExit):
+        call("run", "--help")
+    assert call("show", finished_run) == 0
+    assert call("show", "nowhere") == 2
+    said = capfd.readouterr()
+    assert "usage: fedpdm run" in said.out
+    assert "locally differentially private" in said.out
+    assert "Next: " in said.err
+    assert "\x1b" not in said.out + said.err
 
 
 @pytest.mark.parametrize(
