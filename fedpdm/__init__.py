@@ -46,6 +46,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "fedpdm.export": ("fedpdm.publishing.export",),
     "fedpdm.ledger": ("fedpdm.privacy.ledger",),
     "fedpdm.mechanism": ("fedpdm.privacy.mechanism",),
+    "fedpdm.mechanism.events": ("fedpdm.privacy.events",),
     "fedpdm.noise": ("fedpdm.privacy.noise",),
     "fedpdm.objectives": ("fedpdm.diffusion.objectives",),
     "fedpdm.pictures": ("fedpdm.reporting.pictures",),
