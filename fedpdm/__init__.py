@@ -51,6 +51,8 @@ MOVED: dict[str, tuple[str, ...]] = {
     "fedpdm.objectives": ("fedpdm.diffusion.objectives",),
     "fedpdm.pictures": ("fedpdm.reporting.pictures",),
     "fedpdm.pipeline": ("fedpdm.publishing.pipeline",),
+    # What `from fedpdm.mechanism import events` asks for.
+    "fedpdm.privacy.mechanism.events": ("fedpdm.privacy.events",),
     "fedpdm.releases": ("fedpdm.privacy.releases",),
     "fedpdm.sampling": ("fedpdm.diffusion.sampling", "fedpdm.diffusion.twostage"),
     "fedpdm.schedule": ("fedpdm.diffusion.schedule",),
