@@ -2,8 +2,8 @@
 
     python examples/custom_strategy.py [FOLDER]
 
-In a config: `aggregation.method: examples.custom_strategy:ClientsAlike`. FedAvg weighs clients by
-their images. Here each weighs the same, and the server goes only part of the way to their mean.
+In a config, beside this file: `aggregation.method: custom_strategy:ClientsAlike`. FedAvg weighs
+clients by their images. Here each weighs the same; the server goes part of the way to their mean.
 """
 
 import sys

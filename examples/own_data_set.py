@@ -1,7 +1,7 @@
 """A data set of one's own: drawn here, read by name in every process of a run.
 
 python examples/own_data_set.py [FOLDER]
-fedpdm run experiments/digits.yaml --set data.name=examples.own_data_set:shapes
+cd examples; fedpdm run ../experiments/digits.yaml --set data.name=own_data_set:shapes
 """
 
 import sys

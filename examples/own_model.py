@@ -1,7 +1,7 @@
 """A U-Net, a loss weight and a coarse objective of one's own, each named in the config.
 
 python examples/own_model.py [FOLDER]
-fedpdm run experiments/digits.yaml --set coarse.preset=examples.own_model:slim
+cd examples; fedpdm run ../experiments/digits.yaml --set coarse.preset=own_model:slim
 """
 
 import sys

@@ -67,7 +67,6 @@ class CoarseServerTraining(CoarseStrategy):
         super().__init__(**options)
         config = setup.config
         self._config, self._setup, self._spec = config, setup, setup.spec
-        self._wanted = setup.release_plan.images
         self._accepted: list[int] = []  # whose releases came in this round
         self._releasing = False
         self._device = select_device(config.run.device)
@@ -120,11 +119,12 @@ class CoarseServerTraining(CoarseStrategy):
             raise wire.WireError(
                 f"release of client {answer.client_id}: its noise is seeded, outside simulation"
             )
-        same = mechanism_of(self._wanted).same(got, self._wanted)
+        wanted = self._setup.release_plan.images
+        same = mechanism_of(wanted).same(got, wanted)
         if not same or shape != self._spec.shape:
             raise wire.WireError(
                 f"release of client {answer.client_id}: made with {got} of images {shape}, "
-                f"expected {self._wanted} of {self._spec.shape}"
+                f"expected {wanted} of {self._spec.shape}"
             )
         if len(released) != answer.num_examples:
             raise wire.WireError(

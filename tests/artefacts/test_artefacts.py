@@ -283,13 +283,10 @@ def test_results_of_an_experiment_count_as_done(
     """Each cell of each profile is known again by its config, which the result holds."""
     cells = json.loads((old / "cells.json").read_text())[name]
     result = json.loads((old / "result.json").read_text())
-    added = new_defaults(capsys)
     for profile, methods in cells.items():
         folder = tmp_path / "results" / f"{name}-{profile}"
         folder.mkdir(parents=True)
         for method, config in methods.items():
-            for section, values in added.items():
-                config[section] |= values
             own = {"suite": name, "profile": profile, "method": method, "config": config}
             (folder / f"{method}-seed0.json").write_text(json.dumps(result | own))
         capsys.readouterr()

@@ -393,9 +393,11 @@ def test_a_method_takes_a_strategy_of_ones_own(
 ) -> None:
     write_module(folder)
     own = f"aggregation.method={MODULE}:PlainMean"
-    arguments = ("experiment", "small.yaml", *places(folder), *methods("ours"))
+    arguments = ("experiment", "small.yaml", *places(folder), *methods("ours-federated"))
     assert call(*arguments, "--set", own, "--set", "run.rounds=1", "--keep") == 0
-    assert read(folder, "ours")["config"]["aggregation"]["method"] == f"{MODULE}:PlainMean"
+    assert (
+        read(folder, "ours-federated")["config"]["aggregation"]["method"] == f"{MODULE}:PlainMean"
+    )
     (run,) = (folder / "runs").iterdir()
     assert json.loads((run / "metrics.json").read_text())["rounds"][0]["moved"] > 0
 
@@ -404,8 +406,10 @@ def test_a_method_takes_a_strategy_of_ones_own(
 def test_a_strategy_that_is_not_there_is_refused_before_any_cell(
     folder: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    key = f"aggregation.method={name}"
-    _, line = refusal(folder, capsys, "small.yaml", *places(folder), *methods("ours"), "--set", key)
+    key = f"aggregation.method='{name}'"
+    _, line = refusal(
+        folder, capsys, "small.yaml", *places(folder), *methods("ours-federated"), "--set", key
+    )
     assert line.startswith(f"aggregation.method: '{name}'")
 
 

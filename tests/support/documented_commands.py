@@ -15,7 +15,7 @@ from tests.support.markdown_pages import Block
 __all__ = ["RULES", "Ci", "Elsewhere", "Here", "Never", "Rule", "rule_of", "typed_lines"]
 
 PROGRAMS = (
-    r"fedpdm|make|python|flwr|tensorboard|deploy/\S+|\.venv/bin/\S+|export|pip|systemctl|useradd|"
+    r"fedpdm|make|python|cp|flwr|tensorboard|deploy/\S+|\.venv/bin/\S+|export|pip|systemctl|useradd|"
     r"install|mkdocs|pytest|docker|podman|git|wandb|mlflow"
 )
 _TYPED = re.compile(rf"^(?:[a-z]*\$ +)?((?:[A-Z_]+=\S* )*(?:{PROGRAMS})(?: .*|$))")
@@ -106,6 +106,7 @@ RULES: tuple[Rule, ...] = (
     Here(r"fedpdm experiment ", ("--table",)),
     # Between institutions. What begins with ~ is the transcript of `make deploy-test`.
     Elsewhere(r"fedpdm .*'~/", "tests/deployment/deploy_run.py", '"federation", "start"'),
+    Here(r"cp examples/"),
     Here(r"deploy/make-certificates "),
     Here(r"fedpdm certificates (request|sign) "),
     Here(r"fedpdm node invite lungs.yaml "),
