@@ -20,6 +20,7 @@ from fedpdm.diffusion.combined import (
 )
 from fedpdm.diffusion.denoisers import NO_LABEL, Denoiser, DenoiserSpec, DenoisingFunction
 from fedpdm.diffusion.gmm import GaussianMixture, MixtureDenoiser
+from fedpdm.diffusion.presets import PRESETS
 from fedpdm.diffusion.sampling import sample
 from fedpdm.diffusion.schedule import make_schedule
 from fedpdm.diffusion.twostage import SamplerSettings, refine, sample_two_stage, stages
@@ -37,7 +38,7 @@ SHARE = torch.tensor([1.0, 0.3, 0.0, 0.65], dtype=torch.float64)
 
 def network(role: str) -> Denoiser:
     spec = DenoiserSpec(
-        preset="micro", resolution=8, channels=1, num_classes=K, prediction="v",
+        preset=PRESETS["micro"], resolution=8, channels=1, num_classes=K, prediction="v",
         knows_clipping=role == "fine",
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
