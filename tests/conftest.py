@@ -1,11 +1,12 @@
 """Fixtures for all tests, and how they are shared out to workers side by side (`pytest -n 2`).
 
-A file's tests stay together, so that what they share is made once. Tests that start Flower's
-processes or Ray (marker `flower`) are one lot: they follow each other in one worker.
+A file's tests stay together, so that what they share is made once. Files with tests that start
+Flower's processes or Ray (marker `flower`) are one lot: they follow each other in one worker.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
-from xdist.scheduler import LoadGroupScheduling
+from xdist.scheduler import LoadScopeScheduling
 
 from tests.support.made_once import made_once
 
@@ -59,23 +60,26 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made_once(tmp_path_factory, "small-run", make) / "out"
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes longest comes first, so that no worker is left alone with it at the end."""
+    flower = {item.path for item in items if item.get_closest_marker("flower")}
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    for item in items:
-        if item.get_closest_marker("flower"):
-            item.add_marker(pytest.mark.xdist_group("flower"))
-    items.sort(key=lambda item: (not item.get_closest_marker("flower"), item.path not in slow))
+    items.sort(key=lambda item: (item.path not in flower, item.path not in slow))
 
 
-class FilesAndGroups(LoadGroupScheduling):
-    """Tests of a group, or else of a file, go to one worker, in the order of collection."""
+class FilesTogether(LoadScopeScheduling):
+    """A file's tests go to one worker, in their order; files with Flower's are one lot."""
 
     def _split_scope(self, nodeid: str) -> str:
-        return str(super()._split_scope(nodeid)).split("::")[0]
+        file = nodeid.split("::")[0]
+        return "flower" if _starts_flower(self.config.rootpath / file) else file
 
 
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FilesAndGroups:
+@functools.cache
+def _starts_flower(file: Path) -> bool:
+    return "pytest.mark.flower" in file.read_text(encoding="utf-8")
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FilesTogether:
     config.option.loadscopereorder = False
-    return FilesAndGroups(config, log)
+    return FilesTogether(config, log)

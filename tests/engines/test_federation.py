@@ -251,7 +251,7 @@ def test_ctrl_c_ends_the_in_process_engine_at_once(tmp_path: Path) -> None:
     while not list(out.glob("clients/*/partial/*")) and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=10)
+    _, errors = process.communicate(timeout=30)
     assert process.returncode == 130
     assert "--resume continues the run" in errors
 
