@@ -254,9 +254,9 @@ def test_a_budget_that_no_release_reaches_is_no_matter(
         asked.append(1)
         raise UnreachableEpsilonError("out of reach")
 
-    monkeypatch.setattr("fedpdm.privacy.planning.calibrate_t0", out_of_reach)
+    monkeypatch.setattr("fedpdm.privacy.mechanism.images.calibrate_t0", out_of_reach)
     config, spec = baseline(kind), build_image_spec(baseline(kind))
-    assert build_release_plan(config, build_schedule(config), spec).t0 == 1000
+    assert build_release_plan(config, build_schedule(config), spec) is None
     assert not asked
     with pytest.raises(UnreachableEpsilonError):
         build_release_plan(baseline("pfdm"), build_schedule(config), spec)
