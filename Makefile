@@ -34,10 +34,13 @@ $(STAMP): pyproject.toml requirements.lock
 demo: install ## train 4 clients on embedded real digits, epsilon 10, under 6 minutes
 	$(BIN)/fedpdm run experiments/digits.yaml --out runs/demo-$(NOW)
 
+# Workers, and the processes that tests start, read what others have compiled.
+test test-fast: export PYTHONDONTWRITEBYTECODE =
+
 test: install ## the whole test suite, WORKERS side by side
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
-test-fast: install ## the tests that take no two seconds and start no Flower: under 90 seconds
+test-fast: install ## the tests that take no half second and start no Flower: under 90 seconds
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m 'not slow and not flower'
 
 experiment-gmm: install ## Gaussian-mixture toy beside its theory, under a minute (fedpdm toy)

@@ -65,6 +65,7 @@ assert "torch" in sys.modules and "flwr" not in sys.modules
 """
 
 
+@pytest.mark.slow
 def test_importing_the_package_imports_no_library() -> None:
     done = subprocess.run([sys.executable, "-c", LAZY], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -189,6 +190,7 @@ def test_the_config_of_a_baseline_releases_nothing(
     assert not (tmp_path / "store").exists()
 
 
+@pytest.mark.slow
 def test_only_releases_reach_the_coarse_model(
     clients: tuple[ImageSet, ...], tmp_path: Path
 ) -> None:
@@ -223,6 +225,7 @@ def test_only_releases_reach_the_coarse_model(
         fedpdm.train_coarse(config, made, num_steps=0)
 
 
+@pytest.mark.slow
 def test_training_learns(clients: tuple[ImageSet, ...]) -> None:
     """The fine model's loss on fixed draws falls; equal seeds repeat, clients differ."""
     config = settings(fine={"lr": 0.003}, run={"seed": 4})
@@ -247,6 +250,7 @@ def models(clients: tuple[ImageSet, ...], tmp_path_factory: pytest.TempPathFacto
     return fedpdm.train_coarse(config, made), fedpdm.train_fine(config, clients[0])
 
 
+@pytest.mark.slow
 def test_sampling_asks_coarse_then_fine(models: Any, clients: tuple[ImageSet, ...]) -> None:
     coarse, fine = models
     config, asked = settings(sampling={"num_steps": 20}), []
@@ -278,6 +282,7 @@ def test_sampling_asks_coarse_then_fine(models: Any, clients: tuple[ImageSet, ..
         fedpdm.sample(config, None, None, [1])
 
 
+@pytest.mark.slow
 def test_attacks_see_what_they_should(
     models: Any, clients: tuple[ImageSet, ...], tmp_path: Path
 ) -> None:
@@ -312,6 +317,7 @@ def test_an_overfitted_fine_model_is_caught(clients: tuple[ImageSet, ...]) -> No
     assert found.auc.value > 0.75
 
 
+@pytest.mark.slow
 def test_a_federation_and_its_export(tmp_path: Path) -> None:
     config = settings(run={"rounds": 1}, evaluation={"image_metrics": False})
     run = fedpdm.run(config, tmp_path / "run")

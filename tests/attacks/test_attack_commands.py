@@ -180,6 +180,7 @@ def test_an_unrecorded_second_release_is_caught(
     assert {"ledger", "claim"} <= failed(facts)
 
 
+@pytest.mark.slow
 def test_a_known_seed_is_caught(capsys: pytest.CaptureFixture[str]) -> None:
     seeded = [*SMALL_AUDIT, "--seed", "4", "--seeded", "12"]
     code, facts = run([*seeded, "--known-seed", "11", "--known-seed", "12"], capsys)
@@ -213,6 +214,7 @@ def reports(folder: Path, count: int) -> Iterator[AuditReport]:
         )
 
 
+@pytest.mark.slow
 def test_no_false_alarms(tmp_path: Path) -> None:
     assert all(report.passed for report in reports(tmp_path, 12))
 
@@ -229,6 +231,7 @@ def test_the_text_says_what_was_found(capsys: pytest.CaptureFixture[str]) -> Non
     assert "50 pairs of digits (seed 5)" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [

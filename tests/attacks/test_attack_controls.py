@@ -74,6 +74,7 @@ def auc_of(model: ModelTarget, subjects: Any, attack: str) -> dict[str, float]:
     return dict(job.attack(lambda done, total: None)["scores"]["auc"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attack", ["loss", "pia", "pian", "secmi", "secmi_neural"])
 def test_membership_attacks_find_what_was_learnt_by_heart(controls: Any, attack: str) -> None:
     trained, subjects, unseen = controls
@@ -101,6 +102,7 @@ def test_a_trained_network_is_found_out_too() -> None:
                 assert auc["low"] <= 0.5 <= auc["high"], attack
 
 
+@pytest.mark.slow
 def test_a_trained_control_is_kept(controls: Any, tmp_path: Path) -> None:
     """Trained once; again for another seed, and where the file is damaged."""
     trained, kept, said = controls[0], tmp_path / "models" / "x.safetensors", []
@@ -132,6 +134,7 @@ def samples(model: ModelTarget, images: ImageSet, num: int, seed: int) -> np.nda
     return denormalize(output.images, shift=SHIFT).numpy()
 
 
+@pytest.mark.slow
 def test_memorisation_flags_copies(controls: Any, tmp_path: Path) -> None:
     trained, subjects, unseen = controls
     shares = []

@@ -59,6 +59,7 @@ def record(run: Path, client: int = 0) -> dict[str, Any]:
 # --- What a run records ---------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_clients_record_what_they_train_on(finished: dict[str, Path]) -> None:
     config = config_of("pfdm")
     images = load_split(config, "train")
@@ -78,6 +79,7 @@ def test_clients_record_what_they_train_on(finished: dict[str, Path]) -> None:
         assert held == set(build_partitions(config, images)[client].indices.tolist())
 
 
+@pytest.mark.slow
 def test_clients_count_the_classes_they_train_on(finished: dict[str, Path]) -> None:
     """What an export mixes its models by; held-out images do not count."""
     labels = load_split(config_of("pfdm"), "train").labels
@@ -113,6 +115,7 @@ def test_the_record_is_of_what_training_was_given(
     assert (a["train"], a["heldout"]) == (b["heldout"], b["train"])
 
 
+@pytest.mark.slow
 def test_a_server_that_trains_on_raw_images_records_all_clients(finished: dict[str, Path]) -> None:
     run = RunDirectory(finished["centralised"])
     images = load_split(run.config(), "train")
@@ -123,6 +126,7 @@ def test_a_server_that_trains_on_raw_images_records_all_clients(finished: dict[s
     assert not (run.root / "clients" / "0" / "members.json").exists()
 
 
+@pytest.mark.slow
 def test_a_resumed_round_on_other_images_is_refused(copied: Path) -> None:
     config = config_of("pfdm")
     store = ClientStore(copied / "clients" / "0")
@@ -161,6 +165,7 @@ def subjects(run: Path, clients: list[int]) -> Any:
     return open_subjects(directory, images, records, clients, most=500, rng=rng)
 
 
+@pytest.mark.slow
 def test_non_members_are_held_out_and_matched(finished: dict[str, Path]) -> None:
     found = subjects(finished["pfdm"], [0, 1])
     images = load_split(config_of("pfdm"), "train").images
@@ -174,6 +179,7 @@ def test_non_members_are_held_out_and_matched(finished: dict[str, Path]) -> None
     assert found.source.startswith("held-out")
 
 
+@pytest.mark.slow
 def test_without_held_out_images_others_take_their_place(finished: dict[str, Path]) -> None:
     found = subjects(finished["nothing_held_out"], [0])
     config = RunDirectory(finished["nothing_held_out"]).config()
@@ -183,6 +189,7 @@ def test_without_held_out_images_others_take_their_place(finished: dict[str, Pat
     assert "no client holds" in found.source
 
 
+@pytest.mark.slow
 def test_changed_data_are_refused(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = copied / "clients" / "1" / "members.json"
     kept = json.loads(path.read_text())
@@ -193,6 +200,7 @@ def test_changed_data_are_refused(copied: Path, capsys: pytest.CaptureFixture[st
     )
 
 
+@pytest.mark.slow
 def test_an_image_on_both_sides_is_refused(
     copied: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -208,6 +216,7 @@ def test_an_image_on_both_sides_is_refused(
 # --- Targets --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_targets_of_runs(finished: dict[str, Path]) -> None:
     found = run_targets(open_synthesizer(RunDirectory(finished["pfdm"]), 1))
     t0 = json.loads((finished["pfdm"] / "privacy.json").read_text())["t0"]
@@ -245,6 +254,7 @@ def test_two_chains_become_one_where_the_answer_is_known() -> None:
     assert torch.allclose(got.double(), exact, atol=0.02)  # the levels are whole numbers
 
 
+@pytest.mark.slow
 def test_stored_releases_are_read_not_made(finished: dict[str, Path], copied: Path) -> None:
     one = open_synthesizer(RunDirectory(finished["pfdm"]), 0)
     released = stored_release(RunDirectory(finished["pfdm"]), one)
@@ -268,6 +278,7 @@ def refused(arguments: list[str], line: str, capsys: pytest.CaptureFixture[str])
     return line in said[-1]
 
 
+@pytest.mark.slow
 def test_everything_is_written_and_kept(
     finished: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -317,6 +328,7 @@ OTHERS: dict[str, tuple[str, dict[str, dict[str, Any]], set[str], set[str]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", OTHERS)
 def test_every_kind_of_run_can_be_attacked(
     kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -337,6 +349,7 @@ def test_every_kind_of_run_can_be_attacked(
     assert len(memorised) == 1  # of a noise-to-noise coarse model alone nothing is sampled
 
 
+@pytest.mark.slow
 def test_releases_kept_elsewhere_are_found(
     copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -357,6 +370,7 @@ def test_releases_kept_elsewhere_are_found(
     assert before == after
 
 
+@pytest.mark.slow
 def test_an_interrupted_attack_goes_on(finished: dict[str, Path], tmp_path: Path) -> None:
     def jobs() -> Any:
         return plan_run(
@@ -394,6 +408,7 @@ def test_names_of_attacks() -> None:
             chosen_attacks(bad)
 
 
+@pytest.mark.slow
 def test_bad_input_is_one_line(
     finished: dict[str, Path], copied: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -102,6 +102,7 @@ def test_images_from_folders_and_files(tmp_path: Path) -> None:
     assert labels.tolist() == [0] * 4
 
 
+@pytest.mark.slow
 def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["attack", "--unet", str(folder / "model"), "--members", str(folder / "a.npz")]
     command += ["--non-members", str(folder / "b.npz"), "--out", str(folder / "out")]

@@ -68,6 +68,7 @@ def test_a_correct_path_passes_and_the_numbers_are_right() -> None:
     json.dumps(dataclasses.asdict(report))
 
 
+@pytest.mark.slow
 def test_false_alarms_are_rare() -> None:
     """200 honest audits of many kinds: a rate of 1% of alarms would show with chance 0.87."""
     shapes = [(1, 8, 8), (3, 4, 4), (1, 4, 4), (1, 3, 3)]
@@ -92,6 +93,7 @@ def test_false_alarms_are_rare() -> None:
         assert failed(report) == set(), (seed, report.findings)
 
 
+@pytest.mark.slow
 def test_false_alarms_of_large_images() -> None:
     for seed in range(8):
         path = Path(clip_norm=10.0, mu=2.0)
@@ -139,6 +141,7 @@ FAULTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("path", "name"), [row[1:] for row in FAULTS], ids=[r[0] for r in FAULTS])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_planted_faults_are_caught(path: Path, name: str, seed: int) -> None:

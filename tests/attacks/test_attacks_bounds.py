@@ -176,6 +176,7 @@ def test_gaussian_recursion_is_the_published_one(m: int) -> None:
         assert mu == 0.0 or naive_refuted(mu - 3e-5, m, guesses, right, 0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mu", [0.3, 1.0, 2.0, 4.0])
 @pytest.mark.parametrize(("m", "share"), [(30, 1.0), (30, 0.3), (300, 1.0), (300, 0.1)])
 def test_lower_bounds_are_below_the_truth(mu: float, m: int, share: float) -> None:
@@ -229,6 +230,7 @@ def test_tightness_at_mu_2(m: int, steinke_share: float, gaussian_share: float) 
     assert independent_mu_bound(num_guesses=m, num_right=all_right) > 0.94 * mu
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("m", [200, 2000])
 def test_best_number_of_guesses_is_near_the_best(m: int) -> None:
     def reached(guesses: int) -> tuple[float, float]:

@@ -100,6 +100,7 @@ def test_equal_images_are_drawn_once() -> None:
     assert result.distances.min() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 300, 5000])
 def test_pooled_auc_is_the_mean_over_pairs(count: int) -> None:
     distances = np.random.default_rng(count).gamma(2.0, 1.5, size=count)

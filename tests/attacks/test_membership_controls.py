@@ -42,6 +42,7 @@ def run(target: AttackTarget, attack: str, **options: Any) -> MembershipResult:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_a_model_that_memorised_is_caught(attack: str) -> None:
     result = run(memorising_target(MEMBERS, labels=LABELS), attack)
@@ -60,6 +61,7 @@ def test_a_model_that_memorised_is_caught(attack: str) -> None:
     assert flipped.auc.high < (0.25 if weak else 0.1)  # a sign the wrong way round is no attack
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_a_model_that_never_saw_them_gives_nothing_away(attack: str) -> None:
     """It memorised other images of the same law; the interval here is DeLong's, at 99.9%."""
@@ -69,6 +71,7 @@ def test_a_model_that_never_saw_them_gives_nothing_away(attack: str) -> None:
     assert result.scores.auc.low < result.scores.auc.value < result.scores.auc.high
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_a_coarse_range_is_attacked_at_its_own_levels(attack: str) -> None:
     target = memorising_target(MEMBERS, labels=LABELS, t_range=(691, 1000))
@@ -92,6 +95,7 @@ def test_noise_above_t0_hides_members(attack: str) -> None:
     assert coarse < full - 0.1
 
 
+@pytest.mark.slow
 def test_equal_seeds_repeat_and_others_do_not() -> None:
     target = memorising_target(STRANGERS, labels=LABELS)
     for attack in ("loss", "clid", "gsa", "secmi_neural"):
@@ -115,6 +119,7 @@ def test_members_and_non_members_get_different_noise() -> None:
     assert np.abs(result.member_scores - result.non_member_scores).min() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_progress_counts_all_images_and_batches_change_little(attack: str) -> None:
     seen: list[tuple[int, int]] = []
@@ -125,6 +130,7 @@ def test_progress_counts_all_images_and_batches_change_little(attack: str) -> No
     np.testing.assert_allclose(small.member_scores, run(target, attack).member_scores, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_fitted_attacks_score_the_half_they_did_not_see() -> None:
     for attack, spec in ATTACKS.items():
         result = run(memorising_target(STRANGERS, labels=LABELS), attack)
@@ -138,6 +144,7 @@ def test_fitted_attacks_score_the_half_they_did_not_see() -> None:
         assert result.scores.num_members == kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_every_attack_runs_on_a_unet(attack: str) -> None:
     spec = DenoiserSpec(

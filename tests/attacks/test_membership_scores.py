@@ -22,6 +22,7 @@ def judge(members: object, non_members: object, *, num_bootstrap: int = 20) -> M
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decimals", [12, 1, 0])  # rounding makes ties
 def test_rates_agree_with_scikit_learn(decimals: int) -> None:
     rng = np.random.default_rng(decimals)
@@ -79,6 +80,7 @@ def test_the_sign_matters() -> None:
     assert judge(-x, -y).auc.value == pytest.approx(1 - judge(x, y).auc.value)
 
 
+@pytest.mark.slow
 def test_resamples_are_those_of_the_plain_bootstrap() -> None:
     """Percentiles against resampling the scores themselves, judged by scikit-learn."""
     rng = np.random.default_rng(2)
@@ -95,6 +97,7 @@ def test_resamples_are_those_of_the_plain_bootstrap() -> None:
     assert abs(found.high - np.quantile(plain, 0.975)) < 0.25 * spread
 
 
+@pytest.mark.slow
 def test_intervals_cover_at_their_rate() -> None:
     """N(1, 1) against N(0, 1): AUC Phi(1 / sqrt 2); 300 experiments, 95% +- 4 standard errors."""
     truth, rng = stats.norm.cdf(1 / np.sqrt(2)), np.random.default_rng(11)
@@ -110,6 +113,7 @@ def test_intervals_cover_at_their_rate() -> None:
     assert half_as_wide / 300 < 0.85  # an interval half as wide would not pass
 
 
+@pytest.mark.slow
 def test_low_fpr_intervals_cover() -> None:
     """TPR at 1% of N(2, 1) against N(0, 1): Phi(2 - z_0.99); 1000 of each, so 10 accusations."""
     truth, rng = stats.norm.cdf(2 - stats.norm.ppf(0.99)), np.random.default_rng(12)
@@ -122,6 +126,7 @@ def test_low_fpr_intervals_cover() -> None:
     assert covered >= 85
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n", "m"), [(200, 200), (500, 150)])
 def test_asr_at_chance_is_exceeded_once_in_twenty(n: int, m: int) -> None:
     rng = np.random.default_rng(13)

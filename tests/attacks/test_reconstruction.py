@@ -121,6 +121,7 @@ def gaussian(request: pytest.FixtureRequest) -> ReconstructionResult:
     )
 
 
+@pytest.mark.slow
 def test_errors_are_the_closed_forms(gaussian: ReconstructionResult) -> None:
     t0 = gaussian.t0
     abar = SCHEDULE.alpha_bar(t0)
@@ -141,6 +142,7 @@ def test_errors_are_the_closed_forms(gaussian: ReconstructionResult) -> None:
     assert abs(mean - posterior_error(2 * s2)) > 10 * error
 
 
+@pytest.mark.slow
 def test_nobody_beats_the_optimal_attacker(gaussian: ReconstructionResult) -> None:
     optimal, _ = mean_square(gaussian, ("optimal", "one_shot"))
     squares = row_distances(gaussian.images["optimal", "one_shot"], gaussian.originals) ** 2
@@ -154,6 +156,7 @@ def test_nobody_beats_the_optimal_attacker(gaussian: ReconstructionResult) -> No
         gaussian.best("nobody")
 
 
+@pytest.mark.slow
 def test_recovery_is_the_share_of_distances(gaussian: ReconstructionResult) -> None:
     by_key = {(row.attacker, row.method): row for row in gaussian.rows}
     none, blind = by_key["none", "rescaled"], by_key["blind", "class_mean"]
@@ -422,6 +425,7 @@ def test_blind_guess_leaves_the_image_out() -> None:
         blind_guess(x[:1], torch.tensor([0]))
 
 
+@pytest.mark.slow
 def test_share_interval_covers_the_share() -> None:
     rng = np.random.default_rng(0)
     hits = 0
@@ -441,6 +445,7 @@ def test_share_interval_covers_the_share() -> None:
 # --- the pretrained attacker ----------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_pretrained_attacker_learns_from_its_public_images() -> None:
     public = ImageSet(
         images=blobs(300, seed=1),

@@ -37,6 +37,7 @@ def files(out: Path) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fedavg", "fedprox"])
 def test_kept_trainers_and_late_writes_change_no_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str

@@ -137,6 +137,7 @@ CHECKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", CHECKS)
 def test_check_before_the_run(refuser: Refuser, kind: str) -> None:
     settings, words = CHECKS[kind]

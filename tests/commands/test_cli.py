@@ -44,6 +44,7 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_help_comes_at_once() -> None:
     seconds = [math.inf]
     while min(seconds) >= 1.0 and len(seconds) <= 10:  # other tests may keep the machine busy
@@ -56,6 +57,7 @@ def test_help_comes_at_once() -> None:
     assert all(command in answer.stdout for command in COMMANDS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [["--help"], ["config"], ["run", "--help"], ["privacy", "--help"], ["run", "x"]],
@@ -134,6 +136,7 @@ def test_run_writes_its_results(finished_run: Path) -> None:
     assert "round 1/1" in (finished_run / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_run_prints_its_summary_and_show_repeats_it(
     experiment: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -22,6 +22,7 @@ def experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_failed_client_has_exit_code_1_and_a_name(
     experiment: Path,
     tmp_path: Path,
@@ -61,6 +62,7 @@ def test_unexpected_failure_of_a_client_names_it_too(
     assert last == "fedpdm: round 1 fit: client 0: CUDA error: out of memory"
 
 
+@pytest.mark.slow
 def test_diverging_server_training_has_exit_code_1(
     experiment: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -71,6 +73,7 @@ def test_diverging_server_training_has_exit_code_1(
     assert re.fullmatch(r"fedpdm: server round 1 coarse: loss is (nan|inf) at step \d+", last)
 
 
+@pytest.mark.slow
 def test_interrupted_run_has_exit_code_130_and_resumes(
     experiment: Path,
     tmp_path: Path,

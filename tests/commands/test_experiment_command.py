@@ -345,6 +345,7 @@ def refusal(folder: Path, capsys: pytest.CaptureFixture[str], *arguments: Any) -
     return printed.out, said.removeprefix("fedpdm: ").strip()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", REFUSED)
 def test_refused(folder: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     arguments, words = REFUSED[kind]

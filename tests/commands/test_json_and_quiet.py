@@ -99,6 +99,7 @@ def here(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return workplace
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize("name", [*CALLS, *REFUSALS])
 def test_json_alone_on_standard_output(
@@ -112,6 +113,7 @@ def test_json_alone_on_standard_output(
     assert printed.out.rstrip().endswith(("}", "]"))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize("name", [*CALLS, *REFUSALS])
 def test_quiet_prints_nothing(

@@ -81,6 +81,7 @@ def run(folder: Path, name: str, *settings: str, flags: tuple[str, ...] = ()) ->
 # --- One release for many runs --------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_first_run_releases(folder: Path) -> None:
     statement = json.loads((folder / "first" / "privacy.json").read_text())
     once = paid(statement["t0"])
@@ -95,6 +96,7 @@ def test_the_first_run_releases(folder: Path) -> None:
     assert not [*(folder / "first").rglob("0*.safetensors")]  # it is in the shared place alone
 
 
+@pytest.mark.slow
 def test_a_run_with_other_training_and_seed_does_not_release(folder: Path) -> None:
     """An image is known by its pixels, and a release by its settings."""
     before = tree(folder / "shared")
@@ -104,6 +106,7 @@ def test_a_run_with_other_training_and_seed_does_not_release(folder: Path) -> No
     assert second == first
 
 
+@pytest.mark.slow
 def test_the_seed_gives_other_noise_where_nothing_is_released(folder: Path) -> None:
     """So the test above could fail."""
     before = (folder / "shared" / RELEASE).read_bytes()
@@ -112,6 +115,7 @@ def test_the_seed_gives_other_noise_where_nothing_is_released(folder: Path) -> N
     assert (folder / "shared" / RELEASE).read_bytes() != before
 
 
+@pytest.mark.slow
 def test_another_split_noises_only_what_a_client_has_not_had(folder: Path) -> None:
     """A seed also deals the images: what is new to a client is added to what it has released."""
     shutil.rmtree(folder / "shared")
@@ -136,6 +140,7 @@ def test_another_split_noises_only_what_a_client_has_not_had(folder: Path) -> No
 # --- Another release ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "setting", ["privacy.epsilon=5", "privacy.clip_norm=7.5", "schedule.num_steps=900"]
 )
@@ -157,6 +162,7 @@ def test_other_settings_are_refused_with_their_cost(refuser: Refuser, setting: s
     assert not refuser.out.exists()
 
 
+@pytest.mark.slow
 def test_they_are_told_up_front_where_they_are_allowed(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -238,6 +244,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_store_is_refused(refuser: Refuser, damage: Any) -> None:
     shared = refuser.folder / "shared"
@@ -248,6 +255,7 @@ def test_a_damaged_store_is_refused(refuser: Refuser, damage: Any) -> None:
     assert not refuser.out.exists()
 
 
+@pytest.mark.slow
 def test_another_data_set_is_refused(refuser: Refuser) -> None:
     line = refuser.run_line("data.resolution=16", flags=("--releases", "shared"))
     assert "shared/0: holds releases of images (3, 8, 8), these are (3, 16, 16): a store of" in line
@@ -255,6 +263,7 @@ def test_another_data_set_is_refused(refuser: Refuser) -> None:
     assert "of another data set" in refuser.run_line("data.resolution=16", flags=flags)
 
 
+@pytest.mark.slow
 def test_places_for_releases_that_cannot_be_written(
     refuser: Refuser, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -270,6 +279,7 @@ def test_places_for_releases_that_cannot_be_written(
 # --- Between two rounds ---------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_client_whose_ledger_is_gone_does_not_release_again(tmp_path: Path) -> None:
     """Although nothing else would say that its images were released before."""
     config = small_config(data={"max_images": 40}, partition={"num_clients": 2})
@@ -301,6 +311,7 @@ def test_a_client_whose_ledger_is_gone_does_not_release_again(tmp_path: Path) ->
 # --- `fedpdm ledger` ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_ledger_is_printed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = json.loads((folder / "first" / "privacy.json").read_text())
     run(folder, "second", "privacy.epsilon=5", flags=("--allow-new-release",))
@@ -329,6 +340,7 @@ def test_the_ledger_is_printed(folder: Path, capsys: pytest.CaptureFixture[str])
     assert tree(folder / "shared") == before
 
 
+@pytest.mark.slow
 def test_a_ledger_that_is_not_there(refuser: Refuser) -> None:
     for place in ("first/server", "small.yaml", "nowhere"):
         line = refuser.line("ledger", refuser.folder / place)

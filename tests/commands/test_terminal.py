@@ -34,6 +34,7 @@ COMMANDS = dict(walk_commands(_parser()))
 # Help.
 
 
+@pytest.mark.slow
 @every("name", COMMANDS)
 def test_every_command_shows_examples_that_parse(name: str) -> None:
     """Oracle: the parser itself takes every example, as the command that it is shown for."""
@@ -88,6 +89,7 @@ def test_flowers_colours_are_kept_at_terminals_alone(
 # Results for programs.
 
 
+@pytest.mark.slow
 def test_run_json_is_show_json_and_all_else_is_aside(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -105,6 +107,7 @@ def test_run_json_is_show_json_and_all_else_is_aside(
     assert json.loads(capsys.readouterr().out) == facts
 
 
+@pytest.mark.slow
 def test_quiet_run_says_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -117,6 +120,7 @@ def test_quiet_run_says_nothing(
     assert "holds this run already" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 def test_export_sample_evaluate_and_ledger_in_json(
     finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -236,6 +240,7 @@ def at_a_terminal(arguments: list[str], folder: Path) -> str:
     return shown.decode().replace("\r\n", "\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "step"),
     [

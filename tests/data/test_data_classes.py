@@ -43,6 +43,7 @@ def test_the_class_is_the_digit_the_colour_or_both() -> None:
     assert names_of(both) == pairs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("coloring", ["independent", "correlated", "by_label"])
 def test_an_image_has_the_same_colour_in_every_subset(coloring: str) -> None:
     options = {"coloring": coloring}

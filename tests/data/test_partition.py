@@ -182,6 +182,7 @@ def test_dirichlet_majority_is_at_least_the_mean_count() -> None:
         assert expected
 
 
+@pytest.mark.slow
 def test_dirichlet_shares_have_mean_and_variance_of_the_distribution() -> None:
     num_clients, num_classes, per_class = 5, 1500, 100
     labels = np.repeat(np.arange(num_classes), per_class)

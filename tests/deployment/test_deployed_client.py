@@ -52,6 +52,7 @@ def store_tree(federation: Federation, client: int) -> dict[str, bytes]:
 # --- Metrics on raw data --------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", MODES)
 def test_the_server_cannot_turn_raw_metrics_on(tmp_path: Path, training: str) -> None:
     """Asked for in the run config, beside it, and in every message, last round included."""
@@ -75,6 +76,7 @@ def test_the_server_cannot_turn_raw_metrics_on(tmp_path: Path, training: str) ->
     assert local_of(federation, 0).allow_new_release is False
 
 
+@pytest.mark.slow
 def test_a_client_may_turn_raw_metrics_on_for_itself(tmp_path: Path) -> None:
     federation = deployment(tmp_path, options={1: {"raw-metrics": True}})
     federation.run()
@@ -108,6 +110,7 @@ def test_metrics_turned_off_are_not_replayed(tmp_path: Path) -> None:
 # --- The noise ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_deployed_noise_comes_from_no_seed(tmp_path: Path) -> None:
     """Same pictures, client, run and seed: another store has other noise, of the right size."""
     rows = []
@@ -250,6 +253,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", BROKEN)
 def test_errors_keep_what_is_private(
     tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -284,6 +288,7 @@ def test_errors_about_the_servers_own_message_are_told(tmp_path: Path) -> None:
     assert metrics["error"].startswith("malformed message from the server: ")
 
 
+@pytest.mark.slow
 def test_a_failed_client_is_named_with_the_kind_of_its_error(tmp_path: Path) -> None:
     federation = deployment(tmp_path, aggregation={"on_failure": "skip"})
     damage_ledger(federation, pytest.MonkeyPatch())
@@ -293,6 +298,7 @@ def test_a_failed_client_is_named_with_the_kind_of_its_error(tmp_path: Path) -> 
     assert [record["failed"] for record in rounds] == [[line], [line]]
 
 
+@pytest.mark.slow
 def test_one_node_takes_part_in_one_run_after_the_other(tmp_path: Path) -> None:
     """Another config has rounds and a fine model of its own, the same release."""
     first = deployment(tmp_path)

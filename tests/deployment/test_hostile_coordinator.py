@@ -66,6 +66,7 @@ def model(federation: Federation) -> dict[str, torch.Tensor]:
 # --- The release ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize(
     "privacy",
@@ -94,6 +95,7 @@ def test_a_release_that_is_none_is_refused(
     assert releases(federation) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize(
     "sections",
@@ -128,6 +130,7 @@ def test_a_second_release_is_refused(
     assert first.ask(0, "train", FIRST).metrics["replayed"] is True  # the first run still may
 
 
+@pytest.mark.slow
 def test_the_same_release_is_sent_again_not_drawn_again(tmp_path: Path) -> None:
     federation = deployment(tmp_path)
     rows = []
@@ -139,6 +142,7 @@ def test_the_same_release_is_sent_again_not_drawn_again(tmp_path: Path) -> None:
     assert releases(federation) == 40
 
 
+@pytest.mark.slow
 def test_a_policy_of_one_release_does_not_need_the_coordinators_word(tmp_path: Path) -> None:
     """`allow-new-release` counts in the node's own config alone."""
     federation = deployment(tmp_path)
@@ -165,6 +169,7 @@ BAD_WEIGHTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", BAD_WEIGHTS)
 def test_other_weights_are_refused_before_anything_is_released(tmp_path: Path, what: str) -> None:
     federation = deployment(tmp_path)
@@ -200,6 +205,7 @@ def test_what_is_no_model_is_refused(tmp_path: Path, message: wire.Message) -> N
     assert releases(federation) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("round", [0, -1, 2**62, "one", 1.5, b"\0", True])
 def test_rounds_that_are_none_get_nothing(tmp_path: Path, round: Any) -> None:
     federation = deployment(tmp_path)

@@ -325,6 +325,7 @@ DAMAGES = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_what_is_wrong_is_found_and_nothing_accepted(
     node: Node, damage: Callable[[Node], tuple[str, str]]

@@ -135,6 +135,7 @@ ASKING = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("text", "sections", "reason"), ASKING)
 def test_a_config_that_asks_for_more_is_refused(
     place: Place, text: str, sections: dict[str, Any], reason: str
@@ -186,6 +187,7 @@ def test_a_policy_that_cannot_be_read_refuses_everything(
 # --- All releases of an image together --------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_epsilon_in_all_is_bounded_over_releases(
     place: Place, capsys: pytest.CaptureFixture[str]
 ) -> None:

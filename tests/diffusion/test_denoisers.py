@@ -151,6 +151,7 @@ class Remember(torch.nn.Module):
         return SimpleNamespace(sample=x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("preset", "resolution", "channels"),
     [

@@ -100,6 +100,7 @@ def exact_posterior(abar: np.ndarray = SCHEDULE.alphas_cumprod) -> GaussianPoste
     return GaussianPosterior(abar, MEAN, COV)
 
 
+@pytest.mark.slow
 def test_the_truncated_optimum_is_the_posterior_mean_of_the_clean_image() -> None:
     loss = functools.partial(truncated_loss, t0=T0)
     x_tilde = released_data(50_000)
@@ -124,6 +125,7 @@ def test_the_truncated_optimum_is_the_posterior_mean_of_the_clean_image() -> Non
     assert zero_mean_fault(elsewhere) is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_the_denoising_optimum_is_the_posterior_mean(weighting: str) -> None:
     loss = functools.partial(denoising_loss, t_max=120, weighting=weighting)

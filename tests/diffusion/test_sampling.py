@@ -48,6 +48,7 @@ def run(coarse: object, fine: object, n: int = 20_000, **options: object) -> Sam
 # --- The distribution of the samples --------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_steps", [100, 60, 25])
 @pytest.mark.parametrize("scheduler", ["ddpm", "ddim"])
 def test_the_truncated_chain_has_the_moments_of_the_formula(scheduler: str, num_steps: int) -> None:
@@ -69,6 +70,7 @@ def test_the_truncated_chain_has_the_moments_of_the_formula(scheduler: str, num_
     assert output.images.dtype == torch.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheduler", ["ddpm", "ddim"])
 def test_the_two_chains_have_the_moments_of_the_formula(scheduler: str) -> None:
     coarse, fine = release_posterior(), data_posterior()
@@ -89,6 +91,7 @@ def test_the_two_chains_have_the_moments_of_the_formula(scheduler: str) -> None:
 LONG = make_schedule("linear")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chain", CHAINS)
 @pytest.mark.parametrize(
     ("scheduler", "num_steps", "slack"),
@@ -146,6 +149,7 @@ def handed_over(output: SamplerOutput, t0: int = T0) -> str | None:
     return moments_fault(output.images.flatten(1), mean, cov)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("t0", [10, 30, 70])
 def test_the_mean_is_that_of_section_4(t0: int) -> None:
     coarse, fine, _ = experts(t0)
@@ -154,6 +158,7 @@ def test_the_mean_is_that_of_section_4(t0: int) -> None:
     assert fine.levels == list(range(t0, 0, -1))
 
 
+@pytest.mark.slow
 def test_faults_in_the_hand_over_are_detected() -> None:
     coarse, fine, _ = experts()
 
@@ -170,6 +175,7 @@ def test_faults_in_the_hand_over_are_detected() -> None:
     assert handed_over(run(coarse, None, n)) is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheduler", ["ddim", "dpm_solver"])
 def test_deterministic_samplers_keep_more_of_the_coarse_mean(scheduler: str) -> None:
     # The probability flow keeps x_t - a_t mu at unit covariance, so the coarse mean keeps weight

@@ -53,6 +53,7 @@ def run(coarse: object, fine: object, n: int = 4, **options: object) -> SamplerO
 # --- Calls, flags, labels, guidance ---------------------------------------------------------
 
 
+@pytest.mark.slow
 @every(
     "options, coarse_calls, fine_calls",
     [

@@ -81,6 +81,7 @@ def test_whole_and_no_share_are_the_models_by_themselves(scheduler: str, guidanc
     assert not torch.allclose(between, alone, atol=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.25, 0.8])
 @pytest.mark.parametrize("scheduler", ["ddpm", "ddim"])
 def test_the_mixture_has_the_moments_of_the_formula(scheduler: str, share: float) -> None:
@@ -215,6 +216,7 @@ def test_refining_from_level_T_is_sampling_alone(scheduler: str, num_steps: int)
     assert not torch.equal(refined(x_T, experts()[1], 90, **options), images)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("t", [10, 40, 70])
 @pytest.mark.parametrize("scheduler", ["ddpm", "ddim"])
 def test_refining_noised_images_has_the_moments_of_the_formula(scheduler: str, t: int) -> None:
@@ -235,6 +237,7 @@ def test_refining_noised_images_has_the_moments_of_the_formula(scheduler: str, t
     assert moments_fault(clean, mean, cov) is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("t", [100, 300, 700])
 def test_refining_with_the_exact_posterior_returns_the_distribution(t: int) -> None:
     """Mean and variance of the data themselves, at every level, on the chain of T = 1000."""

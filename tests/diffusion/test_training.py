@@ -167,6 +167,7 @@ def test_the_proximal_gradient_is_mu_times_the_distance() -> None:
         assert torch.allclose(moments[f"exp_avg.{name}"], 0.03 * (start - 0.25), atol=1e-8)
 
 
+@pytest.mark.slow
 def test_the_proximal_optimum_lies_between_the_clients_and_the_anchor() -> None:
     # min sum_j (b_j - 1)^2 + mu/2 (b_j - 0)^2 is b = 2 / (2 + mu): closed form, mu = 2.
     trainer, model = toy_trainer(lr=0.05, total_steps=600, warmup_steps=0)

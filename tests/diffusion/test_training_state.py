@@ -40,6 +40,7 @@ def denoiser_trainer(seed: int) -> tuple[Trainer, Callable[..., torch.Tensor]]:
     return Trainer(model, settings(), device=CPU), loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps_before", [0, 3])
 def test_a_resumed_run_goes_on_bit_for_bit(steps_before: int) -> None:
     def chunk(trainer: Trainer, loss: Callable[..., torch.Tensor], steps: int, seed: int) -> None:

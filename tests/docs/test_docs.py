@@ -51,6 +51,7 @@ def name(value: Any) -> str:
     return " ".join(value)[:50] if isinstance(value, list) else ""
 
 
+@pytest.mark.slow
 @every("block, words", COMMANDS)
 def test_commands_are_understood(block: Block, words: list[str]) -> None:
     with pytest.raises(Parsed):
@@ -208,6 +209,7 @@ def workplace(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize("page", ["docs/tutorial.md", "docs/how-to/pipelines.md"])
 def test_pages_in_python_work(page: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -199,6 +199,7 @@ def test_custom_strategy(tmp_path: Path) -> None:
     assert printed.count("clients disagree by") == 3
 
 
+@pytest.mark.slow
 def test_the_custom_strategy_does_what_it_says(tmp_path: Path) -> None:
     """One round on real clients of unequal size: new = old + share (mean - old), unweighted."""
     example = runpy.run_path(str(EXAMPLES / "custom_strategy.py"))

@@ -107,6 +107,7 @@ def test_the_loss_of_raw_images_is_the_ddpm_loss_of_the_formula() -> None:
 # --- What is trained on what ----------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("who", ["all", "first"])
 def test_centralised_training_is_one_loop_over_everybodys_training_images(
     finished: dict[str, tuple[RunConfig, Path, Sent]], who: str
@@ -129,6 +130,7 @@ def test_centralised_training_is_one_loop_over_everybodys_training_images(
     assert same(final_weights(out), trainer.ema()) is (who == "all")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["fedavg", "dp_sgd"])
 def test_one_client_of_federated_averaging_is_local_training(tmp_path: Path, kind: str) -> None:
     config = baseline(
@@ -184,6 +186,7 @@ def test_variants_of_the_average(tmp_path: Path, kind: str) -> None:
     assert up["int8"] < 0.3 * up["plain"]
 
 
+@pytest.mark.slow
 def test_training_alone_gives_the_fine_models_of_a_pfdm_run(
     finished: dict[str, tuple[RunConfig, Path, Sent]], tmp_path: Path
 ) -> None:
@@ -202,6 +205,7 @@ def test_training_alone_gives_the_fine_models_of_a_pfdm_run(
 # --- What is sent ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_training_alone_sends_not_one_byte(
     finished: dict[str, tuple[RunConfig, Path, Sent]],
 ) -> None:
@@ -227,6 +231,7 @@ def test_training_alone_takes_no_message() -> None:
         strategy.accept(1, answer, [np.zeros(3, np.uint8)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", BASELINES)
 def test_no_baseline_makes_a_release(
     finished: dict[str, tuple[RunConfig, Path, Sent]], kind: str
@@ -243,6 +248,7 @@ def test_no_baseline_makes_a_release(
     assert len(left_over(finished["pfdm"][1])) == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", BASELINES)
 def test_a_budget_that_no_release_reaches_is_no_matter(
     monkeypatch: pytest.MonkeyPatch, kind: str
@@ -265,6 +271,7 @@ def test_a_budget_that_no_release_reaches_is_no_matter(
 # --- What is left behind --------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_kind_measures_its_own_models(
     finished: dict[str, tuple[RunConfig, Path, Sent]], kind: str
@@ -292,6 +299,7 @@ def test_each_kind_measures_its_own_models(
     assert ("  shared  alone" in told) is (wanted == {"shared"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", BASELINES)
 def test_an_interrupted_baseline_resumes_to_the_same_weights(
     finished: dict[str, tuple[RunConfig, Path, Sent]], tmp_path: Path, kind: str

@@ -48,6 +48,7 @@ def spent(accountant: Any, sigma: float, *, num_images: int, steps: int) -> floa
     return float(accountant.get_epsilon(DELTA))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("empty_shelf")
 def test_the_noise_is_calibrated_for_each_clients_own_number_of_images(tmp_path: Path) -> None:
     config = baseline(

@@ -58,6 +58,7 @@ def finished(small_run: Path) -> tuple[RunConfig, Path]:
     return small_config(), small_run
 
 
+@pytest.mark.slow
 def test_run_leaves_everything_behind(finished: tuple[RunConfig, Path]) -> None:
     _, out = finished
     for name in (
@@ -75,6 +76,7 @@ def test_run_leaves_everything_behind(finished: tuple[RunConfig, Path]) -> None:
     assert yaml.safe_load((out / "config.yaml").read_text())["privacy"]["epsilon"] == 10.0
 
 
+@pytest.mark.slow
 def test_seed_repeats_and_another_seed_differs(
     finished: tuple[RunConfig, Path], tmp_path: Path
 ) -> None:
@@ -88,6 +90,7 @@ def test_seed_repeats_and_another_seed_differs(
     assert not torch.equal(final_weights(out)[name], final_weights(tmp_path / "other")[name])
 
 
+@pytest.mark.slow
 def test_federated_run_improves_the_coarse_loss(tmp_path: Path) -> None:
     config = small_config(
         run={"rounds": 4},
@@ -110,6 +113,7 @@ def test_federated_run_improves_the_coarse_loss(tmp_path: Path) -> None:
     assert final["heldout_coarse_loss"] < untrained - 5e-4
 
 
+@pytest.mark.slow
 def test_one_client_federated_equals_centralised(tmp_path: Path) -> None:
     config = small_config(
         partition={"kind": "iid", "num_clients": 1},
@@ -175,6 +179,7 @@ def test_changed_release_settings_are_refused(tmp_path: Path) -> None:
     assert release_digests(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_crash_between_rounds_then_resume(
     finished: tuple[RunConfig, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -256,6 +261,7 @@ def test_ctrl_c_ends_the_in_process_engine_at_once(tmp_path: Path) -> None:
     assert "--resume continues the run" in errors
 
 
+@pytest.mark.slow
 def test_server_training_uploads_once(tmp_path: Path) -> None:
     config = small_config(coarse={"training": "server"}, run={"rounds": 3})
     run_in_process(config, tmp_path / "run")
@@ -266,6 +272,7 @@ def test_server_training_uploads_once(tmp_path: Path) -> None:
     assert [record["server_steps"] for record in rounds] == [9, 9, 9]
 
 
+@pytest.mark.slow
 def test_noise_to_noise_and_fine_below_t0(tmp_path: Path) -> None:
     config = small_config(
         coarse={"objective": "noise_to_noise"}, fine={"t_range": "below_t0"}, run={"rounds": 1}
@@ -281,6 +288,7 @@ def damage(out: Path, client: int) -> None:
     path.write_bytes(path.read_bytes()[:100])
 
 
+@pytest.mark.slow
 def test_failed_client_stops_the_run_and_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -290,6 +298,7 @@ def test_failed_client_stops_the_run_and_is_named(
     assert "client 0" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_failed_client_is_left_out_where_config_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

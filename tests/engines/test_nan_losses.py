@@ -39,6 +39,7 @@ def write(folder: Path, config: Any) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "model"),
     [
@@ -86,6 +87,7 @@ def fail_in_round_2(real: Callable[..., Any]) -> Callable[..., Any]:
     return build
 
 
+@pytest.mark.slow
 def test_last_good_state_is_kept_and_the_run_resumes_from_it(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -103,6 +103,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_in_tensorboard_is_its_metrics(out: Path) -> None:
     """Oracle: TensorBoard's own reader, against the run's metrics.json and samples.png."""
     metrics = json.loads((out / "metrics.json").read_text())
@@ -124,6 +125,7 @@ def test_a_run_in_tensorboard_is_its_metrics(out: Path) -> None:
     assert '"privacy.clip_norm": 8.0' in shown
 
 
+@pytest.mark.slow
 def test_samples_of_every_evaluated_round_are_shown(out: Path) -> None:
     """Oracle: the run's own synthesizer, with the models as the last round has left them."""
     shown = shown_pictures(out)
@@ -154,6 +156,7 @@ def every_file(out: Path) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.slow
 def test_a_tracked_run_computes_the_same_bit_for_bit(out: Path, tmp_path: Path) -> None:
     run_in_process(tracked(rounds=2), tmp_path / "run")
     tracked_files, files = every_file(out), every_file(tmp_path / "run")
@@ -162,6 +165,7 @@ def test_a_tracked_run_computes_the_same_bit_for_bit(out: Path, tmp_path: Path) 
     assert [name for name in files if files[name] != tracked_files[name]] == []
 
 
+@pytest.mark.slow
 def test_rounds_without_evaluation_have_no_pictures(tmp_path: Path) -> None:
     config = tracked("tensorboard", rounds=3)
     config = dataclasses.replace(config, evaluation=dataclasses.replace(CONFIG.evaluation, every=2))
@@ -171,6 +175,7 @@ def test_rounds_without_evaluation_have_no_pictures(tmp_path: Path) -> None:
     assert sorted(shown["samples"]) == [3]
 
 
+@pytest.mark.slow
 def test_a_baselines_rounds_show_the_models_that_it_has(tmp_path: Path) -> None:
     config = tracked("tensorboard", rounds=1)
     alone = dataclasses.replace(config.coarse, training="none")
@@ -182,12 +187,14 @@ def test_a_baselines_rounds_show_the_models_that_it_has(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_another_rounds_checkpoint_is_not_drawn(out: Path, tmp_path: Path) -> None:
     config = tracked("tensorboard", rounds=2)
     assert round_pictures(RunDirectory(out), config, 1) == {}
     assert round_pictures(RunDirectory(tmp_path), config, 1) == {}
 
 
+@pytest.mark.slow
 def test_pictures_that_cannot_be_drawn_are_said_once(out: Path, tmp_path: Path) -> None:
     """Planted fault: half of the checkpoint is gone."""
     damaged = tmp_path / "server" / "checkpoint.safetensors"
@@ -206,6 +213,7 @@ def test_pictures_that_cannot_be_drawn_are_said_once(out: Path, tmp_path: Path) 
     assert [step for step, _ in found["coarse_loss"]] == [1, 2]
 
 
+@pytest.mark.slow
 def test_nothing_but_what_metrics_json_holds_is_shown(out: Path) -> None:
     """Every tracked number stands in the server's own file."""
     history = json.loads((out / "metrics.json").read_text())
@@ -223,11 +231,13 @@ def test_nothing_but_what_metrics_json_holds_is_shown(out: Path) -> None:
             assert any(math.isclose(value, one, rel_tol=1e-6) for one in known), name
 
 
+@pytest.mark.slow
 def test_no_trackers_no_files(tmp_path: Path) -> None:
     run_in_process(CONFIG, tmp_path / "run")
     assert not (tmp_path / "run" / "trackers").exists()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_where_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

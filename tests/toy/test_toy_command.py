@@ -161,6 +161,7 @@ def panel(count: int) -> Panel:
     return Panel(title="a", x_label="x", y_label="y", series=series(count))
 
 
+@pytest.mark.slow
 def test_panels_are_the_same_bytes_again(tmp_path: Path) -> None:
     paths = [draw_panels(tmp_path / n, [panel(2)] * 4, title="t", note="n") for n in ("a", "b")]
     for first, second in zip(*paths, strict=True):

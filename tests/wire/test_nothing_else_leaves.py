@@ -80,6 +80,7 @@ def everything(sent: Sent) -> bytes:
 # --- Whole runs -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_message_of_a_run(recorded: Recorded) -> None:
     """Nothing private is in any byte; one message per request; the last round was the final one."""
     federation = recorded.federation
@@ -94,6 +95,7 @@ def test_every_message_of_a_run(recorded: Recorded) -> None:
     assert len(federation.sent) == 2 * sum(PER_CLIENT.values())
 
 
+@pytest.mark.slow
 def test_the_search_finds_what_is_planted(recorded: Recorded) -> None:
     """Any one piece of any kind of private thing, anywhere in a message, would have been seen."""
     search, rng = Search(recorded.things(1)), np.random.default_rng(0)
@@ -106,6 +108,7 @@ def test_the_search_finds_what_is_planted(recorded: Recorded) -> None:
             assert search.found(carrier[:cut] + piece + carrier[cut:]) == {kind}
 
 
+@pytest.mark.slow
 def test_the_search_finds_whole_things(recorded: Recorded) -> None:
     """An image in any form, the fine model's average, a release, an error with a path in it."""
     local, search = recorded.local(1), Search(recorded.things(1))
@@ -126,6 +129,7 @@ def test_the_search_finds_whole_things(recorded: Recorded) -> None:
         assert kind in search.found(b"before" + planted + b"after"), kind
 
 
+@pytest.mark.slow
 def test_a_message_has_no_room_for_more(recorded: Recorded) -> None:
     """All fields of all messages: listed metrics, counts, one payload of the kind asked for."""
     for sent in recorded.federation.sent:
@@ -152,6 +156,7 @@ def test_a_message_has_no_room_for_more(recorded: Recorded) -> None:
             assert loss == {"loss": sent.metrics["heldout_coarse_loss"]}
 
 
+@pytest.mark.slow
 def test_payloads_are_updates_or_the_stored_release(recorded: Recorded) -> None:
     """Decoded, a payload is what it may be, and encoded again it is the same bytes."""
     for sent in recorded.federation.of("train"):
@@ -196,6 +201,7 @@ def with_releases_of(first: Federation, root: Path, **sections: Any) -> Federati
     return second
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recorded", [(mode, False) for mode in MODES], indirect=True, ids=MODES)
 def test_messages_are_a_function_of_the_release(tmp_path: Path, recorded: Recorded) -> None:
     """Same releases, other raw images: every message of the whole run is the same to the bit."""
@@ -217,6 +223,7 @@ def test_messages_are_a_function_of_the_release(tmp_path: Path, recorded: Record
         assert len(moved) > len(fine[0]) / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", MODES)
 def test_other_releases_make_other_messages(tmp_path: Path, training: str) -> None:
     """The comparison can fail: the same raw images, released by another client for itself."""

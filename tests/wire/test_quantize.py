@@ -147,6 +147,7 @@ def metrics_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str],
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["bfloat16", "int8"])
 @pytest.mark.parametrize("training", ["federated", "server"])
 def test_a_federation_in_fewer_bits_comes_close(

@@ -72,6 +72,7 @@ def mutated(value: Any, rng: np.random.Generator) -> Any:
     return STRANGE[int(rng.integers(len(STRANGE)))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MESSAGES)
 def test_no_header_breaks_the_decoders(kind: str) -> None:
     """Well-formed JSON with strange content, in the tensor table and in our own entry."""
