@@ -19,6 +19,7 @@ import yaml
 
 from fedpdm.config.plugins import check_form, is_named
 from fedpdm.config.schema import ConfigError, RunConfig
+from fedpdm.config.strict import StrictError, parse_json, parse_yaml
 from fedpdm.config.toy import ToyConfig
 
 __all__ = [
@@ -133,10 +134,9 @@ def config_from_mapping(mapping: Mapping[str, Any]) -> RunConfig:
 
 def _parse_yaml(text: str, where: str) -> Any:
     try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        line = " ".join(str(error).split())
-        raise ConfigError(f"{where}: not valid YAML: {line}") from None
+        return parse_yaml(text)
+    except StrictError as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def apply_overrides(mapping: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
@@ -238,9 +238,9 @@ def config_to_json(config: RunConfig) -> str:
 def config_from_json(text: str) -> RunConfig:
     """Inverse of `config_to_json`. `ConfigError` also for text that is not JSON."""
     try:
-        mapping = json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"config: not valid JSON: {error}") from None
+        mapping = parse_json(text)
+    except StrictError as error:
+        raise ConfigError(f"config: {error}") from None
     return config_from_mapping(mapping)
 
 

@@ -22,6 +22,7 @@ from fedpdm.config import (
     config_to_json,
     load_config,
 )
+from fedpdm.config.strict import StrictError, parse_json
 from fedpdm.data.spec import build_image_spec
 from fedpdm.deployment.code_digest import code_digest
 
@@ -97,11 +98,19 @@ def make_invitation(config: RunConfig) -> str:
 def read_invitation(path: Path) -> Invitation:
     """An invitation, or the config of an experiment's YAML file; `ConfigError` names the file."""
     try:
-        mapping = json.loads(path.read_text(encoding="utf-8"))
-        stated = mapping["format"]
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: is not UTF-8 text") from None
+    if not text.lstrip().startswith("{"):
+        return Invitation(config=load_config(path))
+    try:
+        mapping = parse_json(text)
+        stated = mapping["format"]
+    except StrictError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    except KeyError:
         return Invitation(config=load_config(path))
     if stated != FORMAT:
         raise ConfigError(f"{path}: format: must be {FORMAT!r}, got {stated!r}")

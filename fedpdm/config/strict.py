@@ -1,0 +1,84 @@
+"""YAML and JSON from strangers: plain data of bounded size and depth, no key twice, no aliases."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import yaml
+
+__all__ = ["LARGEST", "StrictError", "parse_json", "parse_yaml"]
+
+LARGEST = 1 << 20  # characters of a file
+DEEPEST = 32  # collections inside each other
+
+
+class StrictError(ValueError):
+    """Text that is no YAML or JSON, or more than is taken here; one line."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses what makes a small text large (aliases), deep or ambiguous (repeated keys)."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent):
+            raise StrictError(f"line {event.start_mark.line + 1}: aliases are not taken")
+        self.depth += 1
+        if self.depth > DEEPEST:
+            raise StrictError(
+                f"line {event.start_mark.line + 1}: nests deeper than {DEEPEST} levels"
+            )
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen = set()
+        for key, _ in node.value:
+            name = (key.tag, str(getattr(key, "value", "")))
+            if key.tag == "tag:yaml.org,2002:merge":
+                raise StrictError(f"line {key.start_mark.line + 1}: merges are not taken")
+            if name in seen:
+                raise StrictError(
+                    f"line {key.start_mark.line + 1}: key {key.value!r} stands there twice"
+                )
+            seen.add(name)
+        return super().construct_mapping(node, deep=deep)
+
+
+def parse_yaml(text: str) -> Any:
+    """Plain data from YAML. `StrictError` in one line for everything else."""
+    if len(text) > LARGEST:
+        raise StrictError(f"must have at most {LARGEST} characters, got {len(text)}")
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except StrictError:
+        raise
+    except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:
+        raise StrictError(f"not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def parse_json(text: str) -> Any:
+    """Plain data from JSON. `StrictError` in one line for everything else."""
+    if len(text) > LARGEST:
+        raise StrictError(f"must have at most {LARGEST} characters, got {len(text)}")
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except StrictError:
+        raise
+    except RecursionError:
+        raise StrictError("not valid JSON: nests too deep") from None
+    except ValueError as error:
+        raise StrictError(f"not valid JSON: {error}") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise StrictError(f"key {twice!r} stands there twice")
+    return made
