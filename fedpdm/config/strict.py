@@ -23,7 +23,7 @@ class _Loader(yaml.SafeLoader):
     depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        event = self.peek_event()
+        event: Any = self.peek_event()
         if isinstance(event, yaml.AliasEvent):
             raise StrictError(f"line {event.start_mark.line + 1}: aliases are not taken")
         self.depth += 1

@@ -76,6 +76,7 @@ def by_hand(coarse: Denoiser | None, fine: Denoiser | None, out: Path) -> np.nda
     """What client 1 draws for LABELS with seed 7, two at a time."""
     config = RunDirectory(out).config()
     setup = set_up(config)
+    t0 = 1000 if setup.plan is None else setup.plan.t0
     local = local_of(config, out, 1)
     share = coarse_share(config, local.held.train_labels, num_classes=10)
     generator = torch_generator(7, Purpose.SAMPLING, client=1)
@@ -85,7 +86,7 @@ def by_hand(coarse: Denoiser | None, fine: Denoiser | None, out: Path) -> np.nda
         output = sample_two_stage(
             coarse, fine, x_T,
             SamplerSettings(
-                schedule=setup.schedule, t0=setup.plan.t0, scheduler="dpm_solver", num_steps=3,
+                schedule=setup.schedule, t0=t0, scheduler="dpm_solver", num_steps=3,
                 coarse_share=share,
             ),
             labels=part, generator=generator,
