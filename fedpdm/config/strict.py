@@ -24,13 +24,12 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event: Any = self.peek_event()
+        line = event.start_mark.line + 1
         if isinstance(event, yaml.AliasEvent):
-            raise StrictError(f"line {event.start_mark.line + 1}: aliases are not taken")
+            raise StrictError(f"line {line}: aliases are not taken")
         self.depth += 1
         if self.depth > DEEPEST:
-            raise StrictError(
-                f"line {event.start_mark.line + 1}: nests deeper than {DEEPEST} levels"
-            )
+            raise StrictError(f"line {line}: nests deeper than {DEEPEST} levels")
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
