@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-import fedpdm.setup.build
+import fedpdm.privacy.planning
 from fedpdm.attacks import AuditReport, audit, draw_game
 from fedpdm.cli import main
 from fedpdm.config import RunConfig
@@ -144,7 +144,7 @@ def test_bad_noise_is_caught(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(fedpdm.setup.build, "SystemNoise", fault)
+    monkeypatch.setattr(fedpdm.privacy.planning, "SystemNoise", fault)
     code, facts = run([*SMALL_AUDIT, "--seed", "4"], capsys)
     assert code == 1
     assert caught_by <= failed(facts)
@@ -192,7 +192,7 @@ def test_a_known_seed_is_caught(capsys: pytest.CaptureFixture[str]) -> None:
 def test_linkage_sees_half_the_noise(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(fedpdm.setup.build, "SystemNoise", HalfNoise)
+    monkeypatch.setattr(fedpdm.privacy.planning, "SystemNoise", HalfNoise)
     code, facts = run(["attack", "linkage", "--data", "digits", "--json", "--seed", "5"], capsys)
     assert code == 1
     assert facts["auc_low"] > facts["auc_analytic"]

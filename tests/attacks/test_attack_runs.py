@@ -94,17 +94,16 @@ def test_the_record_is_of_what_training_was_given(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Planted: training on other images than the config implies shows in the record."""
-    import fedpdm.setup.build
+    import fedpdm.data.client_images
 
-    real = fedpdm.setup.build.split_heldout
+    real = fedpdm.data.client_images.split_heldout
 
     def swapped(count: int, **given: Any) -> tuple[np.ndarray, np.ndarray]:
         train, heldout = real(count, **given)
         return heldout, train
 
     run_in_process(config_of("fedavg"), tmp_path / "as_it_is")
-    monkeypatch.setattr(fedpdm.setup.build, "split_heldout", swapped)
-    monkeypatch.setattr("clients.local.split_heldout", swapped)
+    monkeypatch.setattr(fedpdm.data.client_images, "split_heldout", swapped)
     from clients import local
 
     local._kept_client.cache_clear()
