@@ -129,8 +129,8 @@ def test_a_server_that_trains_on_raw_images_records_all_clients(finished: dict[s
 def test_a_resumed_round_on_other_images_is_refused(copied: Path) -> None:
     config = config_of("pfdm")
     store = ClientStore(copied / "clients" / "0")
-    other = local_of(config, copied, 1).members
-    own = local_of(config, copied, 0).members
+    other = local_of(config, copied, 1).held.members
+    own = local_of(config, copied, 0).held.members
     assert own is not None
     assert other is not None
     save_members(store.root / "members.json", own.with_model("fine", "raw"))
