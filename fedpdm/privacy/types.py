@@ -9,6 +9,7 @@ simulation.)
 
 from __future__ import annotations
 
+import abc
 import math
 from dataclasses import dataclass
 from typing import ClassVar
@@ -82,7 +83,7 @@ class ReleaseParameters(Parameters):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Release:
+class Release(abc.ABC):
     """Privatised values, the only form in which what a client holds leaves it.
 
     `event` is what they cost an image, `seeded` marks noise that can be drawn again from a seed
@@ -94,9 +95,9 @@ class Release:
     noise_source: str
     seeded: bool
 
+    @abc.abstractmethod
     def tensors(self) -> dict[str, torch.Tensor]:
         """The values by name, as they are sent and kept."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
