@@ -44,9 +44,9 @@ class RunLog:
         self._path = run.root / "log.txt"
 
     def say(self, line: str) -> None:
-        print(line, flush=True)
-        with open(self._path, "a", encoding="utf-8") as file:
+        with open(self._path, "a", encoding="utf-8") as file:  # first: who reads it may interrupt
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n")
+        print(line, flush=True)
 
 
 def draw_split(
