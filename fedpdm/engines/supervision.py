@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedpdm.config import ConfigError
+from fedpdm.engines.warm import warm_process
 
 __all__ = ["NodeCommand", "run_node"]
 
@@ -28,13 +29,17 @@ PAUSE = 70.0
 
 @dataclass(frozen=True, kw_only=True)
 class NodeCommand:
-    """How Flower's SuperNode is to be started: command without port, environment, directory."""
+    """How Flower's SuperNode is to be started: command without port, environment, directory.
+
+    `warm` is where the process is found that has imported what its messages need.
+    """
 
     client_id: int
     command: tuple[str, ...]
     environment: Mapping[str, str]
     cwd: Path
     lock: Path
+    warm: Path
 
 
 def run_node(node: NodeCommand, *, port: int | None = None) -> int:
@@ -44,7 +49,11 @@ def run_node(node: NodeCommand, *, port: int | None = None) -> int:
     node runs on the same store.
     """
     stop = threading.Event()
-    with _alone(node.lock), _signals(stop):
+    with (
+        _alone(node.lock),
+        _signals(stop),
+        warm_process(node.warm, environment=node.environment),
+    ):
         while not stop.is_set():
             code = _run_once(node, port or _free_port(), stop)
             if stop.is_set():

@@ -471,7 +471,7 @@ node.PAUSE = 0.2
 root = Path(sys.argv[1])
 command = node.NodeCommand(
     client_id=5, command=("sh", "-c", sys.argv[2]), environment={"PATH": "/usr/bin:/bin"},
-    cwd=root, lock=root / ".node-lock",
+    cwd=root, lock=root / ".node-lock", warm=root / "warm",
 )
 sys.exit(node.run_node(command))
 """

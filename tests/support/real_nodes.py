@@ -1,21 +1,26 @@
 """A federation of real processes on this machine: certificates, keys, data and SuperNodes.
 
-Nothing is replaced: `fedpdm federation` starts the SuperLink, `flower-supernode` the nodes, and
-they talk gRPC over TLS. Every process is marked, and ended when the block is left.
+`fedpdm federation` starts the SuperLink, `flower-supernode` the nodes, and they talk gRPC over TLS.
+Nothing is replaced; messages are worked on by forks of a warm process, as under `fedpdm node
+start`. Every process is marked, and ended when the block is left.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import datetime
+import functools
 import ipaddress
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +39,7 @@ from fedpdm.data import ImageSet
 from fedpdm.data.loading import build_partitions, load_split
 from fedpdm.data.spec import build_image_spec
 from fedpdm.engines.flowercli import flower_environment, tool
+from fedpdm.engines.warm import warm_process, write_command
 
 MARK = "FEDPDM_TEST_NODES"
 PATIENCE = 900.0  # seconds that a condition is waited for, on a loaded machine
@@ -219,6 +225,23 @@ def kill_all(processes: Sequence[psutil.Process]) -> None:
     psutil.wait_procs(processes, timeout=10)
 
 
+@functools.cache
+def warm_commands() -> Path:
+    """A folder for PATH: its `flwr-clientapp` asks a warm process, which lives as long as this one.
+
+    Nodes of all federations share it; it keeps nothing from one message to the next.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="fedpdm-warm-"))
+    block = contextlib.ExitStack()
+    environment = {**flower_environment(folder), "OMP_NUM_THREADS": "1"}
+    block.enter_context(warm_process(folder / "warm", environment=environment, guarded=False))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    atexit.register(block.close)
+    commands = folder / "commands"
+    write_command(commands, directory=folder / "warm", otherwise=[tool("flwr-clientapp")])
+    return commands
+
+
 @dataclass
 class RunningCommand:
     """`fedpdm ARGUMENTS` in a process of its own; its output grows in a file."""
@@ -369,6 +392,7 @@ class Node:
                 env={
                     **federation.environment(),
                     **flower_environment(home),
+                    "PATH": self._path(),
                     MARK: str(federation.root),
                 },
                 stdin=subprocess.DEVNULL,
@@ -379,6 +403,14 @@ class Node:
             )
         federation.started.append(self.process)
         return self
+
+    def _path(self) -> str:
+        """Where it finds Flower's commands. A node with limits or a network of its own starts each
+        of its processes itself, so that they have these too."""
+        path = flower_environment(self.federation.root)["PATH"]
+        if self.limits is not None or self.federation.prefixes.get(self.name):
+            return path
+        return f"{warm_commands()}{os.pathsep}{path}"
 
     def _trust(self) -> list[str]:
         authority = self.authority or self.federation.root / "certificates" / "ca.crt"

@@ -23,7 +23,14 @@ from types import ModuleType
 
 from fedpdm.deployment.code_digest import PACKAGES, code_digest, code_root
 
-__all__ = ["ALLOWED_VARIABLE", "BundleRefused", "InstalledCode", "main", "write_commands"]
+__all__ = [
+    "ALLOWED_VARIABLE",
+    "BundleRefused",
+    "InstalledCode",
+    "guarded_command",
+    "main",
+    "write_commands",
+]
 
 ALLOWED_VARIABLE = "FEDPDM_ALLOWED_CODE"  # digests, separated by blanks
 GUARDED = "flwr-clientapp"
@@ -87,16 +94,18 @@ class InstalledCode(MetaPathFinder):
                 )
 
 
+def guarded_command(name: str = GUARDED) -> list[str]:
+    """The words that run one of Flower's commands under the guard."""
+    return [sys.executable, "-P", "-m", "fedpdm.engines.deployed.guard", name]
+
+
 def write_commands(folder: Path) -> None:
     """Write the guarded commands to a folder that is to come first on PATH."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in (GUARDED, *REFUSED):
-        script = (
-            "#!/bin/sh\n"
-            f'exec {shlex.quote(sys.executable)} -P -m fedpdm.engines.deployed.guard {name} "$@"\n'
-        )
         path = folder / name
-        path.write_text(script, encoding="utf-8")
+        words = " ".join(map(shlex.quote, guarded_command(name)))
+        path.write_text(f'#!/bin/sh\nexec {words} "$@"\n', encoding="utf-8")
         path.chmod(0o700)
 
 

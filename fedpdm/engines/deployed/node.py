@@ -18,9 +18,10 @@ from fedpdm.deployment.code_digest import code_digest
 from fedpdm.deployment.invitation import read_invitation
 from fedpdm.deployment.node import NodeSettings, split_address
 from fedpdm.deployment.policy import check_config
-from fedpdm.engines.deployed.guard import ALLOWED_VARIABLE, write_commands
+from fedpdm.engines.deployed.guard import ALLOWED_VARIABLE, guarded_command, write_commands
 from fedpdm.engines.flowercli import flower_environment, tool
 from fedpdm.engines.supervision import NodeCommand
+from fedpdm.engines.warm import write_command
 from fedpdm.privacy.releases import ReleaseStore
 from fedpdm.storage.files import StoreError, write_atomic
 
@@ -70,6 +71,7 @@ def prepare_node(settings: NodeSettings) -> NodeCommand:
     )
     write_atomic(home / "node.toml", text.encode())
     write_commands(home / "commands")
+    write_command(home / "commands", directory=home / "warm", otherwise=guarded_command())
     empty = home / "empty"
     empty.mkdir(exist_ok=True)
     environment = flower_environment(home)
@@ -90,4 +92,5 @@ def prepare_node(settings: NodeSettings) -> NodeCommand:
         environment=environment,
         cwd=empty,
         lock=root / ".node-lock",
+        warm=home / "warm",
     )  # fmt: skip
