@@ -61,6 +61,7 @@ tables: install ## docs/results.md from experiments/results/
 audit: install ## attack the release as clients make it: linkage and one-run audit, a minute
 	$(BIN)/fedpdm attack linkage --data digits
 	$(BIN)/fedpdm attack audit --canaries 5000
+	$(BIN)/fedpdm attack audit --canaries 5000 --data digits --clip-norm 8
 
 deploy-test: install ## 3 nodes over gRPC with TLS, one killed, one coordinator restart, under 10 minutes
 	$(BIN)/python -m tests.deployment.deploy_run

@@ -18,7 +18,7 @@ import torch
 from flwr.client import NumPyClient
 from flwr.common import NDArrays, Scalar
 
-from clients.failures import EXPECTED, failure_line
+from clients.failures import EXPECTED, failure_line, kept_at_home
 from clients.local import LocalClient
 from clients.samples import measure_images
 from clients.training import LocalTraining
@@ -79,16 +79,21 @@ class PFDMClient(NumPyClient):
     @property
     def _caught(self) -> tuple[type[Exception], ...]:
         """Errors that become an answer: of a deployed client all, for Flower sends their text."""
-        return EXPECTED if self.config.run.simulation else (Exception,)
+        return (Exception,) if self.work.deployed else EXPECTED
 
     def _failure(self, error: Exception) -> dict[str, Scalar]:
-        deployed = not self.config.run.simulation
-        line = failure_line(error, who=self.work.who, deployed=deployed)
+        line = failure_line(error, who=self.work.who, deployed=self.work.deployed)
         return {"client_id": self.local.client_id, "error": line}
 
     def _checked(self, metrics: Mapping[str, Any]) -> dict[str, Scalar]:
-        raw = self.local.raw_metrics
-        return dict(wire.check_metrics(metrics, allow_raw=raw, who=self.work.who))
+        return dict(
+            wire.check_metrics(
+                metrics,
+                allow_raw=self.local.raw_metrics,
+                whole_seconds=self.work.deployed,
+                who=self.work.who,
+            )
+        )
 
     def _fit(self, parameters: NDArrays, round: int, config: dict[str, Scalar]) -> Reply:
         store = self.local.store
@@ -102,7 +107,7 @@ class PFDMClient(NumPyClient):
                     f"the store is {self.work.who}'s of another run or a later state of this one"
                 )
             kept = {
-                name: value
+                name: self.work.clock(value) if name in wire.CLOCKS else value
                 for name, value in reply.metrics.items()
                 if self.local.raw_metrics or name not in wire.RAW_METRICS  # since turned off
             }
@@ -117,7 +122,7 @@ class PFDMClient(NumPyClient):
             del payload
             if self.config.kind.has_fine_model:
                 metrics |= self.work.train_fine(round)
-        metrics["seconds"] = time.perf_counter() - started
+        metrics["seconds"] = self.work.clock(time.perf_counter() - started)
         return store.finish_round(
             Reply(
                 round=round,
@@ -182,7 +187,17 @@ class PFDMClient(NumPyClient):
         return metrics
 
     def _final_images(self, coarse: Denoiser | None) -> dict[str, float]:
-        """Sample with the finished models; the pictures stay in the client's store."""
+        """Sample with the finished models; the pictures stay in the client's store.
+
+        Whether that succeeds depends on the fine model, so a deployed client does not say it.
+        """
+        metrics: dict[str, float] = {}
+        store, work = self.local.store, self.work
+        with kept_at_home(store, "samples", who=work.who, deployed=work.deployed):
+            metrics |= self._sampled(coarse)
+        return metrics
+
+    def _sampled(self, coarse: Denoiser | None) -> dict[str, float]:
         store = self.local.store
         last = store.last_round()
         if last == 0:

@@ -6,6 +6,7 @@ Free of Flower, except for the arrays of a message. Everything is kept in the cl
 from __future__ import annotations
 
 import functools
+import math
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from flwr.common import NDArrays, Scalar
 
 from clients.bounds import check_release
+from clients.failures import kept_at_home
 from clients.local import LocalClient
 from clients.workers import WriteBehind, borrowed
 from fedpdm import wire
@@ -46,6 +48,16 @@ class LocalTraining:
         self.device = select_device(self.config.run.device)
         if self.config.run.threads:
             torch.set_num_threads(self.config.run.threads)
+
+    @property
+    def deployed(self) -> bool:
+        """Whether the server is another party, to which nothing private may be shown."""
+        return not self.config.run.simulation
+
+    def clock(self, seconds: float) -> float:
+        """A time as it may be sent: a deployed client's in whole seconds, for fractions of any
+        precision could carry other things."""
+        return math.ceil(seconds) if self.deployed else seconds
 
     @property
     def who(self) -> str:
@@ -169,7 +181,7 @@ class LocalTraining:
         metrics = {
             "coarse_loss": report.loss,
             "coarse_steps": report.num_steps,
-            "coarse_seconds": report.seconds,
+            "coarse_seconds": self.clock(report.seconds),
             "coarse_images": report.num_images,
         }
         # Moments and EMA of a large model go before the message is made: memory peaks there.
@@ -186,7 +198,24 @@ class LocalTraining:
         return message, metrics
 
     def train_fine(self, round: int) -> dict[str, Any]:
-        """Fine steps on raw images, in chunks that are checkpointed and seeded one by one."""
+        """Fine steps on raw images, in chunks that are checkpointed and seeded one by one.
+
+        If they fail, a deployed client keeps its last fine model, and answers as if they had not.
+        """
+        section = self.config.fine
+        metrics: dict[str, Any] = {"fine_images": section.steps_per_round * section.batch_size}
+        store, what = self.local.store, f"round {round} fine"
+        with kept_at_home(store, what, who=self.who, deployed=self.deployed) as failed:
+            losses = self._train_fine(round)
+            if losses and self.local.raw_metrics:
+                metrics["fine_loss"] = float(np.mean(losses))
+        if failed:
+            with kept_at_home(store, what, who=self.who, deployed=self.deployed):
+                store.draft_previous_state(round, "fine")
+        return metrics
+
+    def _train_fine(self, round: int) -> list[float]:
+        """Train and draft the fine model; the losses of the chunks that were trained now."""
         store = self.local.store
         self.record_members("fine", "raw")
         labels = self.local.held.train_labels
@@ -198,14 +227,12 @@ class LocalTraining:
             if state:
                 trainer.load_state(state, what=f"fine state of {self.who}")
             del state
-            metrics = self._fine_steps(trainer, round, chunks_done)
+            losses = self._fine_steps(trainer, round, chunks_done)
             store.draft_state(round, "fine", trainer.state())
-        return metrics
+        return losses
 
-    def _fine_steps(
-        self, trainer: Trainer[Denoiser], round: int, chunks_done: int
-    ) -> dict[str, Any]:
-        """The round's chunks from `chunks_done` on; returns their metrics."""
+    def _fine_steps(self, trainer: Trainer[Denoiser], round: int, chunks_done: int) -> list[float]:
+        """The round's chunks from `chunks_done` on; returns their losses."""
         local, section, model = self.local, self.config.fine, trainer.model
         loss = fine_batch_loss(
             self.setup,
@@ -218,7 +245,7 @@ class LocalTraining:
         where = f"{self.who} round {round} fine"
         show = work_progress(where)
         total, size = section.steps_per_round, section.checkpoint_every
-        losses, images = [], 0
+        losses = []
         for chunk, start in enumerate(range(0, total, size)):
             if chunk < chunks_done:
                 continue
@@ -231,10 +258,6 @@ class LocalTraining:
                 what=where,
             )
             losses.append(report.loss)
-            images += report.num_images
             if start + size < total:
                 local.store.save_partial(round, chunk + 1, trainer.state())
-        metrics: dict[str, Any] = {"fine_images": images}
-        if losses and local.raw_metrics:
-            metrics["fine_loss"] = float(np.mean(losses))
-        return metrics
+        return losses

@@ -80,6 +80,7 @@ def _starts_flower(file: Path) -> bool:
     return "pytest.mark.flower" in file.read_text(encoding="utf-8")
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FilesTogether:
     config.option.loadscopereorder = False
     return FilesTogether(config, log)

@@ -28,7 +28,7 @@ examples:
   fedpdm attack --unet model --members a.npz --non-members b.npz --out attacks
   fedpdm attack controls --out controls
   fedpdm attack linkage --data mnist --epsilon 10 --clip-norm 10 --out linkage
-  fedpdm attack audit --t0 690 --clip-norm 10 --canaries 10000
+  fedpdm attack audit --data cifar10 --epsilon 10 --clip-norm 10 --canaries 10000
   fedpdm attack audit --epsilon 10 --clip-norm 10 --seeded 0 --known-seed 0     (must fail)
 """
 LINKAGE = """\
@@ -64,7 +64,6 @@ def add_attack_parser(commands: Any) -> None:
         help="a data set by name, a folder with one folder per class, or a .npz file; "
         "default: %(default)s",
     )  # fmt: skip
-    linkage.add_argument("--resolution", type=int, help="pixels; default: as they are")
     linkage.add_argument("--pairs", type=int, help="default: as many as there are, at most 10,000")
     linkage.set_defaults(action=run_linkage)
     audit = kinds.add_parser(
@@ -74,7 +73,11 @@ def add_attack_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     audit.add_argument("--canaries", type=int, default=5000, help="default: %(default)s")
-    audit.add_argument("--shape", default="3x32x32", metavar="CxHxW", help="default: %(default)s")
+    audit.add_argument(
+        "--data", metavar="IMAGES",
+        help="canaries in the shape of these images, around their background; as for linkage",
+    )  # fmt: skip
+    audit.add_argument("--shape", metavar="CxHxW", help="default: that of --data, else 3x32x32")
     audit.add_argument(
         "--known-seed", type=int, action="append", default=[], metavar="SEED",
         help="a seed that somebody else may know (repeatable)",
@@ -83,6 +86,7 @@ def add_attack_parser(commands: Any) -> None:
     add_model_attacks(kinds)
     add_controls(kinds)
     for parser in (linkage, audit):
+        parser.add_argument("--resolution", type=int, help="pixels; default: as they are")
         _add_release_options(parser)
 
 
@@ -236,12 +240,18 @@ def run_audit(options: argparse.Namespace) -> int:
     from fedpdm.privacy.planning import build_noise
 
     config = _config(options)
-    shift = 0.0 if options.shift is None else options.shift
+    shape, background = (3, 32, 32), 0.0
+    if options.data is not None:
+        images = _images(options)
+        shape, background = images.images.shape[1:], images.background
+    if options.shape is not None:
+        shape = _shape(options.shape)
+    options.shape = "x".join(map(str, shape))
     game = draw_game(
         options.canaries,
-        shape=_shape(options.shape),
+        shape=shape,
         rng=np.random.default_rng(options.seed),
-        background=shift,
+        background=background if options.shift is None else options.shift,
     )
     say(f"audit: {options.canaries:,} canaries of {options.shape}, two rounds ...")
     started = time.perf_counter()

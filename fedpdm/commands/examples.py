@@ -50,7 +50,7 @@ EXAMPLES: Mapping[str, str] = {
   fedpdm attack linkage --data mnist --epsilon 10 --clip-norm 10 --out linkage
 """,
     "attack audit": """\
-  fedpdm attack audit --t0 690 --clip-norm 10 --canaries 10000
+  fedpdm attack audit --data folder --t0 690 --clip-norm 10 --canaries 10000
   fedpdm attack audit --epsilon 10 --clip-norm 10 --seeded 0 --known-seed 0
 """,
     "attack models": """\

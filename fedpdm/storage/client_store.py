@@ -9,6 +9,7 @@
         reply.safetensors     the coarse update that was sent (a replayed round sends it again)
         reply.json            its metrics, and the fingerprint of the weights it answered
     samples.npz               pictures drawn with the finished models
+    failures.txt              what failed and was kept at home, a line each, with the time
     partial/                  fine-model checkpoints inside a round
 
 Every file is written under a temporary name, flushed to disk and renamed, so a crash leaves the
@@ -22,6 +23,7 @@ import io
 import json
 import os
 import shutil
+import time
 import zipfile
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -102,6 +104,13 @@ class ClientStore:
             raise StoreError(f"{path}: must be a list of counts, one per class")
         return counts
 
+    def note_failure(self, line: str) -> None:
+        """Note for the owner what failed and was not told to the server."""
+        path = self.root / "failures.txt"
+        before = path.read_text(encoding="utf-8") if path.exists() else ""
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        write_atomic(path, f"{before}{now}  {line}\n".encode())
+
     # Rounds.
 
     def _round_path(self, round: int) -> Path:
@@ -130,6 +139,14 @@ class ClientStore:
     def draft_state(self, round: int, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Write a model's state after `round`; it counts once the round is finished."""
         write_tensors(self._draft_path(round) / f"{name}.safetensors", tensors)
+
+    def draft_previous_state(self, round: int, name: str) -> None:
+        """Draft the state of the last finished round once more, if it had one."""
+        state = self.load_state(self.last_round(), name)
+        draft = self._draft_path(round) / f"{name}.safetensors"
+        draft.unlink(missing_ok=True)  # of the attempt that failed
+        if state:
+            self.draft_state(round, name, state)
 
     def load_reply(self, round: int) -> Reply | None:
         """The reply given in `round`, or None if it is not there (any more)."""

@@ -32,6 +32,7 @@ from fedpdm.wire.quantize import dequantize, quantize
 from fedpdm.wire.types import CoarseUpdate
 
 __all__ = [
+    "CLOCKS",
     "FIT_METRICS",
     "LARGEST_WEIGHT",
     "RAW_METRICS",
@@ -51,6 +52,10 @@ __all__ = [
 
 VERSION = "1"
 Message = list[np.ndarray]
+
+# Times. Those of a deployed client are whole seconds: a fraction could carry other numbers.
+CLOCKS = ("seconds", "coarse_seconds")
+LONGEST_SECONDS = 10_000_000
 
 # Counts and times, and losses of the coarse model on releases: functions of the release alone.
 FIT_METRICS: Mapping[str, type] = {
@@ -136,9 +141,15 @@ def encode_model(weights: Mapping[str, torch.Tensor], *, encoding: str = "float3
 
 
 def decode_model(message: Message, *, who: str = "the server") -> dict[str, torch.Tensor]:
-    """Inverse of `encode_model`; names and shapes are checked where the weights are loaded."""
+    """Inverse of `encode_model`; names and shapes are checked where the weights are loaded.
+
+    `WireError` for values that are not finite or beyond `LARGEST_WEIGHT`.
+    """
     tensors, metadata = _unpack(message, "coarse-model", who)
-    return _decoded(tensors, metadata, f"coarse model from {who}")
+    what = f"coarse model from {who}"
+    tensors = _decoded(tensors, metadata, what)
+    _check_values(tensors, what)
+    return tensors
 
 
 def _decoded(
@@ -220,12 +231,7 @@ def decode_update(
                 f"update of {who}: {name} must be {reference.dtype} {tuple(reference.shape)}, "
                 f"got {value.dtype} {tuple(value.shape)}"
             )
-    largest = torch._foreach_norm(list(tensors.values()), math.inf)  # one pass: NaN stays NaN
-    if not bool(torch.stack(largest).isfinite().all()):
-        bad = [n for n, norm in zip(tensors, largest, strict=True) if not norm.isfinite()]
-        raise WireError(f"update of {who}: {min(bad)} has values that are not finite")
-    if huge := [n for n, norm in zip(tensors, largest, strict=True) if norm > LARGEST_WEIGHT]:
-        raise WireError(f"update of {who}: {min(huge)} has values beyond {LARGEST_WEIGHT:g}")
+    _check_values(tensors, f"update of {who}")
     if encoding != "float32":
         tensors = {name: tensor.add_(like[name]) for name, tensor in tensors.items()}
     try:
@@ -246,6 +252,19 @@ def decode_update(
     if update.round != round:
         raise WireError(f"update of {who}: made for round {update.round}, expected {round}")
     return update
+
+
+def _check_values(tensors: Mapping[str, torch.Tensor], what: str) -> None:
+    """`WireError` for values that are not finite or beyond `LARGEST_WEIGHT`."""
+    floats = {n: t for n, t in tensors.items() if t.is_floating_point() and t.numel()}
+    if not floats:
+        return
+    largest = torch._foreach_norm(list(floats.values()), math.inf)  # one pass: NaN stays NaN
+    norms = dict(zip(floats, torch.stack(largest).tolist(), strict=True))
+    if bad := [name for name, norm in norms.items() if not math.isfinite(norm)]:
+        raise WireError(f"{what}: {min(bad)} has values that are not finite")
+    if huge := [name for name, norm in norms.items() if norm > LARGEST_WEIGHT]:
+        raise WireError(f"{what}: {min(huge)} has values beyond {LARGEST_WEIGHT:g}")
 
 
 def encode_release(released: Release, *, client_id: int, encoding: str = "float32") -> Message:
@@ -303,13 +322,14 @@ def decode_release(
 
 
 def check_metrics(
-    metrics: Mapping[str, Any], *, allow_raw: bool, who: str
+    metrics: Mapping[str, Any], *, allow_raw: bool, who: str, whole_seconds: bool = False
 ) -> dict[str, bool | int | float]:
     """The metrics mapping that may leave a client: known names, scalars of the listed type.
 
     `allow_raw` admits `RAW_METRICS`, which are computed on raw data: in simulation, or where the
-    client's own node config says so. Values that are not finite are left out. `WireError` for any
-    other name or type.
+    client's own node config says so. `whole_seconds` takes only whole numbers as `CLOCKS`, as a
+    deployed client sends them. Values that are not finite are left out. `WireError` for any other
+    name or type.
     """
     allowed = {**FIT_METRICS, **(RAW_METRICS if allow_raw else {})}
     checked: dict[str, Any] = {}
@@ -317,9 +337,14 @@ def check_metrics(
         if name not in allowed:
             why = "computed on raw data" if name in RAW_METRICS else "not on the list"
             raise WireError(f"metric {name} of {who} may not leave the client: {why}")
-        if allowed[name] is float and isinstance(value, int) and not isinstance(value, bool):
+        if whole_seconds and name in CLOCKS:
+            if type(value) is not int or not 0 <= value <= LONGEST_SECONDS:
+                raise WireError(
+                    f"metric {name} of {who} must be whole seconds from 0 to {LONGEST_SECONDS}"
+                )
+        elif allowed[name] is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value) if abs(value) < 2**53 else math.inf
-        if type(value) is not allowed[name]:
+        elif type(value) is not allowed[name]:
             raise WireError(
                 f"metric {name} of {who} must be {allowed[name].__name__}, "
                 f"got {type(value).__name__}"

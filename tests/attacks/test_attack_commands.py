@@ -231,6 +231,19 @@ def test_the_text_says_what_was_found(capsys: pytest.CaptureFixture[str]) -> Non
     assert "50 pairs of digits (seed 5)" in text
 
 
+def test_the_audit_has_the_shape_of_the_data(capsys: pytest.CaptureFixture[str]) -> None:
+    audit = ["attack", "audit", "--canaries", "60", "--seed", "1", "--seeded", "1", "--json"]
+    for more, shape in (
+        (["--data", "digits"], [3, 8, 8]),
+        (["--data", "digits", "--resolution", "4"], [3, 4, 4]),
+        (["--data", "digits", "--shape", "1x4x4"], [1, 4, 4]),
+        ([], [3, 32, 32]),
+    ):
+        main([*audit, *more])
+        facts = json.loads(capsys.readouterr().out)
+        assert facts["image_shape"] == shape
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "line"),

@@ -209,7 +209,7 @@ def test_a_failed_run_ends_with_1_and_one_line(finished: Finished) -> None:
     assert run.code() == 1, run.output()
     last = without_advice(run.output()).splitlines()[-1]
     assert last.startswith("fedpdm: the run ended as 'finished:failed': ")
-    assert "client 0: StoreError; client 0 shows the details to its owner alone" in last
+    assert "client 0: failed; client 0 shows the details to its owner alone" in last
     assert last.endswith("--resume continues it")
     assert [ReleaseStore(node.store).ledger().head for node in finished.nodes] == before
 

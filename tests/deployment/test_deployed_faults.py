@@ -109,7 +109,7 @@ def test_the_run_goes_on_without_participants_that_fail(tmp_path: Path, small_di
         assert [present(record) for record in rounds] == [[0], [0]]
         assert_noised_once(good)
         for line in (
-            "client 1: StoreError; client 1 shows the details to its owner alone",
+            "client 1: failed; client 1 shows the details to its owner alone",
             "code: its digest is not one that this node allows (client 3)",
             "two nodes have the same client id",
         ):

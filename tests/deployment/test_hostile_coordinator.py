@@ -91,7 +91,7 @@ def test_a_release_that_is_none_is_refused(
 ) -> None:
     federation = with_config(deployment(tmp_path), privacy=privacy)
     line = refused(post(federation, [np.zeros(4, np.uint8)], phase=phase))
-    assert "ConfigError; client 0 shows the details to its owner alone" in line
+    assert "failed; client 0 shows the details to its owner alone" in line
     assert releases(federation) == 0
 
 
@@ -125,7 +125,7 @@ def test_a_second_release_is_refused(
     wish = {"round": 2, "phase": phase, "allow-new-release": True, "allow_new_release": True}
     second.run_config |= {"allow-new-release": True}
     line = refused(second.ask(0, "train", wish))
-    assert line == "StoreError; client 0 shows the details to its owner alone"
+    assert line == "failed; client 0 shows the details to its owner alone"
     assert (store / "ledger.jsonl").read_bytes() == ledger
     assert first.ask(0, "train", FIRST).metrics["replayed"] is True  # the first run still may
 

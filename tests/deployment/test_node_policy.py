@@ -178,7 +178,7 @@ def test_a_policy_that_cannot_be_read_refuses_everything(
     if text is None:
         place.policy.unlink()
     for kind in KINDS:
-        told = "ConfigError; client 0 shows the details to its owner alone"
+        told = "failed; client 0 shows the details to its owner alone"
         assert told in refusal(federation, kind)
         assert str(place.policy) in capsys.readouterr().err
     assert not place.store.exists()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.common import (
     EvaluateIns,
@@ -32,13 +33,16 @@ from flwr.supercore.task_identity import TaskIdentity
 from PIL import Image
 
 from clients.client_app import app
+from clients.local import open_local_client
+from fedpdm import wire
 from fedpdm.config import RunConfig
+from fedpdm.privacy.ledger import append, read_ledger
 from fedpdm.setup.flower_config import run_config_of
+from fedpdm.storage.files import read_tensors, write_tensors
 from strategies.server_app import server_fn
 from tests.support.federations import flat, initial_message, small_config
 
 CLASSES = ("benign", "malignant")
-TIMES = ("seconds", "coarse_seconds")  # metrics that no two runs share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +74,7 @@ class Sent:
         copy = ProtoMessage.FromString(self.data)
         timed = message_from_proto(copy)
         for record in timed.content.config_records.values():
-            record.update({name: 0.0 for name in TIMES if name in record})
+            record.update({name: 0.0 for name in wire.CLOCKS if name in record})
         return message_to_proto(timed).content.SerializeToString(deterministic=True)
 
 
@@ -86,9 +90,18 @@ class Federation:
         """Flower's `Grid`, as far as a client proxy uses it."""
         return [self._answer(message) for message in messages]
 
-    def ask(self, client: int, kind: str, config: Mapping[str, Any] | None = None) -> Sent:
-        """What a client answers to a message that some server made up, with the first weights."""
-        model = ndarrays_to_parameters(initial_message(run_config_of(self.run_config)))
+    def ask(
+        self,
+        client: int,
+        kind: str,
+        config: Mapping[str, Any] | None = None,
+        *,
+        weights: wire.Message | None = None,
+    ) -> Sent:
+        """What a client answers to a message that some server made up, with the first weights or
+        these."""
+        first = weights or initial_message(run_config_of(self.run_config))
+        model = ndarrays_to_parameters(first)
         given: Any = dict(config or {})
         content = {
             "train": lambda: compat.fitins_to_recorddict(FitIns(model, given), keep_input=True),
@@ -199,3 +212,21 @@ def deployment(
         draw_pictures(public, seed=1, count=2, test=2)
     nodes = {client: deployed_node(root, client, **chosen.get(client, {})) for client in (0, 1)}
     return Federation(nodes, flat(deployed_config(public, **sections), root / "server"))
+
+
+def with_releases_of(first: Federation, root: Path, **sections: Any) -> Federation:
+    """Clients with other pictures, whose stores say that those were released as the first ones'."""
+    root.mkdir()
+    for client in first.nodes:
+        draw_pictures(root / f"hospital-{client}", seed=200 + client)
+    second = deployment(root, **sections)
+    for client in second.nodes:
+        was = open_local_client(dict(first.nodes[client]), first.run_config, 0)
+        now = open_local_client(dict(second.nodes[client]), second.run_config, 0)
+        assert now.held.images.labels.tolist() == was.held.images.labels.tolist()
+        assert not (now.held.images.images == was.held.images.images).all(axis=(1, 2, 3)).any()
+        stored, metadata = read_tensors(was.releases.root / "releases" / "000001.safetensors")
+        stored["digests"] = torch.from_numpy(now.held.images.image_digests().copy())
+        append(read_ledger(now.releases.root / "ledger.jsonl"), "opened", {"client_id": client})
+        write_tensors(now.releases.root / "releases" / "000001.ready", stored, metadata)
+    return second

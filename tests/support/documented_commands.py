@@ -92,7 +92,7 @@ RULES: tuple[Rule, ...] = (
     Here(r"fedpdm evaluate ", ("--num", "40", "--handover", "0,642")),
     # Attacks. Images that must be fetched are replaced by those that come with scikit-learn.
     Here(r"fedpdm attack linkage", ("--data", "digits", "--pairs", "50", *FIXED)),
-    Here(r"fedpdm attack audit", ("--canaries", "100", "--shape", "1x8x8", *FIXED)),
+    Here(r"fedpdm attack audit", ("--canaries", "100", "--data", "digits", *FIXED)),
     Here(r"fedpdm attack controls", ("--images", "20", "--steps", "5", "--samples", "40",
                                      "--attacks", "loss"), (0, 1)),
     Never(r"fedpdm attack '?runs/experiments/", "the run of an experiment: minutes to hours"),

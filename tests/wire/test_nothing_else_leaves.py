@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,9 +14,8 @@ import torch
 
 from clients.local import LocalClient, open_local_client
 from fedpdm import wire
-from fedpdm.privacy.ledger import append, read_ledger
-from fedpdm.storage.files import read_tensors, write_tensors
-from tests.support.deployments import Federation, Sent, deployment, draw_pictures
+from fedpdm.storage.files import read_tensors
+from tests.support.deployments import Federation, Sent, deployment, with_releases_of
 from tests.support.federations import flat, initial_message, node, small_config
 from tests.support.leaks import Search, private_things, release_rows
 
@@ -181,24 +179,6 @@ def test_payloads_are_updates_or_the_stored_release(recorded: Recorded) -> None:
 
 
 # --- The release, and nothing but the release -----------------------------------------------
-
-
-def with_releases_of(first: Federation, root: Path, **sections: Any) -> Federation:
-    """Clients with other pictures, whose stores say that those were released as the first ones'."""
-    root.mkdir()
-    for client in first.nodes:
-        draw_pictures(root / f"hospital-{client}", seed=200 + client)
-    second = deployment(root, **sections)
-    for client in second.nodes:
-        was = open_local_client(dict(first.nodes[client]), first.run_config, 0)
-        now = open_local_client(dict(second.nodes[client]), second.run_config, 0)
-        assert now.held.images.labels.tolist() == was.held.images.labels.tolist()
-        assert not (now.held.images.images == was.held.images.images).all(axis=(1, 2, 3)).any()
-        stored, metadata = read_tensors(was.releases.root / "releases" / "000001.safetensors")
-        stored["digests"] = torch.from_numpy(now.held.images.image_digests().copy())
-        append(read_ledger(now.releases.root / "ledger.jsonl"), "opened", {"client_id": client})
-        write_tensors(now.releases.root / "releases" / "000001.ready", stored, metadata)
-    return second
 
 
 @pytest.mark.slow
