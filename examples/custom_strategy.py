@@ -1,4 +1,4 @@
-"""A Flower strategy of one's own on fedpdm's clients: every client counts alike.
+"""A custom Flower strategy on fedpdm's clients: every client counts alike.
 
     python examples/custom_strategy.py [FOLDER]
 

@@ -1,4 +1,4 @@
-"""A data set of one's own: drawn here, read by name in every process of a run.
+"""A custom data set: drawn here, read by name in every process of a run.
 
 python examples/own_data_set.py [FOLDER]
 cd examples; fedpdm run ../experiments/digits.yaml --set data.name=own_data_set:shapes

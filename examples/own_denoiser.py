@@ -1,4 +1,4 @@
-"""A denoiser of one's own: a Gaussian per class above t = 300, a fine model without labels below.
+"""A custom denoiser: a Gaussian per class above t = 300, a fine model without labels below.
 
 python examples/own_denoiser.py [PNG]
 """

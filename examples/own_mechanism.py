@@ -1,4 +1,4 @@
-"""A release mechanism of one's own: images are averaged over 2x2 blocks before they are released.
+"""A custom release mechanism: images are averaged over 2x2 blocks before they are released.
 
 What `prepare` returns is clipped, so an image costs what it costs without. [FOLDER] to run in.
 """

@@ -1,4 +1,4 @@
-"""A U-Net, a loss weight and a coarse objective of one's own, each named in the config.
+"""A custom U-Net, loss weight and coarse objective, each named in the config.
 
 python examples/own_model.py [FOLDER]
 cd examples; fedpdm run ../experiments/digits.yaml --set coarse.preset=own_model:slim

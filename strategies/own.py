@@ -1,4 +1,4 @@
-"""A strategy of one's own, named by `aggregation.method: package.module:NAME`."""
+"""A custom strategy, named by `aggregation.method: package.module:NAME`."""
 
 from __future__ import annotations
 

@@ -135,7 +135,7 @@ def run(
         config: the settings.
         out: the run's directory; results lie there.
         resume: go on with the run in `out`.
-        strategy: a Flower strategy of one's own, a `strategies.coarse.CoarseStrategy`; default: the
+        strategy: a custom Flower strategy, a `strategies.coarse.CoarseStrategy`; default: the
             one that the config names.
     """
     from fedpdm.engines.inprocess import run_in_process

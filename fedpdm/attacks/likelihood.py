@@ -37,7 +37,7 @@ def chunks(num_rows: int, row_size: int) -> Iterator[slice]:
 def clipped_means(images: NDArray[np.uint8], parameters: ReleaseParameters) -> Array:
     """What the noise is added to, before scaling: `CLIP(x - shift, C)`, float64 (n, d).
 
-    A mechanism of one's own prepares x - shift first (`ImageMechanism.prepare`).
+    A custom mechanism prepares x - shift first (`ImageMechanism.prepare`).
 
     Args:
         images: (n, C, H, W) uint8.

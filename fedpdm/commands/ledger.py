@@ -57,7 +57,7 @@ def run_ledger(options: argparse.Namespace) -> None:
     from fedpdm.privacy.releases import ReleaseStore
     from fedpdm.storage.run_directory import RunDirectory
 
-    if (options.directory / "config.yaml").exists():  # a run's may be of one's own
+    if (options.directory / "config.yaml").exists():  # a run's may be custom
         mechanism_named(RunDirectory(options.directory).config().privacy.release)
     stores = [ReleaseStore(path) for path in find_ledgers(options.directory)]
     if options.head:

@@ -15,7 +15,7 @@ class ConfigError(ValueError):
 def key(default: Any, doc: str, **checks: Any) -> Any:
     """A config key: default, one-line description and checks.
 
-    Checks are low, high, above, below and choices; with `own=True` code of one's own may stand for
+    Checks are low, high, above, below and choices; with `own=True` custom code may stand for
     a choice, as `package.module:NAME` (`fedpdm.config.plugins`).
     """
     return field(default=default, metadata={"doc": doc, **checks})

@@ -1,4 +1,4 @@
-"""Objects of one's own by name: `package.module:NAME` in a config, imported here alone.
+"""Custom objects by name: `package.module:NAME` in a config, imported here alone.
 
 Naming code in a config runs it, with the rights of whoever starts the run. A node refuses code
 that its policy's digests do not cover.
@@ -38,12 +38,12 @@ _FORM = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 
 def is_named(value: str) -> bool:
-    """Whether `value` names code of one's own (it has a colon), not a registered name."""
+    """Whether `value` names custom code (it has a colon), not a registered name."""
     return ":" in value
 
 
 def check_form(value: str, *, key: str) -> None:
-    """`ConfigError` unless `value` has the form of code of one's own. Imports nothing."""
+    """`ConfigError` unless `value` has the form of a name of custom code. Imports nothing."""
     if not _FORM.fullmatch(value):
         raise ConfigError(f"{key}: {value!r} must have the form package.module:NAME")
 
@@ -71,7 +71,7 @@ def load_named(value: str, *, key: str) -> object:
     try:
         with _own_directory():
             module = importlib.import_module(module_name)
-    except Exception as error:  # a module of one's own may fail in any way
+    except Exception as error:  # a custom module may fail in any way
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ConfigError(
             f"{where} cannot be imported (is it installed, or on PYTHONPATH?): {reason}"
@@ -107,5 +107,5 @@ def load_kind(value: str, kind: type[T], *, key: str) -> T:
 
 
 def find(value: str, table: Mapping[str, T], kind: type[T], *, key: str) -> T:
-    """The entry of `table` that `value` names, or the `kind` of one's own that it names."""
+    """The entry of `table` that `value` names, or the custom `kind` that it names."""
     return table[value] if value in table else load_kind(value, kind, key=key)

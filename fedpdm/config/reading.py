@@ -251,7 +251,7 @@ def config_to_yaml(config: RunConfig | ToyConfig) -> str:
 
 
 def own_code(config: RunConfig) -> dict[str, str]:
-    """Key -> `package.module:NAME` for all code of one's own that a config names."""
+    """Key -> `package.module:NAME` for all custom code that a config names."""
     return {
         f"{section.name}.{key.name}": value
         for section in dataclasses.fields(config)
@@ -264,7 +264,7 @@ def own_code(config: RunConfig) -> dict[str, str]:
 
 def config_keys(kind: type[RunConfig] | type[ToyConfig] = RunConfig) -> list[dict[str, Any]]:
     """Every key of a section in order: `key`, `default`, `meaning`, `choices` or None, and `own`:
-    whether code of one's own may stand for a choice."""
+    whether custom code may stand for a choice."""
     keys = []
     for section in dataclasses.fields(kind):
         default = section.default

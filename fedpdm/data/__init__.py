@@ -1,7 +1,7 @@
 """Labelled image sets: loading, resizing, colouring and scaling.
 
 `load_image_set` gives an `ImageSet` of uint8 pixels; `normalize` scales a batch of them for
-a model. `data_set` gives what is known of a data set by name, or of one's own. `partition` splits a
+a model. `data_set` gives what is known of a data set, custom ones too. `partition` splits a
 set over simulated clients, `members` records which images trained a model.
 
 It imports `config`, `rng` and `storage`; `privacy` and everything above may import it.

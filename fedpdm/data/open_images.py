@@ -49,7 +49,7 @@ def open_public_images(
 ) -> PublicImages:
     """The images of a data set by name, of a folder with a folder per class, or of a .npz file.
 
-    Of a data set by name these are its training images, of one's own files all. At most
+    Of a data set by name these are its training images, of your own files all. At most
     `max_images` of them, chosen by `stratified_positions`. `ValueError` naming `option` for
     anything else, and for a source without images.
     """

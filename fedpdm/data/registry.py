@@ -1,4 +1,4 @@
-"""What a data set is: one `DataSet`, of this package or of one's own, found by `data_set`."""
+"""What a data set is: one `DataSet`, of this package or custom, found by `data_set`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Request:
     """What is to be read.
 
     Attributes:
-        split: "train" or "test"; images of one's own without a split have `split_of`.
+        split: "train" or "test"; own images without a split have `split_of`.
         root: the folder or file where the images are; None for a set that needs none.
         resolution: what `RawSplit.read` will be asked for, or None for the set's own.
         attributes: those that make the classes, for a set that has attributes.
@@ -86,7 +86,7 @@ class DataSet:
 
 
 def data_set(name: str) -> DataSet:
-    """The data set of a name of `DATA_SETS`, or of one's own at `package.module:NAME`.
+    """The data set of a name of `DATA_SETS`, or of the custom one at `package.module:NAME`.
 
     `ConfigError`, one line, for a name that is not known and for what is no `DataSet`.
     """

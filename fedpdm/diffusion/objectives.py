@@ -40,7 +40,7 @@ __all__ = [
 
 
 def snr_weight(abar: torch.Tensor, *, weighting: str | Weighting) -> torch.Tensor:
-    """Weight of the squared x0 error at abar (any shape): a name of `WEIGHTINGS`, or one's own."""
+    """Weight of the squared x0 error at abar (any shape): one of `WEIGHTINGS` or a custom one."""
     if isinstance(weighting, str):
         if weighting not in WEIGHTINGS:
             raise ValueError(f"weighting must be one of {', '.join(WEIGHTINGS)}, got {weighting!r}")

@@ -1,4 +1,4 @@
-"""U-Nets by name: diffusers' keyword arguments. A preset of one's own is a `Preset` anywhere.
+"""U-Nets by name: diffusers' keyword arguments. A custom preset is a `Preset` anywhere.
 
 Free of torch, so that a configuration is read without it.
 """

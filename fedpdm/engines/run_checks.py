@@ -51,7 +51,7 @@ def check_place(config: RunConfig, out: Path, *, resume: bool) -> None:
 
 
 def check_named(config: RunConfig) -> None:
-    """`ConfigError`, one line, for code of one's own that is not there or is of another kind."""
+    """`ConfigError`, one line, for custom code that is not there or is of another kind."""
     own_strategy(config.aggregation.method)
     mechanism_named(config.privacy.release)
     check_chosen(config)

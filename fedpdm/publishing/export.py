@@ -74,7 +74,7 @@ def export_pipeline(
     config = run.config()
     if not config.kind.releases:
         raise ValueError(f"{run.root}: this run is a baseline, without a coarse and a fine model")
-    mechanism_named(config.privacy.release)  # the ledger may name one's own
+    mechanism_named(config.privacy.release)  # the ledger may name a custom one
     check_finished(run, config)
     privacy, shared = run.read_json("privacy.json"), shared_weights(run)
     folder = Path(store or run.client_path(client_id))

@@ -1,4 +1,4 @@
-"""What a configuration names: objectives, loss weights and U-Nets, of this package or one's own."""
+"""What a configuration names: objectives, loss weights and U-Nets, built in or custom."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ __all__ = ["check_chosen", "find_objective", "find_preset", "find_weighting"]
 
 
 def find_preset(config: RunConfig, role: str) -> Preset:
-    """The U-Net of the coarse or fine model: a preset by name, or one's own."""
+    """The U-Net of the coarse or fine model: a preset by name, or a custom one."""
     name = config.coarse.preset if role == "coarse" else config.fine.preset
     return find(name, PRESETS, Preset, key=f"{role}.preset")
 
 
 def find_weighting(config: RunConfig, role: str) -> Weighting:
-    """The loss weight of the coarse or fine model: one by name, or one's own."""
+    """The loss weight of the coarse or fine model: one by name, or a custom one."""
     name = config.coarse.weighting if role == "coarse" else config.fine.weighting
     return find(name, WEIGHTINGS, Weighting, key=f"{role}.weighting")
 
@@ -32,7 +32,7 @@ def find_objective(config: RunConfig) -> CoarseObjective:
 
 
 def check_chosen(config: RunConfig) -> None:
-    """`ConfigError`, one line, for code of one's own that is not there or is of another kind."""
+    """`ConfigError`, one line, for custom code that is not there or is of another kind."""
     data_set(config.data.name)
     find_objective(config)
     for role in ("coarse", "fine"):

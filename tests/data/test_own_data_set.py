@@ -1,4 +1,4 @@
-"""A data set, a U-Net, a loss weight and an objective of one's own, named in a config."""
+"""A custom data set, U-Net, loss weight and objective, named in a config."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Release mechanisms of one's own: through one door, and held to what holds for the first."""
+"""Custom release mechanisms: through one door, and held to what holds for the first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A strategy of one's own: what it need not check itself, how it is resumed and named."""
+"""A custom strategy: what it need not check itself, how it is resumed and named."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Code of one's own in a module of its own, as a user of fedpdm would write it."""
+"""Custom code in its own module, as a user of fedpdm would write it."""
 
 from __future__ import annotations
 

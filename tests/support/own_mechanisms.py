@@ -1,4 +1,4 @@
-"""Release mechanisms of one's own, planted: rows of images, sums in two rounds, an unknown cost."""
+"""Custom release mechanisms, planted: rows of images, sums in two rounds, an unknown cost."""
 
 from __future__ import annotations
 

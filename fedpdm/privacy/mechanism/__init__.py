@@ -1,4 +1,4 @@
-"""Release mechanisms: the door for one's own, per-image releases, and releases as records."""
+"""Release mechanisms: the door for custom ones, per-image releases, and releases as records."""
 
 from fedpdm.privacy.mechanism.door import (
     ReleaseMechanism,

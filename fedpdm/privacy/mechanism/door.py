@@ -1,4 +1,4 @@
-"""What a release mechanism is, and which ones there are: the door for one's own.
+"""What a release mechanism is, and which ones there are: the door for custom ones.
 
 A mechanism is one module with a subclass of `ReleaseMechanism`, or of
 `fedpdm.privacy.mechanism.ImageMechanism` where it releases a row for each image. It says what a

@@ -122,7 +122,7 @@ def _ledgers(
     run: RunDirectory, config: RunConfig, privacy: Mapping[str, Any]
 ) -> tuple[LedgerLine, ...]:
     """A line per client: from its ledger where that is here, else the head that the run noted."""
-    mechanism_named(config.privacy.release)  # ledgers may name one's own
+    mechanism_named(config.privacy.release)  # ledgers may name custom ones
     lines = {
         int(client): LedgerLine(client=int(client), head=str(head))
         for client, head in privacy.get("ledger_heads", {}).items()
