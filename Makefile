@@ -20,7 +20,7 @@ help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | \
 		awk -F'\t' '{ printf "  make %-26s %s\n", $$1, $$2 }'
 	@echo "  variables: FEDPDM_DATA=DIR (torchvision layout), PROFILE=smoke (or cpu, paper), JOBS=2,"
-	@echo "  WORKERS=2 (default: one for each core), PYTHON=python3"
+	@echo "  WORKERS=2 (default: one for each core), PYTHON=python3, DEMO='--set run.rounds=2' for a shorter one"
 
 install: $(STAMP) ## create .venv and install (Python 3.11 or newer)
 
@@ -32,7 +32,7 @@ $(STAMP): pyproject.toml requirements.lock
 	@touch $@
 
 demo: install ## train 4 clients on embedded real digits, epsilon 10, under 6 minutes
-	$(BIN)/fedpdm run experiments/digits.yaml --out runs/demo-$(NOW)
+	$(BIN)/fedpdm run experiments/digits.yaml --out runs/demo-$(NOW) $(DEMO)
 
 # Workers, and the processes that tests start, read what others have compiled.
 test test-fast: export PYTHONDONTWRITEBYTECODE =
