@@ -16,7 +16,6 @@ from fedpdm.commands.terminal import say
 from fedpdm.config.schema import ScheduleConfig
 
 if TYPE_CHECKING:
-    from fedpdm.attacks import AuditReport, LinkageResult
     from fedpdm.config import RunConfig
     from fedpdm.data import ImageSet
 
@@ -138,6 +137,7 @@ def run_linkage(options: argparse.Namespace) -> int:
     import numpy as np
 
     from fedpdm.attacks import linkage_attack
+    from fedpdm.attacks.jobs.release_report import draw_linkage, linkage_text
     from fedpdm.engines.one_client import upload_releases
 
     config, images = _config(options), _images(options)
@@ -162,8 +162,8 @@ def run_linkage(options: argparse.Namespace) -> int:
         **dataclasses.asdict(summary),
     }
     if options.out is not None:
-        _draw(result, options.out / "linkage.png", facts)
-    _tell(options, "linkage.json", facts, _linkage_text(facts))
+        draw_linkage(result, options.out / "linkage.png", facts)
+    _tell(options, "linkage.json", facts, linkage_text(facts))
     return 0 if summary.agrees else 1
 
 
@@ -182,60 +182,12 @@ def _images(options: argparse.Namespace) -> ImageSet:
     )
 
 
-def _linkage_text(facts: dict[str, Any]) -> str:
-    low, high = facts["auc_low"], facts["auc_high"]
-    middle = facts["distance_quantiles"][3]
-    return "\n".join(
-        (
-            f"Linkage of uploads, {facts['num_pairs']:,} pairs of {facts['data']} (seed "
-            f"{facts['seed']}), t0 = {facts['t0']}, clip norm {facts['clip_norm']:g} around "
-            f"{facts['shift']:g}, sigma {facts['sigma']:.4g}",
-            f"{'':<34}{'measured':>10}{'analytic':>10}{'worst case':>12}",
-            f"{'AUC':<34}{facts['auc']:>10.4f}{facts['auc_analytic']:>10.4f}"
-            f"{facts['worst_auc']:>12.4f}",
-            f"{'TPR at ' + format(facts['fpr'], '.0%') + ' FPR':<34}{facts['tpr']:>10.4f}"
-            f"{facts['tpr_analytic']:>10.4f}{facts['worst_tpr']:>12.4f}",
-            f"{facts['confidence']:.0%} interval of the AUC: {low:.4f} to {high:.4f}, the analytic "
-            f"value is {'inside' if facts['agrees'] else 'OUTSIDE'}",
-            f"median distance of a pair after clipping: {middle:.4g}; the worst case is two images "
-            f"at {2 * facts['clip_norm']:g}",
-            "This is what a server can do that knows both images and asks which was uploaded.",
-        )
-    )
-
-
-def _draw(result: LinkageResult, path: Path, facts: dict[str, Any]) -> None:
-    import numpy as np
-    from scipy import special
-
-    from fedpdm.attacks import linkage_roc, roc_points
-    from fedpdm.reporting.pictures import draw_roc
-
-    fpr = np.geomspace(1e-6, 1.0, 400)[:-1]
-    ratio = 2.0 * facts["clip_norm"] / facts["sigma"]
-    draw_roc(
-        path,
-        {
-            f"measured, AUC {facts['auc']:.3f}": roc_points(result.positive, result.negative),
-            f"analytic, AUC {facts['auc_analytic']:.3f}": linkage_roc(
-                result.distances, sigma=facts["sigma"]
-            ),
-            f"worst case, AUC {facts['worst_auc']:.3f}": (
-                fpr,
-                special.ndtr(special.ndtri(fpr) + ratio),
-            ),
-        },
-        title=f"Linkage of uploads, {facts['data']}, t0 = {facts['t0']}, "
-        f"clip norm {facts['clip_norm']:g}",
-        smallest=max(1e-4, 2.0 / facts["num_pairs"]),
-    )
-
-
 def run_audit(options: argparse.Namespace) -> int:
     """The action of `attack audit`: 0 if the release keeps to its ledger, else 1."""
     import numpy as np
 
     from fedpdm.attacks import audit, draw_game
+    from fedpdm.attacks.jobs.release_report import audit_text
     from fedpdm.engines.one_client import upload_releases
     from fedpdm.privacy.planning import build_noise
 
@@ -272,7 +224,7 @@ def run_audit(options: argparse.Namespace) -> int:
         )
     say(f"audit: done in {time.perf_counter() - started:.1f} s")
     facts = {"seed": options.seed, **dataclasses.asdict(report)}
-    _tell(options, "audit.json", facts, _audit_text(report, options))
+    _tell(options, "audit.json", facts, audit_text(report, seed=options.seed))
     return 0 if report.passed else 1
 
 
@@ -282,32 +234,6 @@ def _shape(text: str) -> tuple[int, int, int]:
     except ValueError:
         raise ValueError(f"--shape: must be like 3x32x32, got {text!r}") from None
     return channels, height, width
-
-
-def _audit_text(report: AuditReport, options: argparse.Namespace) -> str:
-    made = report.guesses
-    lines = [
-        f"One-run audit, {made.num_canaries:,} canaries of {options.shape} (seed {options.seed}); "
-        f"{report.num_uploads} uploads, {report.num_distinct} distinct, {report.recorded} in the "
-        "ledger",
-        f"  claimed epsilon at delta {report.delta:g}        {report.claimed_epsilon:8.4f}",
-        f"  lower bounds at {made.confidence:.0%} confidence:",
-        f"    one run, any mechanism (Steinke)     {report.epsilon_steinke:8.4f}   "
-        f"({made.num_right} of the {made.num_guesses} surest guesses right)",
-        f"    one run, Gaussian DP (Mahloujifar)   {report.epsilon_gaussian:8.4f}",
-        f"    images noised independently          {report.epsilon_independent:8.4f}   "
-        f"({made.num_right_of_all} of {made.num_canaries} right, {report.accuracy:.4f}; theory "
-        f"{report.expected_accuracy:.4f})",
-        f"  canaries are {report.distance_ratio:.3f} of the largest possible distance apart",
-        "  checks:",
-    ]
-    for finding in report.findings:
-        chance = "" if finding.p_value is None else f" (p = {finding.p_value:.2g})"
-        verdict = "ok  " if finding.passed else "FAIL"
-        lines.append(f"    {verdict} {finding.name}: {finding.seen}{chance}")
-    verdict = "keeps to" if report.passed else "LEAKS MORE THAN"
-    lines.append(f"  the release {verdict} what its ledger says")
-    return "\n".join(lines)
 
 
 def _tell(options: argparse.Namespace, name: str, facts: dict[str, Any], text: str) -> None:
