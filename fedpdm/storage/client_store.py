@@ -105,11 +105,11 @@ class ClientStore:
         return counts
 
     def note_failure(self, line: str) -> None:
-        """Note for the owner what failed and was not told to the server."""
+        """Note for the owner what failed and was not told to the server; the last 1,000 are kept."""
         path = self.root / "failures.txt"
-        before = path.read_text(encoding="utf-8") if path.exists() else ""
-        now = time.strftime("%Y-%m-%d %H:%M:%S")
-        write_atomic(path, f"{before}{now}  {line}\n".encode())
+        before = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        lines = [*before[-999:], f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line[:2000]}"]
+        write_atomic(path, ("\n".join(lines) + "\n").encode())
 
     # Rounds.
 

@@ -140,7 +140,9 @@ def test_a_message_has_no_room_for_more(recorded: Recorded) -> None:
             assert fields == {f"{name}.properties"}
             assert sent.metrics == {"client_id": sent.client}
             continue
-        allowed = {**wire.FIT_METRICS, **(wire.RAW_METRICS if recorded.simulated else {})}
+        clocks = {} if recorded.simulated else dict.fromkeys(wire.CLOCKS, int)
+        raw = wire.RAW_METRICS if recorded.simulated else {}
+        allowed = {**wire.FIT_METRICS, **raw, **clocks}
         assert {key: type(value) for key, value in sent.metrics.items()}.items() <= allowed.items()
         count = records[f"{name}.num_examples"]
         if sent.kind == "train":

@@ -113,7 +113,7 @@ def test_releases_travel_with_their_event() -> None:
         torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0)),
         torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
         torch.arange(6.0).view(2, 3).T,
-        torch.tensor([math.nan, math.inf, -0.0]),
+        torch.tensor([1e6, -1e6, 1e-45, -0.0]),
         torch.tensor([1.5], dtype=torch.bfloat16),
         torch.tensor([2**60]),
     ],
@@ -123,6 +123,13 @@ def test_models_travel_in_any_shape_and_layout(tensor: torch.Tensor) -> None:
     assert got["a"].dtype == tensor.dtype
     assert torch.equal(got["a"].nan_to_num(), tensor.nan_to_num())
     assert got["a"].shape == tensor.shape
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1.000001e6, -3e38])
+def test_models_must_be_finite_and_of_a_networks_size(value: float) -> None:
+    message = wire.encode_model({"a": torch.zeros(2), "b": torch.tensor([[0.0, value]])})
+    with pytest.raises(WireError, match="coarse model from client 3: b has values "):
+        decode_model(message)
 
 
 def test_messages_are_one_array_of_bytes_and_have_a_digest() -> None:
