@@ -105,7 +105,7 @@ class ClientStore:
         return counts
 
     def note_failure(self, line: str) -> None:
-        """Note for the owner what failed and was not told to the server; the last 1,000 are kept."""
+        """Note for the owner what failed and was not told to the server: the last 1,000 lines."""
         path = self.root / "failures.txt"
         before = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         lines = [*before[-999:], f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line[:2000]}"]
