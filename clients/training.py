@@ -191,21 +191,22 @@ class LocalTraining:
         self.record_members("fine", "raw")
         labels = self.local.held.train_labels
         store.save_class_counts(np.bincount(labels, minlength=self.local.held.images.num_classes))
-        chunks_done, state = store.load_partial(round) or (0, None)
+        chunks_done, state, notes = store.load_partial(round) or (0, None, {})
         if state is None:
             state = store.load_state(store.last_round(), "fine")
         with self.borrowed("fine", fresh=not state) as trainer:
             if state:
                 trainer.load_state(state, what=f"fine state of {self.who}")
             del state
-            metrics = self._fine_steps(trainer, round, chunks_done)
+            metrics = self._fine_steps(trainer, round, chunks_done, notes)
             store.draft_state(round, "fine", trainer.state())
         return metrics
 
     def _fine_steps(
-        self, trainer: Trainer[Denoiser], round: int, chunks_done: int
+        self, trainer: Trainer[Denoiser], round: int, chunks_done: int, notes: dict[str, Any]
     ) -> dict[str, Any]:
-        """The round's chunks from `chunks_done` on; returns their metrics."""
+        """The round's chunks from `chunks_done` on; returns metrics of all, earlier ones by the
+        `notes` of their checkpoint."""
         local, section, model = self.local, self.config.fine, trainer.model
         loss = fine_batch_loss(
             self.setup,
@@ -218,7 +219,7 @@ class LocalTraining:
         where = f"{self.who} round {round} fine"
         show = work_progress(where)
         total, size = section.steps_per_round, section.checkpoint_every
-        losses, images = [], 0
+        losses, images = list(notes.get("losses", ())), int(notes.get("images", 0))
         for chunk, start in enumerate(range(0, total, size)):
             if chunk < chunks_done:
                 continue
@@ -233,7 +234,8 @@ class LocalTraining:
             losses.append(report.loss)
             images += report.num_images
             if start + size < total:
-                local.store.save_partial(round, chunk + 1, trainer.state())
+                notes = {"losses": losses, "images": images}
+                local.store.save_partial(round, chunk + 1, trainer.state(), notes)
         metrics: dict[str, Any] = {"fine_images": images}
         if losses and local.raw_metrics:
             metrics["fine_loss"] = float(np.mean(losses))
