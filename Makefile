@@ -13,7 +13,7 @@ NOW := $(shell date +%Y%m%d-%H%M%S)
 export FLWR_TELEMETRY_ENABLED = 0
 
 .DEFAULT_GOAL := help
-.PHONY: help install docs demo test test-fast test-faults deploy-test audit lint licences format bench stop clean \
+.PHONY: help install docs demo test test-fast test-faults test-mutations deploy-test audit lint licences format bench stop clean \
 	experiment-gmm experiment-cifar experiment-colored-mnist experiment-celeba tables
 
 help: ## this list
@@ -68,6 +68,9 @@ deploy-test: install ## 3 nodes over gRPC with TLS, one killed, one coordinator 
 
 test-faults: install ## deployed federations with faults, real processes: about half an hour
 	$(BIN)/python -m pytest -m faults
+
+test-mutations: install ## take each refusal, clip and noise away: does a test fail? hours (ROOM=wire)
+	$(BIN)/python -m tests.mutations $(ROOM)
 
 docs: $(VENV)/.docs ## the documentation site, strictly, into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -10,17 +10,16 @@ from typing import Any
 
 from clients.bounds import check_run, flag, node_policy
 from clients.failures import Refusal
-from fedpdm.config import ConfigError, RunConfig, config_from_json, config_to_json
+from fedpdm.config import ConfigError, RunConfig, config_digest, config_from_json, config_to_json
 from fedpdm.data import ImageSet
 from fedpdm.data.client_images import ClientImages, client_images, own_images
 from fedpdm.data.loading import build_partitions, load_split
 from fedpdm.data.partition import ClientPartition
-from fedpdm.deployment.acceptance import config_digest
 from fedpdm.deployment.policy import NodePolicy
 from fedpdm.privacy.releases import ReleaseStore
 from fedpdm.setup.flower_config import new_release_allowed, release_path, run_config_of, run_root
 from fedpdm.setup.run_setup import RunSetup, set_up
-from fedpdm.storage.client_store import ClientStore
+from fedpdm.storage.client_store import ClientStore, store_label
 from fedpdm.storage.run_directory import RunDirectory
 
 __all__ = ["LocalClient", "is_deployed", "open_local_client"]
@@ -130,7 +129,7 @@ def _open(
     return LocalClient(
         setup=set_up(config, held.images),
         held=held,
-        store=ClientStore(store),
+        store=ClientStore(store, store_label(config, client_id)),
         releases=ReleaseStore(releases),
         raw_metrics=raw_metrics,
         allow_new_release=allow_new_release,

@@ -220,19 +220,22 @@ class LocalTraining:
         self.record_members("fine", "raw")
         labels = self.local.held.train_labels
         store.save_class_counts(np.bincount(labels, minlength=self.local.held.images.num_classes))
-        chunks_done, state = store.load_partial(round) or (0, None)
+        chunks_done, state, notes = store.load_partial(round) or (0, None, {})
         if state is None:
             state = store.load_state(store.last_round(), "fine")
         with self.borrowed("fine", fresh=not state) as trainer:
             if state:
                 trainer.load_state(state, what=f"fine state of {self.who}")
             del state
-            losses = self._fine_steps(trainer, round, chunks_done)
+            losses = self._fine_steps(trainer, round, chunks_done, notes)
             store.draft_state(round, "fine", trainer.state())
         return losses
 
-    def _fine_steps(self, trainer: Trainer[Denoiser], round: int, chunks_done: int) -> list[float]:
-        """The round's chunks from `chunks_done` on; returns their losses."""
+    def _fine_steps(
+        self, trainer: Trainer[Denoiser], round: int, chunks_done: int, notes: dict[str, Any]
+    ) -> list[float]:
+        """The round's chunks from `chunks_done` on; returns the losses of all, earlier ones by the
+        `notes` of their checkpoint."""
         local, section, model = self.local, self.config.fine, trainer.model
         loss = fine_batch_loss(
             self.setup,
@@ -245,7 +248,7 @@ class LocalTraining:
         where = f"{self.who} round {round} fine"
         show = work_progress(where)
         total, size = section.steps_per_round, section.checkpoint_every
-        losses = []
+        losses = list(notes.get("losses", ()))
         for chunk, start in enumerate(range(0, total, size)):
             if chunk < chunks_done:
                 continue
@@ -259,5 +262,6 @@ class LocalTraining:
             )
             losses.append(report.loss)
             if start + size < total:
-                local.store.save_partial(round, chunk + 1, trainer.state())
+                notes = {"losses": losses}
+                local.store.save_partial(round, chunk + 1, trainer.state(), notes)
         return losses

@@ -135,6 +135,10 @@ def _parser() -> Parser:
     export.add_argument("run", type=Path)
     export.add_argument("--client", type=int, default=0)
     export.add_argument("--out", type=Path, required=True)
+    export.add_argument(
+        "--counts-epsilon", type=float, metavar="EPSILON",
+        help="noise the numbers of images per class that it holds with sampling.coarse_worth",
+    )  # fmt: skip
     export.set_defaults(action=_export)
 
     sample = commands.add_parser("sample", help="sample from an exported pipeline")
@@ -217,8 +221,11 @@ def _export(options: argparse.Namespace) -> None:
     from fedpdm.publishing.export import export_pipeline
     from fedpdm.storage.run_directory import RunDirectory
 
-    path = export_pipeline(RunDirectory(options.run), client_id=options.client, out=options.out)
+    run, epsilon = RunDirectory(options.run), options.counts_epsilon
+    path = export_pipeline(run, client_id=options.client, out=options.out, counts_epsilon=epsilon)
     line = f"pipeline of client {options.client} written to {path}"
+    if epsilon is None and run.config().sampling.coarse_worth is not None:
+        line += "\nit holds the exact numbers of its images per class: see its README.md, Privacy"
     tell(options, line, {"out": str(path), "client": options.client})
 
 

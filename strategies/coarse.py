@@ -178,7 +178,7 @@ class CoarseStrategy(RoundExchange):
 
     def settle(self) -> None:
         """Let go of weights and EMA until they are used: they are mapped from the checkpoint."""
-        checkpoint = self._run.load_checkpoint()
+        checkpoint = self._run.load_checkpoint(check=False)
         if checkpoint is not None:
             self._restore(checkpoint[1])
         _release_free_memory()

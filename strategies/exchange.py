@@ -74,7 +74,7 @@ class RoundExchange(Strategy):
 
     def rounds_left(self) -> int:
         """Flower rounds still to run: at least one, for the final evaluation."""
-        return max(1, self.settings.rounds - self.rounds_done)
+        return self.book.rounds_left()
 
     def client_of(self, cid: str) -> int:
         """Which client a node of Flower's is; -1 for one that was never asked."""
@@ -151,9 +151,9 @@ class RoundExchange(Strategy):
         self, server_round: int, parameters: Parameters, client_manager: ClientManager
     ) -> list[tuple[ClientProxy, FitIns]]:
         round = self.book.number(server_round)
-        self.book.begin()
-        if round > self.settings.rounds:
-            return []  # only the final evaluation was missing
+        self.book.begin(round)
+        if round <= self.rounds_done:
+            return []  # only its evaluation was missing
         config: dict[str, Scalar] = {
             "round": round,
             "phase": self.phase(round).value,
@@ -221,9 +221,9 @@ class RoundExchange(Strategy):
     def configure_evaluate(
         self, server_round: int, parameters: Parameters, client_manager: ClientManager
     ) -> list[tuple[ClientProxy, EvaluateIns]]:
-        round = min(self.book.number(server_round), self.settings.rounds)
+        round = self.book.number(server_round)
         final = round == self.settings.rounds
-        if not final and round % self.settings.evaluate_every:
+        if not self.book.evaluates(round):
             self.book.tell()
             return []
         config: dict[str, Scalar] = {"round": round, "final": final}
@@ -239,7 +239,7 @@ class RoundExchange(Strategy):
         results: list[tuple[ClientProxy, EvaluateRes]],
         failures: list[tuple[ClientProxy, EvaluateRes] | BaseException],
     ) -> tuple[float | None, dict[str, Scalar]]:
-        round = min(self.book.number(server_round), self.settings.rounds)
+        round = self.book.number(server_round)
         problems = [*self._describe_failures(results, failures), *self._roster.problems]
         good = []
         for proxy, result in results:

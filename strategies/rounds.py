@@ -24,12 +24,13 @@ class CurrentRound:
     about the others; `sent` and `received` are bytes.
     """
 
-    def __init__(self, problems: Sequence[str] = ()) -> None:
+    def __init__(self, *, seconds: float = 0.0) -> None:
+        """`seconds` were spent on it by an earlier process."""
         self.seen: set[str] = set()
         self.answers: list[ClientAnswer] = []
-        self.problems = list(problems)
+        self.problems: list[str] = []
         self.sent = self.received = 0
-        self._started = time.perf_counter()
+        self._started = time.perf_counter() - seconds
 
     @property
     def seconds(self) -> float:
@@ -50,23 +51,38 @@ class RoundBook:
         self.trackers: RunTrackers | None = None
         self._settings = settings
         self._announce = announce
-        self._first_round = 1  # of this process
+        self.first_round = 1  # of this process
+        self._rounds_before = 0  # trained by earlier processes
         self._started = time.perf_counter()
 
     def go_on(self, rounds_done: int, history: dict[str, Any]) -> None:
-        """Take over what an earlier process did."""
+        """Take over what an earlier process did.
+
+        A checkpoint is of the time before its round's evaluation: if there is one, it comes first.
+        """
         self.rounds_done, self.history = rounds_done, history
         if rounds_done:
             self._announce(f"resumed after round {rounds_done} of {self._settings.rounds}")
-            self._first_round = rounds_done + 1
+            self._rounds_before = rounds_done
+            self.first_round = rounds_done + (not self.evaluates(rounds_done))
+
+    def evaluates(self, round: int) -> bool:
+        """Whether a round's model is evaluated."""
+        return round == self._settings.rounds or round % self._settings.evaluate_every == 0
+
+    def rounds_left(self) -> int:
+        """Flower rounds still to run; at least one, for the final evaluation."""
+        return self._settings.rounds - self.first_round + 1
 
     def number(self, server_round: int) -> int:
         """Flower counts rounds of this process; the run's rounds go on from the checkpoint."""
-        return self._first_round - 1 + server_round
+        return self.first_round - 1 + server_round
 
-    def begin(self, problems: Sequence[str] = ()) -> None:
-        """A round begins; `problems` are about nodes that are not asked."""
-        self.now = CurrentRound(problems)
+    def begin(self, round: int) -> None:
+        """A round begins; of one that is done the evaluation is missing."""
+        done = round <= self.rounds_done
+        seconds = self.history["rounds"][-1]["seconds"] if done else 0.0
+        self.now = CurrentRound(seconds=seconds)
 
     def report(self, round: int, what: str, problems: Sequence[str], *, num_good: int) -> None:
         """Say what failed; `ClientFailure` if the run is to stop, or nobody is left."""
@@ -93,7 +109,7 @@ class RoundBook:
                 "seconds": now.seconds,
                 "bytes_down": now.sent,
                 "bytes_up": now.received,
-                "clients": [dict(answer.metrics) for answer in answers],
+                "clients": [_lasting(answer.metrics) for answer in answers],
                 "failed": list(problems),
             }
         )
@@ -113,9 +129,16 @@ class RoundBook:
     def tell(self) -> None:
         """Show the last round, with the time that the rest will take at the pace so far."""
         record = self.history["rounds"][-1]
-        rounds_here = self.rounds_done - self._first_round + 1
-        pace = (time.perf_counter() - self._started) / max(1, rounds_here)
+        rounds_here = self.rounds_done - self._rounds_before
+        spent = time.perf_counter() - self._started if rounds_here else self.now.seconds
+        pace = spent / max(1, rounds_here)
         left = pace * (self._settings.rounds - self.rounds_done)
         self._announce(round_line(record, rounds=self._settings.rounds, seconds_left=left))
         if self.trackers is not None:
             self.trackers.round(record)
+
+
+def _lasting(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what only says that a run was interrupted: its records are those of one that was
+    not."""
+    return {name: value for name, value in metrics.items() if name != "replayed"}

@@ -90,7 +90,7 @@ def build_strategy(
     if resume:
         strategy.resume()
     if config.run.trackers:
-        first = strategy.rounds_done + 1
+        first = strategy.book.first_round
         strategy.track(open_trackers(config, run.root, first_round=first, say=log.say))
     return strategy
 

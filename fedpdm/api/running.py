@@ -144,7 +144,19 @@ def run(
     return RunDirectory(Path(out))
 
 
-def export_client(run: RunDirectory | PathLike, out: PathLike, *, client: int = 0) -> Path:
-    """Write one client's models of a finished run as a diffusers pipeline, with its model card."""
+def export_client(
+    run: RunDirectory | PathLike,
+    out: PathLike,
+    *,
+    client: int = 0,
+    counts_epsilon: float | None = None,
+) -> Path:
+    """Write one client's models of a finished run as a diffusers pipeline, with its model card.
+
+    `counts_epsilon`: noise for the numbers of images per class that an export of a run with
+    `sampling.coarse_worth` holds; default: they are exact.
+    """
     directory = run if isinstance(run, RunDirectory) else RunDirectory(Path(run))
-    return export_pipeline(directory, client_id=client, out=Path(out))
+    return export_pipeline(
+        directory, client_id=client, out=Path(out), counts_epsilon=counts_epsilon
+    )

@@ -8,6 +8,7 @@ path of the key (`privacy.clipnorm: unknown key; did you mean clip_norm?`). It i
 from fedpdm.config.kind import RunKind
 from fedpdm.config.reading import (
     apply_overrides,
+    config_digest,
     config_from_json,
     config_from_mapping,
     config_keys,
@@ -57,6 +58,7 @@ __all__ = [
     "Suite",
     "ToyConfig",
     "apply_overrides",
+    "config_digest",
     "config_from_json",
     "config_from_mapping",
     "config_keys",

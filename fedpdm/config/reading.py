@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import difflib
 import functools
+import hashlib
 import json
 import math
 import types
@@ -232,6 +233,16 @@ def config_to_json(config: RunConfig) -> str:
         if plain[section][key] == default:
             del plain[section][key]
     return json.dumps(plain, sort_keys=True)
+
+
+def config_digest(config: RunConfig) -> str:
+    """SHA-256 of the resolved config, without its name and the coordinator's own data folder.
+
+    A node does not use those two. A change of any other key makes it another config.
+    """
+    data = dataclasses.replace(config.data, root=None)
+    plain = dataclasses.replace(config, name="federation", data=data)
+    return hashlib.sha256(config_to_json(plain).encode()).hexdigest()
 
 
 @functools.lru_cache(maxsize=16)  # every message of a run carries the same text

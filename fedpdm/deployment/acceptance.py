@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any
 
-from fedpdm.config import RunConfig, config_to_json
+from fedpdm.config import RunConfig, config_digest
 from fedpdm.privacy.ledger import Ledger, Record
 from fedpdm.privacy.releases import ReleaseStore
 
 __all__ = ["ACCEPTED", "accept", "acceptance_of", "config_digest"]
 
 ACCEPTED = "accepted"
-
-
-def config_digest(config: RunConfig) -> str:
-    """SHA-256 of the resolved config, without its name and the coordinator's own data folder.
-
-    A node does not use those two. A change of any other key makes it another config.
-    """
-    data = dataclasses.replace(config.data, root=None)
-    plain = dataclasses.replace(config, name="federation", data=data)
-    return hashlib.sha256(config_to_json(plain).encode()).hexdigest()
 
 
 def acceptance_of(ledger: Ledger, config: RunConfig) -> Record | None:

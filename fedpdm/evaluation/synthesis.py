@@ -22,7 +22,7 @@ from fedpdm.rng import Purpose, torch_generator
 from fedpdm.setup.build import coarse_share
 from fedpdm.setup.pair import ModelPair, check_finished, client_weights, load_pair, shared_weights
 from fedpdm.setup.run_setup import set_up
-from fedpdm.storage.client_store import ClientStore
+from fedpdm.storage.client_store import ClientStore, store_label
 from fedpdm.storage.run_directory import RunDirectory
 
 __all__ = ["Synthesizer", "open_synthesizer"]
@@ -72,7 +72,7 @@ def open_synthesizer(
     elif coarse is None:
         coarse = shared_weights(run)
     if config.kind.has_fine_model:
-        store = ClientStore(run.client_path(client_id))
+        store = ClientStore(run.client_path(client_id), store_label(config, client_id))
         fine = client_weights(store)
         if not fine:
             raise ValueError(f"{store.root}: client {client_id} has no fine model there")

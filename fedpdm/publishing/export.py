@@ -7,11 +7,11 @@ model card with the client's ledger. It can be uploaded to the Hugging Face Hub 
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import math
 import os
-import secrets
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -29,6 +29,7 @@ from fedpdm.data.loading import load_split
 from fedpdm.data.spec import ImageSpec
 from fedpdm.diffusion.sampling import make_scheduler
 from fedpdm.diffusion.training import select_device
+from fedpdm.privacy.counts import noised_counts
 from fedpdm.privacy.mechanism import mechanism_named
 from fedpdm.privacy.releases import ReleaseStore
 from fedpdm.privacy.statement import client_statement
@@ -41,17 +42,24 @@ from fedpdm.setup.build import coarse_share
 from fedpdm.setup.chosen import find_objective
 from fedpdm.setup.pair import check_finished, client_weights, load_pair, shared_weights
 from fedpdm.setup.run_setup import set_up_for
-from fedpdm.storage.client_store import ClientStore
-from fedpdm.storage.files import StoreError
+from fedpdm.storage.client_store import ClientStore, store_label
+from fedpdm.storage.files import StoreError, clear_leftovers
 from fedpdm.storage.run_directory import RunDirectory
 
 __all__ = ["export_pipeline", "load_pipeline", "sample_grid"]
 
 BATCH_SIZE = 256
+# Of a run's statement: how many images paid what, and places on this machine.
+_KEPT_HERE = ("epsilon_distribution", "unreadable_stores")
 
 
 def export_pipeline(
-    run: RunDirectory, *, client_id: int, out: Path, store: Path | None = None
+    run: RunDirectory,
+    *,
+    client_id: int,
+    out: Path,
+    store: Path | None = None,
+    counts_epsilon: float | None = None,
 ) -> Path:
     """Write one client's models of a finished run as a diffusers pipeline directory.
 
@@ -63,6 +71,9 @@ def export_pipeline(
         client_id: whose fine model.
         out: directory to make; it may exist if it is empty. It is returned.
         store: the client's store; default `clients/<client_id>` of the run (simulation).
+        counts_epsilon: with `sampling.coarse_worth`, noise the numbers of images per class that the
+            export's `coarse_share` gives away; default: they are exact. The noise is drawn once and
+            kept in the store.
 
     Raises:
         ValueError: one line, if the run has not finished, the client has no fine model there, its
@@ -78,7 +89,8 @@ def export_pipeline(
     check_finished(run, config)
     privacy, shared = run.read_json("privacy.json"), shared_weights(run)
     folder = Path(store or run.client_path(client_id))
-    own, ledger = _client(run, folder, privacy, client_id=client_id)
+    client_store = ClientStore(folder, store_label(config, client_id))
+    own, ledger = _client(run, client_store, privacy, client_id=client_id)
     shape = ledger["image_shape"]
     t0, shift = int(privacy["t0"]), float(privacy["shift"])
     num_classes = len(shared.get("class_embedding.weight", ())) - 1  # the last is "no label"
@@ -106,12 +118,15 @@ def export_pipeline(
         fine_patch=fine.spec.preset.patch,
         shift=shift,
         guidance_scale=config.sampling.guidance,
-        coarse_share=_share(config, folder, num_classes=num_classes),
+        coarse_share=_share(config, client_store, num_classes, counts_epsilon),
         fine_t_max=schedule.num_steps if config.fine.t_range == "all" else t0,
         id2label=_class_names(config, num_classes=num_classes),
     )
-    card = model_card(pipeline, name=config.name, run=privacy, client=ledger)
-    _write(pipeline, privacy, card, out)
+    card = model_card(
+        pipeline, name=config.name, run=privacy, client=ledger, counts_epsilon=counts_epsilon
+    )
+    statement = {key: value for key, value in privacy.items() if key not in _KEPT_HERE}
+    _write(pipeline, statement, card, out)
     return out
 
 
@@ -189,12 +204,12 @@ def sample_grid(
 
 
 def _client(
-    run: RunDirectory, folder: Path, privacy: Mapping[str, Any], *, client_id: int
+    run: RunDirectory, store: ClientStore, privacy: Mapping[str, Any], *, client_id: int
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """EMA weights of the client's last round, and its statement, from its ledger where that lies
     in the store (else as it was written beside the ledger's releases); `ValueError` if there are
     none, or not of this run."""
-    store = ClientStore(folder)
+    folder = store.root
     weights, released = client_weights(store), store.load_statement()
     known_releases = [asdict(r.parameters) for r in ReleaseStore(folder).ledger().releases()]
     if known_releases:
@@ -217,16 +232,26 @@ def _client(
     return weights, released
 
 
-def _share(config: RunConfig, folder: Path, *, num_classes: int) -> list[float] | None:
-    """`coarse_share` of the client whose store is `folder`, by class and for no label."""
+def _share(
+    config: RunConfig, store: ClientStore, num_classes: int, epsilon: float | None
+) -> list[float] | None:
+    """`coarse_share` of the client, by class and for no label; with `epsilon` of noised counts."""
     if config.sampling.coarse_worth is None:
+        if epsilon is not None:
+            raise ValueError(
+                "counts_epsilon: sampling.coarse_worth is not set, so the export holds no counts"
+            )
         return None
-    counts = ClientStore(folder).load_class_counts()
+    counts = store.load_class_counts()
     if counts is None or len(counts) != num_classes:
         raise StoreError(
-            f"{folder / 'classes.json'}: sampling.coarse_worth needs {num_classes} counts of "
+            f"{store.root / 'classes.json'}: sampling.coarse_worth needs {num_classes} counts of "
             f"images, found {'no file' if counts is None else len(counts)}"
         )
+    if epsilon is not None:
+        drawn = functools.partial(noised_counts, counts.tolist(), epsilon=epsilon)
+        with store.lock():
+            counts = store.noised_class_counts(counts, epsilon, drawn)
     labels = np.repeat(np.arange(num_classes), counts)
     share = coarse_share(config, labels, num_classes=num_classes)
     return None if share is None else share.tolist()
@@ -245,7 +270,8 @@ def _class_names(config: RunConfig, *, num_classes: int) -> dict[str, str] | Non
 def _write(pipeline: PFDMPipeline, privacy: Mapping[str, Any], card: str, out: Path) -> None:
     """Write the directory under a temporary name beside `out`, then rename it."""
     target = out.absolute()
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    clear_leftovers(target.parent, of=target.name)
     try:
         temporary.mkdir(parents=True)
         pipeline.save_pretrained(temporary, safe_serialization=True)

@@ -2,7 +2,7 @@
 
 Its front matter says what the Hub needs to know (library, task, tags); its numbers come from the
 client's own ledger and from the run's statement (`fedpdm.privacy.statement`), never from the
-config. It does not say how many images the client holds.
+config. It does not say how many images the client holds, but whether the export does.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ The noise of the release was {noise_source}.{simulation}
 
 **`fine_unet` is not covered.** It was trained on client {client_id}'s raw images, with no noise.
 Publishing it, or images sampled with it, exposes that client's own images: that is for the client
-alone to decide. `coarse_unet` may be shared without it. Not covered either:
+alone to decide. `coarse_unet` may be shared without it.{counts} Not covered either:
 
 {uncovered}
 
@@ -101,8 +101,28 @@ SIMULATION = (
 )
 
 
+# What `coarse_share` says of the client's images, with exact and with noised counts.
+EXACT = """
+
+**This export holds how many images of each class client {client_id} has**: `coarse_share` in
+`model_index.json` follows from these numbers, and they from it, exactly. `fedpdm export
+--counts-epsilon` adds noise to them first.
+"""
+NOISED = """
+
+`coarse_share` in `model_index.json` follows from how many images of each class client {client_id}
+has, with discrete Laplace noise: epsilon {counts_epsilon:g} per image for all classes together (one
+image replaced by any other), in addition to the above.
+"""
+
+
 def model_card(
-    pipeline: PFDMPipeline, *, name: str, run: Mapping[str, Any], client: Mapping[str, Any]
+    pipeline: PFDMPipeline,
+    *,
+    name: str,
+    run: Mapping[str, Any],
+    client: Mapping[str, Any],
+    counts_epsilon: float | None = None,
 ) -> str:
     """The text of the card.
 
@@ -111,15 +131,19 @@ def model_card(
         name: the run's.
         run: its privacy statement (`run_statement`).
         client: that of the client, from its ledger (`client_statement`).
+        counts_epsilon: of the noise on the counts that `coarse_share` follows from; None for none.
     """
     settings, num_steps = pipeline.config, len(pipeline.betas)
     names, last = settings["id2label"] or {}, settings["num_classes"] - 1
     has_alone = settings["fine_t_max"] == num_steps
     groups = client["group_epsilon"]
     count = run["releases_per_image"]
+    counts = "" if settings["coarse_share"] is None else EXACT if counts_epsilon is None else NOISED
+    own = {"client_id": client["client_id"], "counts_epsilon": counts_epsilon}
     words = {
         "name": name,
-        "client_id": client["client_id"],
+        **own,
+        "counts": f"{counts.format_map(own)}\n" if counts else "",
         "num_steps": num_steps,
         "strength": settings["t0"] / num_steps,
         "last_label": last,

@@ -22,7 +22,6 @@ from fedpdm.reporting.pictures import draw_image_grid, draw_partition
 from fedpdm.reporting.provenance import software_versions
 from fedpdm.setup.run_setup import RunSetup
 from fedpdm.storage.client_store import ClientStore
-from fedpdm.storage.files import write_tensors
 from fedpdm.storage.run_directory import RunDirectory
 
 __all__ = ["RunLog", "draw_samples", "draw_split", "finish_run", "summarise"]
@@ -124,7 +123,7 @@ def finish_run(
         if config.kind is RunKind.DP_SGD:
             noise_source = SeededDraws.description
     if config.kind.has_shared_model:
-        write_tensors(run.root / "coarse.safetensors", ema, {"noise_source": noise_source})
+        run.save_shared(ema, noise_source=noise_source)
     run.write_json("privacy.json", statement)
     run.write_text("privacy.txt", plain_text(statement))
     run.write_json("metrics.json", history)

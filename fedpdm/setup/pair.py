@@ -23,7 +23,6 @@ from fedpdm.diffusion.weights import ema_weights, load_named
 from fedpdm.setup.build import build_denoiser, sampler_settings
 from fedpdm.setup.run_setup import RunSetup, set_up
 from fedpdm.storage.client_store import ClientStore
-from fedpdm.storage.files import read_tensors
 from fedpdm.storage.run_directory import RunDirectory
 
 __all__ = [
@@ -76,7 +75,7 @@ def check_finished(run: RunDirectory, config: RunConfig) -> None:
 
 def shared_weights(run: RunDirectory) -> dict[str, torch.Tensor]:
     """The shared model's EMA weights in a finished run."""
-    return read_tensors(run.root / "coarse.safetensors")[0]
+    return run.load_shared()
 
 
 def client_weights(store: ClientStore) -> dict[str, torch.Tensor]:

@@ -10,23 +10,26 @@
         reply.json            its metrics, and the fingerprint of the weights it answered
     samples.npz               pictures drawn with the finished models
     failures.txt              what failed and was kept at home, a line each, with the time
+    classes.json              images per class; classes-noised.json: with noise, for exports
     partial/                  fine-model checkpoints inside a round
 
 Every file is written under a temporary name, flushed to disk and renamed, so a crash leaves the
-old state or the new one. One Ray actor serves several clients: all state is here, none in the
-process.
+old state or the new one. Every file that is read again carries a digest, and all but the samples
+say whose they are (`fedpdm.storage.files`). One Ray actor serves several clients: all state is
+here, none in the process.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import io
 import json
 import os
 import shutil
 import time
 import zipfile
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,17 +37,23 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedpdm.config import RunConfig, config_digest
 from fedpdm.storage.files import (
+    Label,
     StoreError,
+    clear_leftovers,
     flush_directory,
     locked,
     read_json,
+    read_sealed_zip,
     read_tensors,
     write_atomic,
+    write_json,
+    write_sealed_zip,
     write_tensors,
 )
 
-__all__ = ["ClientStore", "Reply"]
+__all__ = ["ClientStore", "Reply", "store_label"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,36 +69,67 @@ class Reply:
     ledger: str = ""
 
 
+def store_label(config: RunConfig, client_id: int) -> dict[str, str]:
+    """What a client's files of a run with this config say of whose they are."""
+    return {"client": str(client_id), "config": config_digest(config)[:16]}
+
+
 class ClientStore:
-    """One client's directory. Use inside `with store.lock():` for anything that writes."""
+    """One client's directory. Use inside `with store.lock():` for anything that writes.
+
+    `label` says whose it is (`store_label`): files are written with it, and one that has another is
+    refused. Without one nothing is said or compared.
+    """
 
     KEEP_ROUNDS = 2
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, label: Label | None = None) -> None:
         self.root = root
+        self._label = dict(label or {})
 
-    def lock(self) -> AbstractContextManager[None]:
-        """Exclusive access to the store across processes; waits for the other holder."""
-        return locked(self.root / ".lock")
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Exclusive access to the store across processes; waits for the other holder.
+
+        What killed processes left half written is removed.
+        """
+        with locked(self.root / ".lock"):
+            for folder in (self.root, self.root / "partial"):
+                clear_leftovers(folder)
+            yield
+
+    def check(self) -> None:
+        """`StoreError`, naming the file, unless all that a resumed run reads is as written."""
+        last = self.last_round()
+        for name in ("coarse", "fine"):
+            self.load_state(last, name)
+        for folder in self._finished():
+            self.load_reply(int(folder.name))
+        self.load_partial(last + 1)
+        self.load_class_counts()
+        self.load_statement()
+        if (members := self.root / "members.json").exists():
+            read_json(members)
 
     def ledger_heads(self) -> list[str]:
         """Heads of the ledger of releases at the time the kept rounds were answered."""
-        records = (read_json(folder / "reply.json") for folder in self._finished())
+        records = (self._read_reply(int(folder.name)) for folder in self._finished())
         return [str(record["ledger"]) for record in records if record.get("ledger")]
 
     def save_statement(self, statement: Mapping[str, Any], words: str) -> None:
         """Write what this client has released, in numbers and in words."""
-        write_atomic(self.root / "privacy.json", (json.dumps(statement, indent=1) + "\n").encode())
+        write_json(self.root / "privacy.json", statement, self._named("privacy"))
         write_atomic(self.root / "privacy.txt", words.encode())
 
     def load_statement(self) -> dict[str, Any] | None:
         """The numbers of `save_statement`, or None."""
         path = self.root / "privacy.json"
-        return read_json(path) if path.exists() else None
+        return read_json(path, self._named("privacy")) if path.exists() else None
 
     def save_class_counts(self, counts: np.ndarray) -> None:
         """Write how many images of each class train the fine model, int64 (K,). They stay here."""
-        write_atomic(self.root / "classes.json", (json.dumps(counts.tolist()) + "\n").encode())
+        record = {"counts": counts.tolist()}
+        write_json(self.root / "classes.json", record, self._named("classes"))
 
     def load_class_counts(self) -> np.ndarray | None:
         """What `save_class_counts` wrote, or None; `StoreError` if it is damaged."""
@@ -97,7 +137,11 @@ class ClientStore:
         if not path.exists():
             return None
         try:
-            counts = np.array(json.loads(path.read_bytes()), dtype=np.int64)
+            old = path.read_bytes().startswith(b"[")  # of earlier versions, without a digest
+            found = json.loads(path.read_bytes()) if old else self._read_classes()
+            counts = np.array(found, dtype=np.int64)
+        except StoreError:
+            raise
         except (ValueError, TypeError, OverflowError):
             counts = np.zeros(0, dtype=np.int64)
         if counts.ndim != 1 or not len(counts) or (counts < 0).any():
@@ -110,6 +154,31 @@ class ClientStore:
         before = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         lines = [*before[-999:], f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line[:2000]}"]
         write_atomic(path, ("\n".join(lines) + "\n").encode())
+
+    def noised_class_counts(
+        self, counts: np.ndarray, epsilon: float, draw: Callable[[], Sequence[int]]
+    ) -> np.ndarray:
+        """Counts with noise, int64 (K,): drawn once for these counts and this epsilon, and kept.
+
+        Were they drawn anew each time, their mean would give the counts away. Use under the lock.
+        """
+        path, label = self.root / "classes-noised.json", self._named("noised classes")
+        draws = read_json(path, label).get("draws", []) if path.exists() else []
+        made_for = {"counts": counts.tolist(), "epsilon": epsilon}
+        for known in draws:
+            if made_for.items() <= known.items():
+                return np.array(known["noised"], dtype=np.int64)
+        noised = [int(count) for count in draw()]
+        write_json(path, {"draws": [*draws, {**made_for, "noised": noised}]}, label)
+        return np.array(noised, dtype=np.int64)
+
+    def _read_classes(self) -> Any:
+        return read_json(self.root / "classes.json", self._named("classes")).get("counts")
+
+    def _named(self, part: str, **more: object) -> dict[str, str]:
+        """The label of a file of this store; none where the store has none."""
+        rest = {"part": part, **{name: str(value) for name, value in more.items()}}
+        return self._label | rest if self._label else {}
 
     # Rounds.
 
@@ -130,7 +199,7 @@ class ClientStore:
     def load_state(self, round: int, name: str) -> dict[str, torch.Tensor]:
         """Training state of a model (coarse, fine) after `round`; empty where there is none."""
         path = self._round_path(round) / f"{name}.safetensors"
-        return read_tensors(path)[0] if path.exists() else {}
+        return read_tensors(path, self._named(name, round=round))[0] if path.exists() else {}
 
     def begin_round(self, round: int) -> None:
         """Forget what an interrupted attempt at `round` drafted."""
@@ -138,7 +207,8 @@ class ClientStore:
 
     def draft_state(self, round: int, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Write a model's state after `round`; it counts once the round is finished."""
-        write_tensors(self._draft_path(round) / f"{name}.safetensors", tensors)
+        path = self._draft_path(round) / f"{name}.safetensors"
+        write_tensors(path, tensors, label=self._named(name, round=round))
 
     def draft_previous_state(self, round: int, name: str) -> None:
         """Draft the state of the last finished round once more, if it had one."""
@@ -153,12 +223,21 @@ class ClientStore:
         folder = self._round_path(round)
         if not (folder / "reply.json").exists():
             return None
-        record = read_json(folder / "reply.json")
+        record = self._read_reply(round)
         try:
             payload = (folder / "reply.safetensors").read_bytes()
+            if record.pop("payload", None) not in (None, _digest(payload)):
+                raise StoreError(
+                    f"{folder / 'reply.safetensors'}: is not what reply.json records; restore both"
+                )
             return Reply(round=round, payload=payload, **record)
-        except (OSError, TypeError) as error:
+        except OSError as error:
             raise StoreError(f"{folder}: reply cannot be read: {error}") from None
+        except TypeError as error:
+            raise StoreError(f"{folder / 'reply.json'}: reply cannot be read: {error}") from None
+
+    def _read_reply(self, round: int) -> dict[str, Any]:
+        return read_json(self._round_path(round) / "reply.json", self._named("reply", round=round))
 
     def draft_payload(self, round: int, payload: bytes | np.ndarray) -> None:
         """Write what `round` will answer (bytes or uint8 (n,)); counts once it is finished."""
@@ -183,7 +262,8 @@ class ClientStore:
                 self.draft_state(reply.round, name, tensors)
             if reply.payload is not None:
                 self.draft_payload(reply.round, reply.payload)
-            write_atomic(draft / "reply.json", json.dumps(record, indent=1).encode())
+            record["payload"] = _digest((draft / "reply.safetensors").read_bytes())
+            write_json(draft / "reply.json", record, self._named("reply", round=reply.round))
             os.replace(draft, final)
             flush_directory(final.parent)
         except StoreError:
@@ -201,24 +281,33 @@ class ClientStore:
 
     # Inside a round.
 
-    def save_partial(self, round: int, chunk: int, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Fine-model state after `chunk` chunks of `round`."""
+    def save_partial(
+        self,
+        round: int,
+        chunk: int,
+        tensors: Mapping[str, torch.Tensor],
+        notes: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Fine-model state after `chunk` chunks of `round`, and what was measured in them."""
         write_tensors(
             self.root / "partial" / "fine.safetensors",
             tensors,
-            {"round": str(round), "chunk": str(chunk)},
+            {"round": str(round), "chunk": str(chunk), "notes": json.dumps(dict(notes or {}))},
+            self._named("partial"),
         )
 
-    def load_partial(self, round: int) -> tuple[int, dict[str, torch.Tensor]] | None:
-        """(chunks done, state) of an interrupted `round`, or None."""
+    def load_partial(
+        self, round: int
+    ) -> tuple[int, dict[str, torch.Tensor], dict[str, Any]] | None:
+        """(chunks done, state, notes) of an interrupted `round`, or None."""
         path = self.root / "partial" / "fine.safetensors"
         if not path.exists():
             return None
-        tensors, metadata = read_tensors(path)
+        tensors, metadata = read_tensors(path, self._named("partial"))
         if metadata.get("round") != str(round):
             return None
         try:
-            return int(metadata["chunk"]), tensors
+            return int(metadata["chunk"]), tensors, json.loads(metadata.get("notes", "{}"))
         except (KeyError, ValueError):
             raise StoreError(f"{path}: chunk is missing or not a number") from None
 
@@ -226,7 +315,7 @@ class ClientStore:
         """Store pictures: `labels` int64 (N,) and one uint8 (N, C, H, W) per method."""
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
-        write_atomic(self.root / "samples.npz", buffer.getvalue())
+        write_sealed_zip(self.root / "samples.npz", buffer.getvalue())
 
     def load_samples(self) -> dict[str, np.ndarray] | None:
         """The arrays of `save_samples`, or None."""
@@ -234,10 +323,16 @@ class ClientStore:
         if not path.exists():
             return None
         try:
-            with open(path, "rb") as handle, np.load(handle) as file:
+            with np.load(io.BytesIO(read_sealed_zip(path)), allow_pickle=False) as file:
                 return dict(file)
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise StoreError(f"{path}: cannot be read: {error}") from None
+        except StoreError:
+            raise
+        except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
+            raise StoreError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
 
     def drop_partial(self) -> None:
         shutil.rmtree(self.root / "partial", ignore_errors=True)
+
+
+def _digest(payload: bytes) -> str:
+    return hashlib.sha256(payload).hexdigest()

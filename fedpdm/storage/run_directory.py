@@ -11,7 +11,10 @@ server/updates/      updates of this round that wait for their turn
 server/members.json  which images trained a shared model of raw images (a baseline)
 server/releases/     what clients uploaded (server training only)
 clients/<id>/        each client's store (`fedpdm.storage.client_store`); the server never reads
-                     it, except for pictures in simulation
+                     it, except for pictures, and to check it before it resumes, in simulation
+
+Files that are read again carry a digest, and say of which config's run they are
+(`fedpdm.storage.files`).
 """
 
 from __future__ import annotations
@@ -25,8 +28,20 @@ from typing import Any
 
 import torch
 
-from fedpdm.config import ConfigError, RunConfig, config_to_yaml, load_config
-from fedpdm.storage.files import StoreError, read_tensors, write_atomic, write_tensors
+from fedpdm.config import ConfigError, RunConfig, config_digest, config_to_yaml, load_config
+from fedpdm.storage.client_store import ClientStore, store_label
+from fedpdm.storage.files import (
+    StoreError,
+    clear_leftovers,
+    is_leftover,
+    read_json,
+    read_sealed_text,
+    read_tensors,
+    write_atomic,
+    write_json,
+    write_sealed_text,
+    write_tensors,
+)
 from fedpdm.storage.tensorfile import write_file
 
 __all__ = ["RunDirectory"]
@@ -37,6 +52,7 @@ class RunDirectory:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._config = ""  # its digest, once it is known
 
     @property
     def checkpoint_path(self) -> Path:
@@ -48,11 +64,11 @@ class RunDirectory:
     def check(self, config: RunConfig, *, resume: bool) -> None:
         """`ConfigError` if the directory cannot be used for `config`; writes nothing.
 
-        It may hold no run of another config, and no run at all unless `resume` is set.
+        It may hold no run of another config, and no run at all unless `resume` is set. `StoreError`
+        if a file that a resumed run reads is not as it was written; releases are the ledger's part.
         """
-        path = self.root / "config.yaml"
-        if path.exists():
-            known = load_config(path)
+        if (self.root / "config.yaml").exists():
+            known = self.config()
             if known != config:
                 raise ConfigError(
                     f"{self.root}: holds a run of another config "
@@ -65,37 +81,68 @@ class RunDirectory:
                 )
             if "final" in (self.load_checkpoint() or (0, {}, {}))[2]:
                 raise ConfigError(f"{self.root}: this run has finished; nothing to resume")
+            self._check_files(config)
         elif resume:
             raise ConfigError(f"{self.root}: no run to resume (config.yaml is missing)")
         elif self.root.exists() and not self.root.is_dir():
             raise ConfigError(f"{self.root}: exists and is not a directory")
         elif self.root.is_dir():
-            present = {path.name for path in self.root.iterdir()}
+            names = {path.name for path in self.root.iterdir()}
+            present = {name for name in names if not is_leftover(name)}
             if strangers := sorted(present - {".flower", "flower.log"}):
                 raise ConfigError(
                     f"{self.root}: is not empty and holds no run ({strangers[0]}, ...); choose "
                     "another --out"
                 )
 
+    def _check_files(self, config: RunConfig) -> None:
+        """Clients' stores, where they are here, and what clients uploaded."""
+        self.load_uploads()
+        for path in sorted((self.root / "clients").glob("[0-9]*")):
+            if path.name.isdecimal():
+                ClientStore(path, store_label(config, int(path.name))).check()
+
     def open(self, config: RunConfig, *, resume: bool) -> None:
-        """Claim the directory for `config` after `check`; nothing is overwritten."""
+        """Claim the directory for `config` after `check`; nothing is overwritten.
+
+        What killed processes left half written is removed.
+        """
         self.check(config, resume=resume)
         try:
             self.root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StoreError(f"{self.root}: cannot be created: {error.strerror}") from None
+        for folder in (self.root, self.root / "server", self._upload_path(0).parent):
+            clear_leftovers(folder)
         path = self.root / "config.yaml"
         if not path.exists():
-            write_atomic(path, config_to_yaml(config).encode())
+            write_sealed_text(path, config_to_yaml(config))
 
     def config(self) -> RunConfig:
         path = self.root / "config.yaml"
         if not path.exists():
             raise ConfigError(f"{self.root}: is not a run directory (config.yaml is missing)")
+        read_sealed_text(path)
         return load_config(path)
 
-    def write_json(self, name: str, value: Any) -> None:
-        write_atomic(self.root / name, (json.dumps(value, indent=1) + "\n").encode())
+    def _named(self, part: str) -> dict[str, str]:
+        """The label of a file of this run; none before it has a config."""
+        if not self._config and (self.root / "config.yaml").exists():
+            self._config = config_digest(self.config())[:16]
+        return {"config": self._config, "part": part} if self._config else {}
+
+    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        write_json(self.root / name, value, self._named(name))
+
+    def save_shared(self, weights: Mapping[str, torch.Tensor], *, noise_source: str) -> None:
+        """Write a finished run's shared model (EMA)."""
+        label = self._named("shared model")
+        path = self.root / "coarse.safetensors"
+        write_tensors(path, weights, {"noise_source": noise_source}, label)
+
+    def load_shared(self) -> dict[str, torch.Tensor]:
+        """The weights of `save_shared`."""
+        return read_tensors(self.root / "coarse.safetensors", self._named("shared model"))[0]
 
     def write_text(self, name: str, text: str) -> None:
         write_atomic(self.root / name, text.encode())
@@ -104,13 +151,14 @@ class RunDirectory:
         path = self.root / name
         if not path.exists():
             raise ConfigError(f"{path}: is missing; the run has not got that far")
-        return json.loads(path.read_text())
+        return read_json(path, self._named(name))
 
     def save_upload(
         self, client_id: int, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
     ) -> None:
         """Keep what a client uploaded (server training)."""
-        write_tensors(self._upload_path(client_id), tensors, metadata)
+        path = self._upload_path(client_id)
+        write_tensors(path, tensors, metadata, self._named(path.stem))
 
     def drop_upload(self, client_id: int) -> None:
         """Forget what a client uploaded."""
@@ -122,7 +170,7 @@ class RunDirectory:
     def load_uploads(self) -> list[tuple[dict[str, torch.Tensor], dict[str, str]]]:
         """(tensors, metadata) of every upload, in the order of client ids."""
         paths = sorted((self.root / "server" / "releases").glob("*.safetensors"))
-        return [read_tensors(path) for path in paths]
+        return [read_tensors(path, self._named(path.stem)) for path in paths]
 
     def keep_update(self, client_id: int, weights: Mapping[str, torch.Tensor]) -> None:
         """Put aside an update that came before its turn, until the round is over."""
@@ -151,14 +199,24 @@ class RunDirectory:
     ) -> None:
         """Server state after `round`, with the metrics so far, in one file."""
         write_tensors(
-            self.checkpoint_path, tensors, {"round": str(round), "history": json.dumps(history)}
+            self.checkpoint_path,
+            tensors,
+            {"round": str(round), "history": json.dumps(history)},
+            self._named("checkpoint"),
         )
 
-    def load_checkpoint(self) -> tuple[int, dict[str, torch.Tensor], dict[str, Any]] | None:
-        """(rounds done, server state, metrics so far), or None before the first round."""
+    def load_checkpoint(
+        self, *, check: bool = True
+    ) -> tuple[int, dict[str, torch.Tensor], dict[str, Any]] | None:
+        """(rounds done, server state, metrics so far), or None before the first round.
+
+        Without `check` it is the one that this process has just written.
+        """
         if not self.checkpoint_path.exists():
             return None
-        tensors, metadata = read_tensors(self.checkpoint_path)
+        tensors, metadata = read_tensors(
+            self.checkpoint_path, self._named("checkpoint"), check=check
+        )
         try:
             return int(metadata["round"]), tensors, json.loads(metadata["history"])
         except (KeyError, ValueError) as error:

@@ -20,7 +20,7 @@ import numpy as np
 from fedpdm.config import RunConfig, config_from_mapping, config_to_json
 from fedpdm.evaluation.assessment import assess_run
 from fedpdm.reporting.provenance import describe_machine
-from fedpdm.storage.files import write_atomic
+from fedpdm.storage.files import StoreError, read_json, write_atomic, write_json
 from fedpdm.storage.run_directory import RunDirectory
 
 __all__ = ["Cell", "finished", "public_config", "run_cell"]
@@ -74,8 +74,8 @@ def public_config(config: RunConfig) -> dict[str, Any]:
 def finished(cell: Cell) -> bool:
     """Whether exactly this cell has a result already."""
     try:
-        known = json.loads(cell.result.read_text())
-    except (OSError, ValueError):
+        known = read_json(cell.result)
+    except StoreError:
         return False
     return bool(known.get("config") == public_config(cell.config))
 
@@ -116,7 +116,7 @@ def run_cell(cell: Cell) -> dict[str, Any]:
     stream = io.BytesIO()
     np.savez_compressed(stream, allow_pickle=False, **pictures)
     write_atomic(cell.result.with_suffix(".npz"), stream.getvalue())
-    write_atomic(cell.result, (json.dumps(result, indent=1) + "\n").encode())
+    write_json(cell.result, result)
     if not cell.keep:
         shutil.rmtree(run.root / "clients", ignore_errors=True)
         shutil.rmtree(run.root / "server", ignore_errors=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 from fedpdm.jobs.processes import children_ignore_interruptions, in_pool, worker_pool
 from fedpdm.jobs.running import Ended, Kept, Standing, run_jobs
+from fedpdm.storage.files import seal, unseal
 from fedpdm.toy.cells import Cell, run_cell
 from fedpdm.toy.figures import ScatterData, scatter_data
 
@@ -20,7 +21,8 @@ Rows = list[dict[str, Any]]
 class CellLines:
     """A `Shelf` of cells: one file, with a line of JSON for each that is done.
 
-    Lines are added as cells end; a line cut off by an interruption is left out.
+    Lines are added as cells end; one that was cut off by an interruption, or is not as it was
+    written, is left out.
     """
 
     def __init__(self, path: Path, *, resume: bool) -> None:
@@ -36,7 +38,8 @@ class CellLines:
                 entry = json.loads(line)
             except ValueError:
                 continue
-            self._rows[entry["key"]] = entry["rows"]
+            if unseal(entry):
+                self._rows[entry["key"]] = entry["rows"]
         if lines and not lines[-1].endswith("\n"):
             self._append("\n")  # what comes next is a line of its own
 
@@ -48,7 +51,7 @@ class CellLines:
     def keep(self, job: Cell, result: Rows, seconds: float) -> None:
         """See `fedpdm.jobs.running.Shelf`."""
         self._rows[job.key()] = result
-        self._append(json.dumps({"key": job.key(), "rows": result}) + "\n")
+        self._append(json.dumps(seal({"key": job.key(), "rows": result})) + "\n")
 
     def _append(self, text: str) -> None:
         with self._path.open("a", encoding="utf-8") as file:

@@ -24,7 +24,7 @@ from fedpdm.config import ConfigError, config_to_yaml
 from fedpdm.engines import flowercli
 from fedpdm.privacy.accountant import epsilon_spent
 from fedpdm.privacy.types import GaussianEvent
-from fedpdm.storage.files import StoreError
+from fedpdm.storage.files import StoreError, read_json
 from tests.support.cases import every
 from tests.support.command_line import CONFIG, call, forget_surroundings, in_process
 
@@ -100,8 +100,8 @@ def test_run_json_is_show_json_and_all_else_is_aside(
     told = capsys.readouterr()
     facts = json.loads(told.out)
     assert facts["run"] == str(out)
-    assert facts["metrics"] == json.loads((out / "metrics.json").read_text())
-    assert facts["privacy"] == json.loads((out / "privacy.json").read_text())
+    assert facts["metrics"] == read_json(out / "metrics.json")
+    assert facts["privacy"] == read_json(out / "privacy.json")
     assert "round 1/1" in told.err
     assert call("show", out, "--json") == 0
     assert json.loads(capsys.readouterr().out) == facts

@@ -184,7 +184,7 @@ def test_load_results_reads_a_folder_and_names_a_damaged_file(tmp_path: Path) ->
     (tmp_path / "notes.json").write_text("{}")
     assert sorted(found["seed"] for found in load_results(tmp_path)) == [2, 10]
     (tmp_path / "ours-seed0.json").write_text('{"seed": ')
-    with pytest.raises(ValueError, match=r"ours-seed0\.json: is not JSON: ") as caught:
+    with pytest.raises(ValueError, match=r"ours-seed0\.json: cannot be read: ") as caught:
         load_results(tmp_path)
     assert "\n" not in str(caught.value)
 
@@ -428,7 +428,7 @@ def test_damaged_result(folder: Path, capsys: pytest.CaptureFixture[str]) -> Non
     path.write_text(path.read_text()[:50])
     arguments = ["tables", "--experiments", str(folder), "--out", str(folder / "x.md")]
     assert main(arguments) == 2
-    assert "ours-seed0.json: is not JSON" in capsys.readouterr().err
+    assert "ours-seed0.json: cannot be read" in capsys.readouterr().err
 
 
 def test_missing_paper_values(folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import pytest
 import torch
 
 from fedpdm.storage.client_store import ClientStore, Reply
-from fedpdm.storage.files import StoreError, write_tensors
+from fedpdm.storage.files import StoreError, read_json, write_json, write_tensors
 from tests.storage.test_files import FINE
 from tests.storage.test_store import make_reply
 from tests.support.disk_faults import Crash, crash_in
@@ -168,13 +167,13 @@ def test_damaged_files_are_store_errors(
 def test_records_with_missing_parts_are_store_errors(store: ClientStore) -> None:
     finish(store, make_reply(1))
     folder = store.root / "rounds" / "000001"
-    record = json.loads((folder / "reply.json").read_text())
+    record = read_json(folder / "reply.json")
     (folder / "reply.safetensors").unlink()
     with pytest.raises(StoreError, match="reply cannot be read"):
         store.load_reply(1)
-    (folder / "reply.safetensors").write_bytes(b"")
+    (folder / "reply.safetensors").write_bytes(b"update")
     del record["request"]
-    (folder / "reply.json").write_text(json.dumps(record))
+    write_json(folder / "reply.json", record)
     with pytest.raises(StoreError, match="reply cannot be read"):
         store.load_reply(1)
     write_tensors(store.root / "partial" / "fine.safetensors", FINE, {"round": "2", "chunk": "x"})

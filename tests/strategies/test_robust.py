@@ -145,8 +145,8 @@ def test_a_robust_run_can_be_resumed(tmp_path: Path) -> None:
     round_of(server(tmp_path / "cut", "median"), sent[1])
     resumed = server(tmp_path / "cut", "median")
     resumed.strategy.resume()
-    resumed.ask(1)
-    resumed.take(1, {k: update(k, w, round=2) for k, w in sent[2].items()})
+    resumed.ask(2)
+    resumed.take(2, {k: update(k, w, round=2) for k, w in sent[2].items()})
     np.testing.assert_array_equal(flat(arrays(resumed.strategy.weights)), flat(wanted))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from fedpdm.attacks.jobs.running import EndedAttack
 from fedpdm.attacks.roc import roc_points
 from fedpdm.reporting.pictures import draw_roc
 from fedpdm.reporting.provenance import software_versions
-from fedpdm.storage.files import write_atomic
+from fedpdm.storage.files import write_atomic, write_json
 
 __all__ = ["PAPER", "write_report"]
 
@@ -63,7 +62,7 @@ def write_report(
         ],
         "pictures": [path.name for path in curves],
     }
-    write_atomic(out / "attacks.json", (json.dumps(record, indent=1) + "\n").encode())
+    write_json(out / "attacks.json", record)
     text = _summary(done, title=title, facts=facts, curves=curves)
     write_atomic(out / "summary.md", text.encode())
     return out / "summary.md"

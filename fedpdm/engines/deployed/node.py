@@ -10,9 +10,9 @@ import json
 import os
 from typing import Any
 
-from fedpdm.config import ConfigError
+from fedpdm.config import ConfigError, config_digest
 from fedpdm.config.plugins import DIRECTORY_VARIABLE
-from fedpdm.deployment.acceptance import acceptance_of, config_digest
+from fedpdm.deployment.acceptance import acceptance_of
 from fedpdm.deployment.certificates import read_node_certificate
 from fedpdm.deployment.code_digest import code_digest
 from fedpdm.deployment.invitation import read_invitation

@@ -18,7 +18,7 @@ from fedpdm.evaluation.features.extractor import (
     tensor_digest,
 )
 from fedpdm.evaluation.metrics import FeatureStatistics, gaussian_statistics
-from fedpdm.storage.files import StoreError, locked, read_tensors, write_tensors
+from fedpdm.storage.files import StoreError, clear_leftovers, locked, read_tensors, write_tensors
 
 __all__ = ["ReferenceFeatures", "reference_features"]
 
@@ -72,6 +72,7 @@ def reference_features(
     key = array_digest(VERSION, extractor.name, extractor.digest, images)
     path = cache_directory(cache) / "features" / f"reference-{key[:32]}.safetensors"
     with locked(path.with_suffix(".lock")):
+        clear_leftovers(path.parent, of=path.name)
         stored = _read(path)
         if stored is None:
             features = extractor(images)

@@ -25,7 +25,7 @@ from fedpdm.evaluation.features.network import (
     predict,
 )
 from fedpdm.rng import Purpose, numpy_rng, seed_sequence
-from fedpdm.storage.files import StoreError, locked, read_tensors, write_tensors
+from fedpdm.storage.files import StoreError, clear_leftovers, locked, read_tensors, write_tensors
 
 __all__ = ["TrainedFeatures", "train_feature_network"]
 
@@ -99,6 +99,7 @@ def train_feature_network(
     key = array_digest("trained", recipe, images.digest())
     path = cache_directory(cache) / "features" / f"trained-{key[:32]}.safetensors"
     with locked(path.with_suffix(".lock")):
+        clear_leftovers(path.parent, of=path.name)
         found = _read(path, images)
         if found is None:
             found = _train(images, seed=seed, num_steps=num_steps, device=device, progress=progress)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
+
+from fedpdm.storage.files import appearing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,12 +36,7 @@ def save_png_and_pdf(figure: Figure, stem: Path) -> tuple[Path, Path]:
 
 def save_figure(figure: Figure, target: Path) -> None:
     """Write a PNG or PDF in one step: a reader sees the old file, or the whole new one."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        kind = target.suffix.lower().lstrip(".")
-        unstated = {"png": "Software", "pdf": "CreationDate"}[kind]  # the same picture, same bytes
+    kind = target.suffix.lower().lstrip(".")
+    unstated = {"png": "Software", "pdf": "CreationDate"}[kind]  # the same picture, same bytes
+    with appearing(target) as unfinished:
         figure.savefig(unfinished, format=kind, dpi=DPI, metadata={unstated: None})
-        os.replace(unfinished, target)
-    finally:
-        unfinished.unlink(missing_ok=True)

@@ -18,9 +18,7 @@ class TensorBoardTracker:
 
     def __init__(self, run: TrackedRun) -> None:
         resumed = run.first_round > 1
-        self._writer = SummaryWriter(
-            str(run.folder), purge_step=run.first_round if resumed else None
-        )
+        self._writer = SummaryWriter(str(run.folder), purge_step=run.first_round)
         if not resumed:
             text = json.dumps(dict(run.settings), indent=1)
             self._writer.add_text("config", f"```\n{text}\n```", 0)
