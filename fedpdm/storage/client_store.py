@@ -53,7 +53,7 @@ from fedpdm.storage.files import (
     write_tensors,
 )
 
-__all__ = ["ClientStore", "Reply", "store_label"]
+__all__ = ["ClientStore", "Reply", "release_traces", "store_label"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +72,26 @@ class Reply:
 def store_label(config: RunConfig, client_id: int) -> dict[str, str]:
     """What a client's files of a run with this config say of whose they are."""
     return {"client": str(client_id), "config": config_digest(config)[:16]}
+
+
+def release_traces(root: Path) -> dict[Path, str]:
+    """What a client's rounds in `root` show of its releases: file -> the head of the ledger then.
+
+    The head is "" where a file does not say it. Nothing of rounds that say that they released
+    nothing, as those of a baseline do.
+    """
+    heads = {}
+    for path in (root / "privacy.json", *sorted(root.glob("rounds/[0-9]*/reply.json"))):
+        if path.exists():
+            with contextlib.suppress(StoreError):  # a damaged file is a trace without a head
+                record = read_json(path)
+                if "baseline" in record:
+                    return {}
+                heads[path] = str(record.get("ledger_head") or record.get("ledger") or "")
+                continue
+            heads[path] = ""
+    rest = (root / name for name in ("rounds", "partial", "samples.npz", "classes.json"))
+    return heads or {path: "" for path in rest if path.is_file() or any(path.glob("*"))}
 
 
 class ClientStore:
@@ -211,10 +231,18 @@ class ClientStore:
         write_tensors(path, tensors, label=self._named(name, round=round))
 
     def draft_previous_state(self, round: int, name: str) -> None:
-        """Draft the state of the last finished round once more, if it had one."""
-        state = self.load_state(self.last_round(), name)
+        """Draft the state of the last finished round once more, if it had one.
+
+        A file that is damaged is kept as it is: nothing takes its place until its owner does.
+        """
         draft = self._draft_path(round) / f"{name}.safetensors"
         draft.unlink(missing_ok=True)  # of the attempt that failed
+        try:
+            state = self.load_state(self.last_round(), name)
+        except StoreError:
+            draft.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self._round_path(self.last_round()) / draft.name, draft)
+            raise
         if state:
             self.draft_state(round, name, state)
 
