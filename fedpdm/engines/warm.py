@@ -14,11 +14,9 @@ from __future__ import annotations
 import array
 import contextlib
 import gc
-import importlib
 import importlib.metadata
 import json
 import os
-import select
 import selectors
 import shlex
 import signal
@@ -35,23 +33,6 @@ from fedpdm.engines.doorbell import SOCKET
 
 __all__ = ["serve", "warm_process", "write_command"]
 
-LIBRARIES = (
-    "torch",
-    "torch._dynamo",  # optimisers import it
-    "diffusers.models.unets.unet_2d",
-    "dp_accounting.pld",
-    "dp_accounting.mechanism_calibration",
-    "scipy.stats",
-    "scipy.signal",
-    "PIL.Image",
-    "yaml",
-    "safetensors.torch",
-    "torchvision",
-    "cryptography.hazmat.primitives.ciphers",
-    "flwr.client",
-    "flwr.client.mod",
-    "flwr.supernode.cli",
-)
 COMMAND = "flwr-clientapp"
 MODULE = "fedpdm.engines.warm"
 
@@ -98,12 +79,25 @@ class _Call:
     child: int = 0
 
 
+def _import_libraries() -> None:
+    """What a message needs, our own packages aside."""
+    import cryptography.hazmat.primitives.ciphers  # noqa: F401
+    import diffusers.models.unets.unet_2d  # noqa: F401
+    import dp_accounting.mechanism_calibration
+    import dp_accounting.pld  # noqa: F401
+    import flwr.client.mod
+    import flwr.supernode.cli  # noqa: F401
+    import PIL.Image  # noqa: F401
+    import safetensors.torch  # noqa: F401
+    import scipy.signal
+    import scipy.stats  # noqa: F401
+    import torch._dynamo  # noqa: F401 (optimisers import it)
+    import torchvision  # noqa: F401
+
+
 def serve(directory: Path, *, guarded: bool) -> None:
     """Fork for each request, until standard input is closed; then end what was forked."""
-    for name in LIBRARIES:
-        if select.select([sys.stdin], [], [], 0)[0]:
-            return
-        importlib.import_module(name)
+    _import_libraries()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's is for the process that began this
     gc.freeze()
     os.chdir(directory)
