@@ -8,6 +8,7 @@ answered from the store, and an interrupted one goes on from its last checkpoint
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from collections.abc import Mapping
@@ -48,6 +49,8 @@ class PFDMClient(NumPyClient):
     # Flower's interface.
 
     def get_properties(self, config: dict[str, Scalar]) -> dict[str, Scalar]:
+        with contextlib.suppress(StoreError):  # the release will say what is wrong with it
+            return {"client_id": self.local.client_id, **self.work.ledger_marks()}
         return {"client_id": self.local.client_id}
 
     def fit(
@@ -56,7 +59,7 @@ class PFDMClient(NumPyClient):
         try:
             with self.local.store.lock():
                 reply = self._fit(parameters, int(config["round"]), config)
-            metrics = self._checked(reply.metrics)
+            metrics = self._checked({**reply.metrics, **self.work.ledger_marks()})
         except self._caught as error:
             return [], 0, self._failure(error)
         message = [np.frombuffer(reply.payload, dtype=np.uint8)] if reply.payload else []

@@ -24,7 +24,7 @@ from fedpdm.diffusion.denoisers import Denoiser
 from fedpdm.diffusion.training import BatchLoss, Progress, Trainer, class_weights, select_device
 from fedpdm.jobs.progress import count_progress, work_progress
 from fedpdm.privacy.mechanism import released_images
-from fedpdm.privacy.statement import client_statement, plain_text
+from fedpdm.privacy.statement import baseline_statement, client_statement, plain_text
 from fedpdm.privacy.types import ReleasedDataset
 from fedpdm.rng import Purpose, torch_generator
 from fedpdm.setup.losses import coarse_batch_loss, fine_batch_loss, raw_coarse_batch_loss
@@ -63,6 +63,13 @@ class LocalTraining:
     def who(self) -> str:
         """The client's name in errors."""
         return f"client {self.local.client_id}"
+
+    def ledger_marks(self) -> dict[str, str]:
+        """What a deployed client shows of its ledger: random numbers, so that the server notices a
+        store that was set back (`strategies.ledgers`)."""
+        if self.config.run.simulation:
+            return {}
+        return {"ledger": self.local.releases.ledger().marks}
 
     def release(self) -> ReleasedDataset:
         """The release of all local images; those never released before are noised now."""
@@ -219,6 +226,9 @@ class LocalTraining:
         store = self.local.store
         self.record_members("fine", "raw")
         labels = self.local.held.train_labels
+        if not (self.config.kind.releases or self.config.run.simulation):  # no trace of a release
+            statement = baseline_statement(self.config)
+            store.save_statement(statement, plain_text(statement))
         store.save_class_counts(np.bincount(labels, minlength=self.local.held.images.num_classes))
         chunks_done, state = store.load_partial(round) or (0, None)
         if state is None:

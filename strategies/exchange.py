@@ -182,10 +182,11 @@ class RoundExchange(Strategy):
         try:
             check_count(result.num_examples, most=self.settings.max_examples)
             check_size(size, most=self.largest_message(result.num_examples))
+            metrics = accepted_metrics(result.metrics, client_id=client_id)
+            if line := self._roster.ledgers.check(client_id, metrics.pop("ledger", None)):
+                raise wire.WireError(line)
             answer = ClientAnswer(
-                client_id=client_id,
-                metrics=accepted_metrics(result.metrics, client_id=client_id),
-                num_examples=result.num_examples,
+                client_id=client_id, metrics=metrics, num_examples=result.num_examples
             )
             message = decode_arrays(result.parameters)
             result.parameters = _NOTHING

@@ -7,12 +7,14 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 from flwr.common import GetPropertiesIns
 from flwr.server.client_manager import ClientManager
 from flwr.server.client_proxy import ClientProxy
 
 from fedpdm.rng import Purpose, numpy_rng
+from strategies.ledgers import SeenLedgers
 
 __all__ = ["ClientFailure", "Roster", "ServerSettings"]
 
@@ -30,7 +32,7 @@ class ServerSettings:
     most; only in a `simulation` may privacy noise be seeded, and the `basis` of updates be other
     images than released ones. A client with more than `max_examples` images is refused, an update
     longer than `max_update_norm` shortened. A node has `answer_seconds` to say which client it
-    is."""
+    is. `ledgers` is the file of what clients showed of theirs (`strategies.ledgers`)."""
 
     rounds: int
     min_clients: int
@@ -46,6 +48,7 @@ class ServerSettings:
     max_examples: int | None = None
     max_update_norm: float | None = None
     answer_seconds: float | None = None
+    ledgers: Path | None = None
 
 
 class Roster:
@@ -55,6 +58,7 @@ class Roster:
         self.ids: dict[str, int] = {}
         self.asked: set[int] = set()
         self.problems: list[str] = []
+        self.ledgers = SeenLedgers(settings.ledgers)
         self._settings = settings
 
     def client_id(self, proxy: ClientProxy) -> int:
@@ -66,8 +70,9 @@ class Roster:
     ) -> list[ClientProxy]:
         """Clients of this round in the order of their ids, drawn from the run's seed.
 
-        A node that does not say which client it is, or says what another says, is left out where
-        failures are skipped. `ClientFailure` if they are not, or too few are left.
+        A node that does not say which client it is, says what another says, or whose ledger is not
+        what it was, is left out where failures are skipped. `ClientFailure` if they are not, or too
+        few are left.
         """
         settings = self._settings
         proxies = self._present(round, manager)
@@ -112,6 +117,7 @@ class Roster:
         """Ask new nodes who they are, all at once if they are machines of their own; a line for
         each that did not say, and for those who say the same (who was here before stays)."""
         fresh = [cid for cid in proxies if cid not in self.ids]
+        shown: dict[str, object] = {}
 
         def ask(cid: str) -> int | str:
             who = f"node {cid} does not say which client it is"
@@ -124,6 +130,7 @@ class Roster:
                     raise
                 return f"{who}: {' '.join(str(error).split())[:300]}"
             known = answer.properties.get("client_id")
+            shown[cid] = answer.properties.get("ledger")
             if type(known) is int and 0 <= known < LARGEST_ID:
                 return known
             return f"{who}: {' '.join((answer.status.message or repr(known)).split())[:300]}"
@@ -138,7 +145,10 @@ class Roster:
         problems = [answer for answer in answers if isinstance(answer, str)]
         for cid, answer in zip(fresh, answers, strict=True):
             if isinstance(answer, int) and claims.count(answer) == 1:
-                self.ids[cid] = answer
+                if line := self.ledgers.check(answer, shown[cid]):
+                    problems.append(f"client {answer}: {line}")
+                else:
+                    self.ids[cid] = answer
         if twice := sorted({claim for claim in claims if claims.count(claim) > 1}):
             problems.append(
                 f"two nodes have the same client id ({sorted(claims)}): {twice}; give each node "

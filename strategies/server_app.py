@@ -15,7 +15,13 @@ from fedpdm.privacy.releases import ReleaseStore
 from fedpdm.reporting.run_files import RunLog, draw_split, finish_run
 from fedpdm.reporting.trackers import open_trackers
 from fedpdm.setup.build import build_denoiser
-from fedpdm.setup.flower_config import is_resumed, release_path, run_config_of, run_root
+from fedpdm.setup.flower_config import (
+    is_resumed,
+    ledgers_path,
+    release_path,
+    run_config_of,
+    run_root,
+)
 from fedpdm.setup.run_setup import set_up
 from fedpdm.storage.run_directory import RunDirectory
 from strategies.baselines import CentralisedTraining, TrainingAlone
@@ -68,6 +74,7 @@ def build_strategy(
             max_examples=section.max_examples,
             max_update_norm=section.max_update_norm,
             answer_seconds=section.round_timeout,
+            ledgers=None if config.run.simulation else ledgers_path(run),
         ),
         "weights": {name: p.detach() for name, p in model.network.named_parameters()},
         "run": run,

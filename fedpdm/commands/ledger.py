@@ -73,6 +73,7 @@ def run_ledger(options: argparse.Namespace) -> None:
 
 
 def _describe(store: ReleaseStore, delta: float | None) -> dict[str, Any]:
+    store.check_traces()
     ledger = store.ledger()
     releases = ledger.releases()
     chosen = delta if delta is not None else (releases[-1].delta if releases else 1e-5)

@@ -4,18 +4,21 @@ An image on black keeps its shape and takes one of ten colours: a pixel of value
 `round(g * colour / 255)`, so black stays black. Three ways to choose the colour:
 
 * `by_label`: class k has colour k. Colour and class say the same thing.
-* `independent`: each image's colour is drawn uniformly, whatever its class, from a fixed
-  public seed and its position in the split. Colour is then a second, independent factor.
+* `independent`: each image's colour is drawn uniformly, whatever its class. Colour is then a
+  second, independent factor.
 * `correlated`: with probability rho (`correlation`) the class's own colour, else the one that
   `independent` gives; so P(own colour) = rho + (1 - rho) / 10, each other colour has
   (1 - rho) / 10, rho = 1 is `by_label` and rho = 0 is `independent`, image by image. An image
   that has its class's colour at one rho has it at every larger rho.
 
-The seed is public because the colours are part of the data set, not of the mechanism.
+What is drawn comes from a fixed public seed, which is part of the data set, not of the mechanism,
+and from the image itself: its identity, so that no other image changes its colour. The public sets,
+whose files never change, keep the colours that they were published with: a sequence by place.
 """
 
 from __future__ import annotations
 
+import hashlib
 from typing import Final, Literal
 
 import numpy as np
@@ -49,16 +52,18 @@ def choose_colors(
     labels: NDArray[np.int64],
     *,
     coloring: Literal["by_label", "correlated", "independent"],
-    split: Literal["train", "test"],
+    split: Literal["train", "test"] | None = None,
+    identities: NDArray[np.uint8] | None = None,
     correlation: float | None = None,
 ) -> NDArray[np.int64]:
-    """Which colour each image of a whole split has.
+    """Which colour each image has.
 
     Args:
-        labels: (N,) int64, >= 0, of all images of the split, in its order: an image is known by
-            its place there.
+        labels: (N,) int64, >= 0.
         coloring: how the colour is chosen, see the module.
-        split: which public sequence to use.
+        split: which published sequence to use: the images are all of a split, in its order.
+        identities: (N, 32) uint8, what each image is known by: its colour is drawn from that.
+            Where a colour is drawn, one of `split` and `identities` must be given.
         correlation: rho in [0, 1], for `correlated` alone.
 
     Returns:
@@ -74,8 +79,16 @@ def choose_colors(
             f"data.color_correlation: {needed} data.coloring: correlated, "
             f"got {'none' if correlation is None else f'{correlation:g} and {coloring}'}"
         )
+
+    def uniforms(*stream: int) -> NDArray[np.float64]:
+        if identities is not None:
+            return _own_uniforms(identities, *stream)
+        if split is None:
+            raise ValueError(f"data.coloring: {coloring} draws from a split or from identities")
+        return _public_uniforms(split, len(labels), *stream)
+
     if coloring == "independent":
-        return _uniform_colors(split, len(labels))
+        return _tenths(uniforms())
     highest = int(labels.max(initial=0))
     if highest >= len(PALETTE):
         raise ValueError(
@@ -85,8 +98,7 @@ def choose_colors(
         return labels
     if not 0.0 <= correlation <= 1.0:  # also refuses NaN
         raise ValueError(f"data.color_correlation: must be in [0, 1], got {correlation}")
-    is_own = _public_uniforms(split, len(labels), 1) < correlation
-    return np.where(is_own, labels, _uniform_colors(split, len(labels)))
+    return np.where(uniforms(1) < correlation, labels, _tenths(uniforms()))
 
 
 def colorize(images: NDArray[np.uint8], colors: NDArray[np.int64]) -> NDArray[np.uint8]:
@@ -112,9 +124,16 @@ def colorize(images: NDArray[np.uint8], colors: NDArray[np.int64]) -> NDArray[np
     return ((product + 127) // 255).astype(np.uint8)
 
 
-def _uniform_colors(split: Literal["train", "test"], num_images: int) -> NDArray[np.int64]:
-    """(num_images,) int64 in [0, 10), whatever the class."""
-    return (_public_uniforms(split, num_images) * len(PALETTE)).astype(np.int64)
+def _tenths(uniforms: NDArray[np.float64]) -> NDArray[np.int64]:
+    """(N,) int64 in [0, 10) from numbers (N,) in [0, 1)."""
+    return (uniforms * len(PALETTE)).astype(np.int64)
+
+
+def _own_uniforms(identities: NDArray[np.uint8], *stream: int) -> NDArray[np.float64]:
+    """(N,) in [0, 1): each from the public seed and an image's identity alone."""
+    seed = f"fedpdm colours {_PUBLIC_SEED} {stream}".encode()
+    draws = [hashlib.sha256(seed + row.tobytes()).digest()[:8] for row in identities]
+    return (np.frombuffer(b"".join(draws), dtype="<u8") >> 11) * 2.0**-53
 
 
 def _public_uniforms(

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fedpdm.data.identity import identity, pixel_digest, stack_digests
+
 __all__ = ["ImageSet", "denormalize", "normalize"]
 
 
@@ -35,6 +37,8 @@ class ImageSet:
         class_names: one distinct name per class, K >= 1 of them. A class may have no image.
         background: public, data-independent background level in [-1, 1], the default `shift`
             of `normalize`: -1 for sets on black, 0 (mid-grey) otherwise.
+        identities: (N, 32) uint8, what each image is known by: the digest of its pixels as they
+            came in (`fedpdm.data.identity`). None if nothing was done to them since.
 
     Raises:
         ValueError: if a field breaks what is said above; the line names field and value.
@@ -44,6 +48,7 @@ class ImageSet:
     labels: NDArray[np.int64]
     class_names: tuple[str, ...]
     background: float
+    identities: NDArray[np.uint8] | None = None
 
     def __post_init__(self) -> None:
         _check_images(self.images)
@@ -51,10 +56,12 @@ class ImageSet:
         _check_labels(self.labels, num_images=len(self.images), num_classes=self.num_classes)
         if not -1.0 <= self.background <= 1.0:  # also refuses NaN
             raise ValueError(f"background must be in [-1, 1], got {self.background}")
-        for name in ("images", "labels"):
-            view = getattr(self, name).view()
-            view.flags.writeable = False
-            object.__setattr__(self, name, view)
+        _check_identities(self.identities, num_images=len(self.images))
+        for name in ("images", "labels", "identities"):
+            if (array := getattr(self, name)) is not None:
+                view = array.view()
+                view.flags.writeable = False
+                object.__setattr__(self, name, view)
 
     @property
     def num_classes(self) -> int:
@@ -89,6 +96,7 @@ class ImageSet:
             labels=self.labels[index],
             class_names=self.class_names,
             background=self.background,
+            identities=None if self.identities is None else self.identities[index],
         )
 
     def digest(self) -> str:
@@ -104,22 +112,31 @@ class ImageSet:
         return sha.hexdigest()
 
     def image_digests(self) -> NDArray[np.uint8]:
-        """SHA-256 of each image's shape and pixels, (N, 32) uint8: what an image is known by.
+        """SHA-256 of each image's shape and pixels as they are here, (N, 32) uint8.
 
         It depends on the pixels only, not on label, position, file or memory layout. Digests of
         private images are private: whoever has one can test a guess.
         """
-        shape = f"{self.images.shape[1:]}".encode()
-        digests = [hashlib.sha256(shape + image.tobytes()).digest() for image in self.images]
-        return np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(-1, 32)
+        return stack_digests(map(pixel_digest, self.images))
+
+    def image_identities(self) -> NDArray[np.uint8]:
+        """What each image is known by, (N, 32) uint8: `identities`, or those of the pixels here."""
+        if self.identities is not None:
+            return self.identities
+        return stack_digests(map(identity, self.images))
 
     def distinct(self) -> NDArray[np.int64]:
-        """Positions (n,) of the first of each group of equal images, in order; n <= N."""
+        """Positions (n,) of the first of each group of equal images, in order; n <= N.
+
+        Images are equal that came in alike, and those whose pixels here are alike.
+        """
         seen: set[bytes] = set()
         first = []
-        for position, digest in enumerate(self.image_digests()):
-            if (key := digest.tobytes()) not in seen:
-                seen.add(key)
+        both = zip(self.image_identities(), self.image_digests(), strict=True)
+        for position, (known, pixels) in enumerate(both):
+            keys = {b"i" + known.tobytes(), b"p" + pixels.tobytes()}
+            if seen.isdisjoint(keys):
+                seen |= keys
                 first.append(position)
         return np.array(first, dtype=np.int64)
 
@@ -158,6 +175,16 @@ def _check_labels(labels: NDArray[np.int64], *, num_images: int, num_classes: in
     if outside.size:
         at = int(outside[0])
         raise ValueError(f"labels[{at}] must be in [0, {num_classes}), got {labels[at]}")
+
+
+def _check_identities(identities: NDArray[np.uint8] | None, *, num_images: int) -> None:
+    if identities is not None and (
+        identities.dtype != np.uint8 or identities.shape != (num_images, 32)
+    ):
+        raise ValueError(
+            f"identities must be uint8 of shape ({num_images}, 32), one per image, got "
+            f"{identities.dtype} of shape {identities.shape}"
+        )
 
 
 def normalize(

@@ -14,15 +14,32 @@ from numpy.typing import NDArray
 from fedpdm.config import ConfigError, RunConfig
 from fedpdm.data import ImageSet, load_image_set, stratified_positions
 from fedpdm.data.partition import ClientPartition, partition, partition_record
+from fedpdm.data.registry import data_set
+from fedpdm.data.sources import draws_from_images, resolve_coloring
 from fedpdm.rng import Purpose, numpy_rng
 
-__all__ = ["build_partitions", "load_public", "load_split", "record_partitions"]
+__all__ = ["build_partitions", "load_public", "load_split", "preparation_of", "record_partitions"]
 
 
 def load_split(config: RunConfig, split: str, *, root: Path | None = None) -> ImageSet:
     """The configured data set's `train` or `test` split, from `root` or the configured place."""
     limit = config.data.max_images if split == "train" else config.evaluation.num_reference
     return _load(config, split, root=root, max_images=limit)
+
+
+def preparation_of(config: RunConfig) -> dict[str, Any]:
+    """What a config does to the pixels of an image: the keys of `data` that change them.
+
+    A release records it. `colors_from` says where drawn colours come from: `image` or `place`.
+    """
+    data = config.data
+    known = data_set(data.name)
+    coloring = resolve_coloring(data.name, known, typing.cast(Any, data.coloring))
+    made: dict[str, Any] = {"resolution": data.resolution, "coloring": coloring}
+    if coloring in ("correlated", "independent"):
+        made["color_correlation"] = data.color_correlation
+        made["colors_from"] = "image" if draws_from_images(known, coloring) else "place"
+    return made
 
 
 def load_public(config: RunConfig, *, count: int) -> ImageSet:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpdm.data.rawsplit import ArrayReader, RawSplit, Split, split_of
+from fedpdm.data.rawsplit import ArrayReader, FileReader, RawSplit, Split, split_of
 from fedpdm.data.registry import DataSet, Request
-from fedpdm.data.resizing import resize
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -27,23 +26,6 @@ IMAGE_SUFFIXES: Final = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff
 
 _GREY_MODES: Final = ("1", "L")
 _COLOR_MODES: Final = ("RGB", "RGBA", "RGBX", "P", "LA", "PA", "CMYK", "YCbCr")
-
-
-@dataclass(frozen=True, kw_only=True)
-class _FileReader:
-    """The `read` of a split whose pixels are in `files`, decoded one by one."""
-
-    files: tuple[Path, ...]
-    is_grey: bool
-
-    def __call__(self, positions: NDArray[np.int64], resolution: int | None) -> NDArray[np.uint8]:
-        images = []
-        for position in positions:
-            pixels = _decode(self.files[int(position)], is_grey=self.is_grey)
-            if resolution is not None:
-                pixels = resize(pixels[None], resolution=resolution)[0]
-            images.append(pixels)
-        return np.stack(images)
 
 
 def read_image_folder(root: Path, split: Split, *, same_size: bool) -> RawSplit:
@@ -92,7 +74,10 @@ def read_image_folder(root: Path, split: Split, *, same_size: bool) -> RawSplit:
     return RawSplit(
         labels=np.array([label for label, _ in chosen], dtype=np.int64),
         class_names=class_names,
-        read=_FileReader(files=tuple(file for _, file in chosen), is_grey=is_grey),
+        read=FileReader(
+            decode=functools.partial(_decode_one_of, tuple(file for _, file in chosen)),
+            channels=1 if is_grey else 3,
+        ),
     )
 
 
@@ -152,11 +137,12 @@ def _opened(file: Path) -> Iterator[Image.Image]:
         raise ValueError(f"data.root: {file} is not a readable image: {error}") from error
 
 
-def _decode(file: Path, *, is_grey: bool) -> NDArray[np.uint8]:
-    """(C, H, W) uint8 of one image file."""
-    with _opened(file) as picture:
-        pixels = np.asarray(picture.convert("L" if is_grey else "RGB"))
-    return pixels[None] if is_grey else pixels.transpose(2, 0, 1)
+def _decode_one_of(files: tuple[Path, ...], position: int) -> NDArray[np.uint8]:
+    """(C, H, W) uint8 of one image file: grey where that file is, whatever the others are."""
+    with _opened(files[position]) as picture:
+        if picture.mode in _GREY_MODES:
+            return np.asarray(picture.convert("L"))[None]
+        return np.asarray(picture.convert("RGB")).transpose(2, 0, 1)
 
 
 def read_npz(path: Path, split: Split) -> RawSplit:

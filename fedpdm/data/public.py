@@ -17,9 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedpdm.data.labelling import DEFAULT_ATTRIBUTES, attribute_classes
-from fedpdm.data.rawsplit import ArrayReader, RawSplit
+from fedpdm.data.rawsplit import ArrayReader, FileReader, RawSplit
 from fedpdm.data.registry import BLACK, DataSet, Request
-from fedpdm.data.resizing import resize
 
 __all__ = ["CELEBA", "CIFAR10", "COLORED_MNIST", "DIGITS", "FASHION_MNIST", "MNIST"]
 
@@ -158,26 +157,20 @@ def _read_celeba(request: Request) -> RawSplit:
     labels, names = attribute_classes(dataset.attr.numpy(), known, attributes)
     folder = request.path / "celeba" / "img_align_celeba"
 
-    def read(positions: NDArray[np.int64], resolution: int | None) -> NDArray[np.uint8]:
-        side = _CELEBA_RESOLUTION if resolution is None else resolution
-        images = np.empty((len(positions), 3, side, side), dtype=np.uint8)
-        for row, position in enumerate(positions):
-            file = dataset.filename[int(position)]
-            try:
-                picture, _ = dataset[int(position)]
-                pixels = np.asarray(picture.convert("RGB")).transpose(2, 0, 1)
-            except FileNotFoundError as error:
-                raise FileNotFoundError(
-                    f"data.root: celeba misses image {file} in {folder}"
-                ) from error
-            except (OSError, SyntaxError) as error:
-                raise ValueError(
-                    f"data.root: celeba image {file} in {folder} is unreadable: {error}"
-                ) from error
-            images[row] = resize(pixels[None], resolution=side)[0]
-        return images
+    def decode(position: int) -> NDArray[np.uint8]:
+        file = dataset.filename[position]
+        try:
+            picture, _ = dataset[position]
+            return np.asarray(picture.convert("RGB")).transpose(2, 0, 1)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"data.root: celeba misses image {file} in {folder}") from error
+        except (OSError, SyntaxError) as error:
+            raise ValueError(
+                f"data.root: celeba image {file} in {folder} is unreadable: {error}"
+            ) from error
 
-    return RawSplit(labels=labels, class_names=names, read=read)
+    reader = FileReader(decode=decode, channels=3, resolution=_CELEBA_RESOLUTION)
+    return RawSplit(labels=labels, class_names=names, read=reader)
 
 
 DIGITS: Final = DataSet(
@@ -189,6 +182,7 @@ DIGITS: Final = DataSet(
     background=BLACK,
     coloring="by_label",
     colorable=True,
+    colored_by_place=True,
 )
 MNIST: Final = DataSet(
     read=functools.partial(_read_mnist, name="mnist"),
@@ -200,6 +194,7 @@ MNIST: Final = DataSet(
     needs=", ".join(_MNIST_FILES),
     fetches=True,
     colorable=True,
+    colored_by_place=True,
 )
 COLORED_MNIST: Final = dataclasses.replace(
     MNIST,

@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
+import abc
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedpdm.data.identity import identity, stack_digests
 from fedpdm.data.resizing import resize
 
-__all__ = ["ArrayReader", "RawSplit", "Split", "split_of"]
+__all__ = ["ArrayReader", "FileReader", "RawSplit", "Reader", "Split", "split_of"]
 
 Split = Literal["train", "test"]
 
 _TEST_SHARE: Final = 10  # one in ten
+
+
+class Reader(abc.ABC):
+    """A `RawSplit.read` that also says what each image is known by."""
+
+    @abc.abstractmethod
+    def load(
+        self, positions: NDArray[np.int64], resolution: int | None
+    ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        """What `RawSplit.load` returns."""
+
+    def __call__(self, positions: NDArray[np.int64], resolution: int | None) -> NDArray[np.uint8]:
+        """(n, C, H, W) uint8, resized if `resolution` is given."""
+        return self.load(positions, resolution)[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,24 +43,76 @@ class RawSplit:
         labels: (N,) int64; N may be 0.
         class_names: one name per class.
         read: takes (n,) positions in [0, N) and a resolution in pixels or None, and returns
-            (n, C, H, W) uint8. Only the images that are asked for are decoded.
+            (n, C, H, W) uint8. Only the images that are asked for are decoded. An image is known by
+            what is read without a resolution, which must depend on that image alone; a `Reader`
+            says itself what it is known by.
     """
 
     labels: NDArray[np.int64]
     class_names: tuple[str, ...]
     read: Callable[[NDArray[np.int64], int | None], NDArray[np.uint8]]
 
+    def load(
+        self, positions: NDArray[np.int64], resolution: int | None
+    ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        """Images (n, C, H, W) uint8 at `positions`, and their identities (n, 32) uint8."""
+        if isinstance(self.read, Reader):
+            return self.read.load(positions, resolution)
+        images = self.read(positions, resolution)
+        came: Iterable[NDArray[np.uint8]] = images
+        if resolution is not None:
+            came = (self.read(positions[k : k + 1], None)[0] for k in range(len(positions)))
+        return images, stack_digests(map(identity, came))
+
+    def identities(self) -> NDArray[np.uint8]:
+        """What every image of the split is known by, (N, 32) uint8; all are decoded."""
+        each = np.arange(len(self.labels)).reshape(-1, 1)
+        return np.concatenate([self.load(position, None)[1] for position in each])
+
 
 @dataclass(frozen=True, kw_only=True)
-class ArrayReader:
+class ArrayReader(Reader):
     """The `read` of a split whose pixels are in memory, `images` (N, C, H, W) uint8."""
 
     images: NDArray[np.uint8]
 
-    def __call__(self, positions: NDArray[np.int64], resolution: int | None) -> NDArray[np.uint8]:
-        """(n, C, H, W) uint8, resized if `resolution` is given."""
+    def load(
+        self, positions: NDArray[np.int64], resolution: int | None
+    ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         images = self.images[positions]
-        return images if resolution is None else resize(images, resolution=resolution)
+        known = stack_digests(map(identity, images))
+        return images if resolution is None else resize(images, resolution=resolution), known
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileReader(Reader):
+    """The `read` of a split whose images are decoded one by one.
+
+    `decode` takes a position and returns (C, H, W) uint8 as the file has it. The split has
+    `channels`: a grey image gets three equal bands where others are in colour. `resolution` is used
+    where none is asked for.
+    """
+
+    decode: Callable[[int], NDArray[np.uint8]]
+    channels: int
+    resolution: int | None = None
+
+    def load(
+        self, positions: NDArray[np.int64], resolution: int | None
+    ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        side = self.resolution if resolution is None else resolution
+        images: NDArray[np.uint8] | None = None
+        known = []
+        for row, position in enumerate(positions.tolist()):
+            pixels = self.decode(position)
+            known.append(identity(pixels))
+            if side is not None:
+                pixels = resize(pixels[None], resolution=side)[0]
+            if images is None:
+                images = np.empty((len(positions), self.channels, *pixels.shape[1:]), np.uint8)
+            images[row] = pixels
+        assert images is not None  # at least one position
+        return images, stack_digests(known)
 
 
 def split_of(content: bytes | memoryview) -> Split:

@@ -61,6 +61,8 @@ class DataSet:
         clients_own: whether the files are a client's own, not a public set that all know alike.
         coloring: the default colouring.
         colorable: whether images may be coloured: one channel, bright on black.
+        colored_by_place: whether drawn colours follow a published sequence by an image's place,
+            not the image itself: for a set whose files are the same everywhere and for ever.
         grey: for a set that is always coloured, the name of the same images in grey.
         has_attributes: whether `data.attributes` may choose its classes.
     """
@@ -76,6 +78,7 @@ class DataSet:
     clients_own: bool = False
     coloring: Coloring = "none"
     colorable: bool = False
+    colored_by_place: bool = False
     grey: str | None = None
     has_attributes: bool = False
 

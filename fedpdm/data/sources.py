@@ -23,7 +23,13 @@ from fedpdm.data.labelling import find_classes, keep_classes, label_by_color
 from fedpdm.data.rawsplit import RawSplit, Split
 from fedpdm.data.registry import DataSet, Request, data_set
 
-__all__ = ["SPLITS", "load_image_set", "stratified_positions"]
+__all__ = [
+    "SPLITS",
+    "draws_from_images",
+    "load_image_set",
+    "resolve_coloring",
+    "stratified_positions",
+]
 
 SPLITS: Final[tuple[str, ...]] = ("train", "test")
 
@@ -56,7 +62,7 @@ def load_image_set(
         coloring: "by_label", "correlated" or "independent" colour a one-channel set
             (`choose_colors`), "none" leaves it grey. Default: "by_label" for digits,
             "independent" for colored_mnist, "none" for the others. An image has the same colour
-            whatever else is loaded.
+            whatever else is loaded; in a client's own set whatever else is there.
         color_correlation: for "correlated" alone, in [0, 1].
         class_label: "digit", the set's own class; of coloured images also "color" or "both".
         attributes: for celeba alone: 1 to 4 attributes whose combinations are the classes.
@@ -69,7 +75,8 @@ def load_image_set(
         download: let torchvision fetch missing files into `root`.
 
     Returns:
-        The images in the order of the files, with the `background` of `data_set(name)`.
+        The images in the order of the files, with the `background` of `data_set(name)`, each known
+        by what it was before anything was done to it.
 
     Raises:
         ValueError: for a bad argument, an unreadable or unsuitable file, or no image at all.
@@ -84,7 +91,7 @@ def load_image_set(
     _check_choice("data.class_label", class_label, CLASS_LABELS, what="class label")
     if attributes is not None and not known.has_attributes:
         raise ValueError(f"data.attributes: only celeba has attributes, got data.name: {name}")
-    chosen = _resolve_coloring(name, known, coloring)
+    chosen = resolve_coloring(name, known, coloring)
     if class_label != "digit" and chosen == "none":
         raise ValueError(
             f"data.class_label: {class_label} needs coloured images, got data.coloring: none "
@@ -109,8 +116,15 @@ def load_image_set(
         raise ValueError(f"data.root: {name} has no {split} image")
     labels, class_names = raw.labels, raw.class_names
     colors: NDArray[np.int64] | None = None
-    if chosen != "none":
-        colors = choose_colors(labels, coloring=chosen, split=split, correlation=color_correlation)
+    of_image = draws_from_images(known, chosen)
+    if chosen != "none" and not (of_image and class_label == "digit"):
+        colors = choose_colors(
+            labels,
+            coloring=chosen,
+            split=split,
+            identities=raw.identities() if of_image else None,
+            correlation=color_correlation,
+        )
         labels, class_names = label_by_color(labels, colors, class_names, class_label=class_label)
     positions = np.arange(len(labels))
     if classes is not None:
@@ -127,15 +141,31 @@ def load_image_set(
     else:
         wanted = np.arange(len(labels))
     positions = positions[wanted]
-    images = raw.read(positions, resolution)
-    if colors is not None:
-        images = colorize(images, colors[positions])
+    images, identities = raw.load(positions, resolution)
+    if chosen != "none":
+        wanted_colors = (
+            colors[positions]
+            if colors is not None
+            else choose_colors(
+                raw.labels[positions],
+                coloring=chosen,
+                identities=identities,
+                correlation=color_correlation,
+            )
+        )
+        images = colorize(images, wanted_colors)
     return ImageSet(
         images=np.ascontiguousarray(images),
         labels=labels[wanted],
         class_names=class_names,
         background=known.background,
+        identities=identities,
     )
+
+
+def draws_from_images(known: DataSet, coloring: Coloring) -> bool:
+    """Whether colours are drawn, and each from its image itself."""
+    return coloring in ("correlated", "independent") and not known.colored_by_place
 
 
 def stratified_positions(labels: NDArray[np.int64], *, max_images: int) -> NDArray[np.int64]:
@@ -182,7 +212,8 @@ def _resolve_root(name: str, known: DataSet, root: str | os.PathLike[str] | None
     return Path(given).expanduser()
 
 
-def _resolve_coloring(name: str, known: DataSet, coloring: Coloring | None) -> Coloring:
+def resolve_coloring(name: str, known: DataSet, coloring: Coloring | None) -> Coloring:
+    """The colouring of a set, its default where none is given; `ValueError` if it has none such."""
     if coloring is None:
         return known.coloring
     _check_choice("data.coloring", coloring, COLORINGS, what="colouring")

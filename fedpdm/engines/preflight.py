@@ -104,6 +104,7 @@ def _check_releases(
     previews = []
     for part in partitions:
         store = ReleaseStore(roots[part.client_id])
+        store.check_traces()
         if not store.ledger().records:
             continue
         request = setup.release_request(client=part.client_id, allow_new_release=allow_new_release)

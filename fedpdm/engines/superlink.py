@@ -6,6 +6,7 @@ Everything about it lies in one state directory:
     superlink.pid     process id and start time
     superlink.log     Flower's own output
     state.db          Flower's database: registered keys, runs
+    ledgers.json      marks that participants showed of their ledgers (`strategies.ledgers`)
     home/             Flower's home: the connection of its command line
     empty/            where Flower's processes start, so that they import nothing from there
 

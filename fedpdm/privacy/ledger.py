@@ -1,9 +1,13 @@
 """The ledger: what a client has released, one checksummed line per event, append-only.
 
     # fedpdm privacy ledger, version 1: ...
-    {"record": 1, "kind": "opened", "at": "2026-11-24T09:00:00Z", ..., "chain": "5f..."}
+    {"record": 1, "kind": "opened", "at": "2026-11-24T09:00:00Z", "mark": ..., "chain": "5f..."}
     {"record": 2, "kind": "release", "images": 361, "parameters": {...}, ..., "chain": "a0..."}
     # end: 2 records, chain a0...
+
+A record's `mark` is a random number. A client shows its marks to the coordinator, who so notices a
+ledger that was cut or replaced: they say nothing else (a chain is computed from digests of images,
+so whoever has one could test a guess). Records of earlier versions have none.
 
 A record's `chain` is the SHA-256 of the chain before it and of the record itself, so that no line
 can be changed, removed, added or moved without notice; the last line gives away a file that was
@@ -20,6 +24,8 @@ import functools
 import hashlib
 import json
 import math
+import re
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,25 +48,30 @@ TITLE = (
     "it; never edit"
 )
 START = hashlib.sha256(TITLE.encode()).hexdigest()
+NO_MARK = "0" * 16  # of records of earlier versions
+_MARK = re.compile(r"(?:[0-9a-f]{16})?")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """One line: its number from 1, what kind of event, when (UTC), further fields, its chain."""
+    """One line: its number from 1, what kind of event, when (UTC), further fields, its chain; and a
+    random number of 16 hexadecimal digits, or none."""
 
     number: int
     kind: str
     at: str
     fields: Mapping[str, Any]
     chain: str
+    mark: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReleaseRecord:
     """A record of kind `release`: `images` images were released once, as release `release`.
 
-    `image_shape` is theirs, `sha256` is that of the file, `epsilon` what one image paid for this
-    release at `delta`.
+    `image_shape` is theirs, `preparation` what had been done to them since they came in (None in
+    records of versions that did not say), `sha256` is that of the file, `epsilon` what one image
+    paid for this release at `delta`.
     """
 
     release: int
@@ -74,6 +85,7 @@ class ReleaseRecord:
     noise_source: str
     seeded: bool
     at: str
+    preparation: Mapping[str, Any] | None = None
 
     @property
     def file(self) -> str:
@@ -92,6 +104,11 @@ class Ledger:
     def head(self) -> str:
         """The chain after the last record."""
         return self.records[-1].chain if self.records else START
+
+    @property
+    def marks(self) -> str:
+        """The random numbers of all records, 16 digits each."""
+        return "".join(record.mark or NO_MARK for record in self.records)
 
     @property
     def client_id(self) -> int | None:
@@ -117,8 +134,9 @@ class Ledger:
 
 
 def _body(record: Record) -> str:
-    named = {"record": record.number, "kind": record.kind, "at": record.at, **record.fields}
-    return json.dumps(named, allow_nan=False)
+    named = {"record": record.number, "kind": record.kind, "at": record.at}
+    mark = {"mark": record.mark} if record.mark else {}
+    return json.dumps({**named, **mark, **record.fields}, allow_nan=False)
 
 
 def _line(record: Record) -> str:
@@ -136,7 +154,14 @@ def _chain(before: str, body: str) -> str:
 def append(ledger: Ledger, kind: str, fields: Mapping[str, Any]) -> Ledger:
     """The ledger with one more record, on disk when this returns."""
     now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    record = Record(number=len(ledger.records) + 1, kind=kind, at=now, fields=fields, chain="")
+    record = Record(
+        number=len(ledger.records) + 1,
+        kind=kind,
+        at=now,
+        fields=fields,
+        chain="",
+        mark=secrets.token_hex(8),
+    )
     record = dataclasses.replace(record, chain=_chain(ledger.head, _body(record)))
     longer = dataclasses.replace(ledger, records=(*ledger.records, record))
     write_atomic(ledger.path, longer.text().encode())
@@ -186,10 +211,11 @@ def _parse(path: Path, number: int, line: str, *, before: str) -> Record:
             kind=fields.pop("kind"),
             at=fields.pop("at"),
             chain=fields.pop("chain"),
+            mark=fields.pop("mark", ""),
             fields=fields,
         )
         body = _body(record)
-        known = _line(record) == line
+        known = _line(record) == line and _MARK.fullmatch(record.mark) is not None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         problem = " ".join(str(error).split())[:100]
         raise StoreError(f"{where}: record cannot be read: {problem}") from None
@@ -202,12 +228,14 @@ def _parse(path: Path, number: int, line: str, *, before: str) -> Record:
 
 def release_fields(record: ReleaseRecord) -> dict[str, Any]:
     """The fields of a ledger record for a release."""
+    prepared = record.preparation
     return {
         "release": record.release,
         "file": record.file,
         "sha256": record.sha256,
         "images": record.images,
         "image_shape": list(record.image_shape),
+        **({} if prepared is None else {"preparation": dict(prepared)}),
         **mechanism_field(record.parameters),
         "parameters": dataclasses.asdict(record.parameters),
         **dataclasses.asdict(record.event),
@@ -236,6 +264,7 @@ def _release_record(path: Path, record: Record) -> ReleaseRecord:
             noise_source=str(fields["noise_source"]),
             seeded=bool(fields["seeded"]),
             at=record.at,
+            preparation=fields.get("preparation"),
         )
         spent = epsilon_spent([made.event], delta=made.delta)
         sound = (

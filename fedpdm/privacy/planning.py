@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedpdm.config import ConfigError, RunConfig
+from fedpdm.data.loading import preparation_of
 from fedpdm.data.spec import ImageSpec
 from fedpdm.diffusion.schedule import NoiseSchedule
 from fedpdm.privacy.accountant import compose, epsilon_bound, epsilon_spent
@@ -124,4 +125,5 @@ def build_release_request(
         noise=lambda release: build_noise(config, client=client, release=release),
         simulation=config.run.simulation,
         allow_new_release=allow_new_release,
+        preparation=preparation_of(config),
     )

@@ -16,13 +16,19 @@ from fedpdm.config import ConfigError, RunConfig, config_from_json, load_config
 from fedpdm.storage.run_directory import RunDirectory
 
 __all__ = [
+    "FEDERATION_VARIABLE",
     "experiments_root",
     "is_resumed",
+    "ledgers_path",
     "new_release_allowed",
     "release_path",
     "run_config_of",
     "run_root",
 ]
+
+
+FEDERATION_VARIABLE = "FEDPDM_FEDERATION"
+"""The state directory of a coordinator's federation, for the processes that it starts."""
 
 
 def experiments_root() -> Path:
@@ -75,6 +81,13 @@ def release_path(flat: Mapping[str, Any], run: RunDirectory, client_id: int) -> 
     if chosen := str(flat.get("release-dir", "")):
         return Path(chosen).expanduser().absolute() / str(client_id)
     return run.client_path(client_id)
+
+
+def ledgers_path(run: RunDirectory) -> Path:
+    """Where a coordinator keeps what participants showed of their ledgers: in the state directory
+    of its federation, for all runs; for a run of none, in the run's directory."""
+    state = os.environ.get(FEDERATION_VARIABLE)
+    return Path(state) / "ledgers.json" if state else run.root / "server" / "ledgers.json"
 
 
 def is_resumed(flat: Mapping[str, Any]) -> bool:

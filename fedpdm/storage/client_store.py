@@ -19,6 +19,7 @@ process.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -44,7 +45,7 @@ from fedpdm.storage.files import (
     write_tensors,
 )
 
-__all__ = ["ClientStore", "Reply"]
+__all__ = ["ClientStore", "Reply", "release_traces"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +59,26 @@ class Reply:
     metrics: dict[str, Any]
     request: str
     ledger: str = ""
+
+
+def release_traces(root: Path) -> dict[Path, str]:
+    """What a client's rounds in `root` show of its releases: file -> the head of the ledger then.
+
+    The head is "" where a file does not say it. Nothing of rounds that say that they released
+    nothing, as those of a baseline do.
+    """
+    heads = {}
+    for path in (root / "privacy.json", *sorted(root.glob("rounds/[0-9]*/reply.json"))):
+        if path.exists():
+            with contextlib.suppress(StoreError):  # a damaged file is a trace without a head
+                record = read_json(path)
+                if "baseline" in record:
+                    return {}
+                heads[path] = str(record.get("ledger_head") or record.get("ledger") or "")
+                continue
+            heads[path] = ""
+    rest = (root / name for name in ("rounds", "partial", "samples.npz", "classes.json"))
+    return heads or {path: "" for path in rest if path.is_file() or any(path.glob("*"))}
 
 
 class ClientStore:

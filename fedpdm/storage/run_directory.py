@@ -9,6 +9,7 @@ log.txt
 server/checkpoint.safetensors   to resume from
 server/updates/      updates of this round that wait for their turn
 server/members.json  which images trained a shared model of raw images (a baseline)
+server/ledgers.json  marks of participants' ledgers, where no federation keeps them
 server/releases/     what clients uploaded (server training only)
 clients/<id>/        each client's store (`fedpdm.storage.client_store`); the server never reads
                      it, except for pictures in simulation

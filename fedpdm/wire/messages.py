@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -70,6 +71,7 @@ FIT_METRICS: Mapping[str, type] = {
     "replayed": bool,
     "heldout_coarse_loss": float,
     "num_heldout": int,
+    "ledger": str,  # the random marks of its records (`fedpdm.privacy.ledger`)
 }
 
 # Computed on raw data: not covered by the guarantee. Sent in simulation; elsewhere only if the
@@ -84,6 +86,8 @@ RAW_METRICS: Mapping[str, type] = {
     },
 }
 
+
+_MARKS = re.compile(r"(?:[0-9a-f]{16})*")
 
 # Weights of a network that works are far from it; sums of such numbers stay finite in float32.
 LARGEST_WEIGHT = 1e6
@@ -323,7 +327,7 @@ def decode_release(
 
 def check_metrics(
     metrics: Mapping[str, Any], *, allow_raw: bool, who: str, whole_seconds: bool = False
-) -> dict[str, bool | int | float]:
+) -> dict[str, bool | int | float | str]:
     """The metrics mapping that may leave a client: known names, scalars of the listed type.
 
     `allow_raw` admits `RAW_METRICS`, which are computed on raw data: in simulation, or where the
@@ -349,6 +353,8 @@ def check_metrics(
                 f"metric {name} of {who} must be {allowed[name].__name__}, "
                 f"got {type(value).__name__}"
             )
+        if isinstance(value, str) and not _MARKS.fullmatch(value):
+            raise WireError(f"metric {name} of {who} must be marks of 16 hexadecimal digits")
         if not isinstance(value, float) or math.isfinite(value):
             checked[name] = value
     return checked

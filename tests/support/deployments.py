@@ -43,6 +43,7 @@ from strategies.server_app import server_fn
 from tests.support.federations import flat, initial_message, small_config
 
 CLASSES = ("benign", "malignant")
+MARKS = "ledger"  # random numbers, one for each record of a ledger
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,11 +71,12 @@ class Sent:
         return [np.load(io.BytesIO(data)) for data in files]
 
     def timeless(self) -> bytes:
-        """The content as bytes, with the times in its metrics set to zero."""
+        """The content as bytes, with times set to zero and without the ledger's random marks."""
         copy = ProtoMessage.FromString(self.data)
         timed = message_from_proto(copy)
         for record in timed.content.config_records.values():
             record.update({name: 0.0 for name in wire.CLOCKS if name in record})
+            record.update({MARKS: ""} if MARKS in record else {})
         return message_to_proto(timed).content.SerializeToString(deterministic=True)
 
 
@@ -163,6 +165,9 @@ class Federation:
                 objects=b"".join(part.deflate() for part in pushed),
             )
         )
+        if MARKS in (shown := {} if reply.has_error() else self.sent[-1].metrics):
+            kept = read_ledger(Path(self.nodes[client]["store-dir"]) / "ledger.jsonl")
+            assert shown[MARKS] == kept.marks  # the field has room for nothing else
         return message_from_proto(ProtoMessage.FromString(data))
 
 
@@ -227,6 +232,7 @@ def with_releases_of(first: Federation, root: Path, **sections: Any) -> Federati
         assert not (now.held.images.images == was.held.images.images).all(axis=(1, 2, 3)).any()
         stored, metadata = read_tensors(was.releases.root / "releases" / "000001.safetensors")
         stored["digests"] = torch.from_numpy(now.held.images.image_digests().copy())
+        stored["identities"] = torch.from_numpy(now.held.images.image_identities().copy())
         append(read_ledger(now.releases.root / "ledger.jsonl"), "opened", {"client_id": client})
         write_tensors(now.releases.root / "releases" / "000001.ready", stored, metadata)
     return second

@@ -57,7 +57,8 @@ def private_things(node: Mapping[str, Any], run_config: Mapping[str, Any]) -> di
     """What a client has after a run, by kind."""
     local = open_local_client(dict(node), dict(run_config), 0)
     images = local.held.images.images
-    digests = local.held.images.image_digests()
+    held = local.held.images
+    digests = (*held.image_digests(), *held.image_identities())
     things: dict[str, set[bytes]] = {"images": set(), "fine model": set(), "samples": set()}
     for form in image_forms(images, shift=local.setup.spec.shift, clip_norm=8.0):
         things["images"] |= {piece for image in form for piece in windows(image.tobytes())}

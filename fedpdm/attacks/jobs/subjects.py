@@ -122,7 +122,10 @@ def open_subjects(
     pool, source = images, "held-out images of the same client"
     if not held_out:
         pool, source = _unheld(run)
-    known = np.array([bytes(row) in every for row in pool.image_digests()])
+    trained = np.concatenate([record.train.positions for record in records])
+    came = {bytes(row) for row in images.image_identities()[trained]}
+    both = zip(pool.image_digests(), pool.image_identities(), strict=True)
+    known = np.array([bytes(row) in every or bytes(other) in came for row, other in both])
     free = rng.permutation(np.flatnonzero(~known))  # also no image of an equal one that trained
     member_rows, other_rows = [], []
     for record in chosen:

@@ -179,6 +179,7 @@ class _Checking:
         ledger = store.ledger()
         if ledger.client_id not in (None, client):
             raise StoreError(f"{root}: is the store of client {ledger.client_id}, not {client}")
+        store.check_traces()
         self.report.store = store
         return f"{where}: writable, {len(ledger.releases())} releases in its ledger"
 

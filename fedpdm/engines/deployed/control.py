@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from fedpdm.engines.flowercli import RunFailed, flower_environment, tool
+from fedpdm.setup.flower_config import FEDERATION_VARIABLE
 
 __all__ = ["CONNECTION", "MARKER", "Control", "FlowerRun", "Node", "without_colour"]
 
-MARKER = "FEDPDM_FEDERATION"
+MARKER = FEDERATION_VARIABLE
 CONNECTION = "coordinator"  # its name in Flower's config
 
 

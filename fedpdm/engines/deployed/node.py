@@ -43,7 +43,9 @@ def prepare_node(settings: NodeSettings) -> NodeCommand:
     if not settings.data.exists():
         raise ConfigError(f"data: {settings.data} does not exist")
     root = settings.store_of(certificate.client_id)
-    ledger = ReleaseStore(root).ledger()
+    store = ReleaseStore(root)
+    store.check_traces()
+    ledger = store.ledger()
     if ledger.client_id not in (None, certificate.client_id):
         raise StoreError(
             f"{root}: is the store of client {ledger.client_id}, not {certificate.client_id}"

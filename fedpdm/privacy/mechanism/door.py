@@ -49,8 +49,8 @@ GROUP = "fedpdm.mechanisms"
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 # What records hold besides a mechanism's own fields.
 _TAKEN = (
-    "client_id", "delta", "digests", "encoding", "image_shape", "kind", "mechanism",
-    "noise_source", "seeded", "version",
+    "client_id", "delta", "digests", "encoding", "identities", "image_shape", "kind", "mechanism",
+    "noise_source", "preparation", "seeded", "version",
 )  # fmt: skip
 
 

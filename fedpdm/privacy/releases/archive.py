@@ -1,7 +1,8 @@
 """The files of a client's releases, and the order in which they come to be.
 
     ledger.jsonl                    what was released (`fedpdm.privacy.ledger`)
-    releases/000001.safetensors     digests uint8 (n, 32) of the images in it, and its values
+    releases/000001.safetensors     digests and identities uint8 (n, 32) of the images in it, of
+                                    what was noised and of what came in, and its values
 
 A release is written to a `.tmp` file as it is made (it need not fit into memory), renamed to
 `.ready` when complete, recorded in the ledger, and only then renamed to its name, under which alone
@@ -15,10 +16,12 @@ import contextlib
 import errno
 import functools
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +38,7 @@ from fedpdm.privacy.mechanism import (
     release_metadata,
     restore_release,
 )
-from fedpdm.privacy.releases.request import DigestIndex, ReleaseRequest
+from fedpdm.privacy.releases.request import ImageKey, ReleaseIndex, ReleaseRequest, Rows
 from fedpdm.privacy.types import Parameters, PrivacyEvent, Release
 from fedpdm.storage.files import StoreError, flush_directory, make_directory, read_tensors
 from fedpdm.storage.tensorfile import header, num_bytes
@@ -89,7 +92,7 @@ class ReleaseArchive:
             self._name(ready)
         return ledger
 
-    def index(self, ledger: Ledger) -> DigestIndex:
+    def index(self, ledger: Ledger) -> ReleaseIndex:
         """Which image lies where, from files that are what the ledger says, to the bit."""
         index = {}
         for record in ledger.releases():
@@ -97,23 +100,28 @@ class ReleaseArchive:
             if _sha256(path) != record.sha256:
                 raise StoreError(f"{path}: is not the file that the ledger records; restore it")
             tensors, metadata = read_tensors(path)
-            known = {bytes(row): at for at, row in enumerate(tensors["digests"].numpy())}
-            layout = _layout(record.parameters, record.images, record.image_shape)
-            if (
-                metadata != _metadata_of(record)
-                or {name: tuple(value.shape) for name, value in tensors.items()}
-                != {name: shape for name, (_, shape) in layout.items()}
-                or len(known) != record.images
-            ):
+            names = ("digests",) if record.preparation is None else ("digests", "identities")
+            layout = _layout(
+                record.parameters, record.images, record.image_shape, identified=len(names) > 1
+            )
+            shapes = {name: tuple(value.shape) for name, value in tensors.items()}
+            if metadata != _metadata_of(record) or shapes != {
+                name: shape for name, (_, shape) in layout.items()
+            }:
                 raise StoreError(f"{path}: the ledger says something else of it; restore both")
-            index[record.release] = known
+            found = [
+                {bytes(row): at for at, row in enumerate(tensors[name].numpy())} for name in names
+            ]
+            if any(len(each) != record.images for each in found):
+                raise StoreError(f"{path}: the ledger says something else of it; restore both")
+            index[record.release] = Rows(pixels=found[0], identities=dict(*found[1:]))
         return index
 
     def make(
         self,
         ledger: Ledger,
         source: ReleaseSource,
-        digests: Sequence[bytes],
+        keys: Sequence[ImageKey],
         request: ReleaseRequest,
         progress: Progress | None,
     ) -> Ledger:
@@ -131,16 +139,18 @@ class ReleaseArchive:
             seeded=noise.seeded,
             image_shape=shape,
             delta=request.delta,
+            preparation=request.preparation,
         )
-        layout = _layout(parameters, count, shape)
-        size = num_bytes(layout) - 32 * count
+        layout = _layout(parameters, count, shape, identified=True)
+        size = num_bytes(layout) - 64 * count
         try:
             make_directory(self.folder)
             if shutil.disk_usage(self.folder).free < size:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             with open(temporary, "wb") as file:
                 file.write(header(layout, metadata))
-                file.write(b"".join(digests))
+                for digests in zip(*((key.pixels, key.identity) for key in keys), strict=True):
+                    file.write(b"".join(digests))
                 done = 0
                 for chunk in mechanism_of(parameters).make(source, parameters, noise):
                     done += file.write(chunk.data)
@@ -171,21 +181,21 @@ class ReleaseArchive:
     def assemble(
         self,
         ledger: Ledger,
-        index: DigestIndex,
+        index: ReleaseIndex,
         numbers: Sequence[int],
         digests: Sequence[bytes],
         labels: np.ndarray,
     ) -> Release:
         """What is sent for these images, from releases `numbers`.
 
-        `labels` is int64 (N,), one for each of the digests.
+        `digests` are those of what was noised, `labels` is int64 (N,), one for each of them.
         """
         records = {record.release: record for record in ledger.releases()}
         stored = []
         metadata: dict[str, str] = {}
         for number in numbers:
             tensors, metadata = read_tensors(self._path(records[number]))
-            stored.append(StoredRelease(tensors=tensors, rows=index[number]))
+            stored.append(StoredRelease(tensors=tensors, rows=index[number].pixels))
         mechanism = mechanism_of(records[numbers[0]].parameters)
         try:
             tensors = mechanism.gather(stored, digests, labels)
@@ -229,6 +239,7 @@ class ReleaseArchive:
                 noise_source=metadata["noise_source"],
                 seeded=metadata["seeded"] == "true",
                 at="",
+                preparation=_preparation(metadata),
             )
         except (KeyError, ValueError) as error:
             raise StoreError(f"{ready}: {error}") from None
@@ -236,11 +247,12 @@ class ReleaseArchive:
 
 
 def _layout(
-    parameters: Parameters, count: int, image_shape: tuple[int, int, int]
+    parameters: Parameters, count: int, image_shape: tuple[int, int, int], *, identified: bool
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """The tensors of a release's file, in order."""
+    """The tensors of a release's file, in order; files of earlier versions know no identities."""
     values = mechanism_of(parameters).layout(parameters, count, image_shape)
-    return {"digests": ("U8", (count, 32)), **values}
+    digests = dict.fromkeys(("digests", "identities")[: 1 + identified], ("U8", (count, 32)))
+    return {**digests, **values}
 
 
 def _metadata(
@@ -251,11 +263,14 @@ def _metadata(
     seeded: bool,
     image_shape: tuple[int, int, int],
     delta: float,
+    preparation: Mapping[str, Any] | None,
 ) -> dict[str, str]:
     """What a release's file says of itself; the shape of images where its values do not."""
     made_with = release_metadata(parameters, event, noise_source=noise_source, seeded=seeded)
     if parameters.mechanism != IMAGES:
         made_with["image_shape"] = "x".join(map(str, image_shape))
+    if preparation is not None:
+        made_with["preparation"] = json.dumps(dict(preparation))
     return {**made_with, "delta": repr(delta)}
 
 
@@ -268,7 +283,13 @@ def _metadata_of(record: ReleaseRecord) -> dict[str, str]:
         seeded=record.seeded,
         image_shape=record.image_shape,
         delta=record.delta,
+        preparation=record.preparation,
     )
+
+
+def _preparation(metadata: Mapping[str, str]) -> dict[str, Any] | None:
+    """What had been done to the images in a release's file, if it says so."""
+    return dict(json.loads(metadata["preparation"])) if "preparation" in metadata else None
 
 
 def _image_shape(

@@ -6,22 +6,51 @@ Everything here reads the ledger and the digests of released images; nothing is 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
 from fedpdm.privacy.accountant import epsilon_spent
-from fedpdm.privacy.ledger import Ledger
+from fedpdm.privacy.ledger import Ledger, ReleaseRecord
 from fedpdm.privacy.mechanism import NoiseSource, event_of, mechanism_of
 from fedpdm.privacy.types import Parameters
 from fedpdm.storage.files import StoreError
 
-__all__ = ["DigestIndex", "ReleasePreview", "ReleaseRequest", "examine", "matching_releases"]
+__all__ = [
+    "ImageKey",
+    "ReleaseIndex",
+    "ReleasePreview",
+    "ReleaseRequest",
+    "Rows",
+    "cannot_tell",
+    "examine",
+    "matching_releases",
+]
 
-# Release number -> image digest -> row in the release's file.
-DigestIndex = Mapping[int, Mapping[bytes, int]]
+Shape = tuple[int, int, int]
+
+
+class ImageKey(NamedTuple):
+    """What an image is known by: `identity`, the digest of its pixels as they came in, under which
+    it pays, and `pixels`, the digest of what was made of them, which is noised."""
+
+    identity: bytes
+    pixels: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Which images a release holds, in the order of its rows: `pixels` maps what was noised to its
+    row, `identities` are those of the images; empty in files of versions that knew none."""
+
+    pixels: Mapping[bytes, int]
+    identities: Mapping[bytes, int]
+
+
+ReleaseIndex = Mapping[int, Rows]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +59,10 @@ class ReleaseRequest:
 
     `parameters` are those of the round that is asked for, `planned` those of all rounds of its
     plan (default: of this one); an image takes part in each once. `public` is what the server made
-    of earlier rounds. `noise` makes the noise source of the release with a given number; `delta` is
-    for messages and the ledger; `allow_new_release` allows to release images once more that were
-    released outside the plan, or to add images to a store that knows none of them.
+    of earlier rounds. `preparation` says what was done to the images since they came in. `noise`
+    makes the noise source of the release with a given number; `delta` is for messages and the
+    ledger; `allow_new_release` allows to release images once more that were released outside the
+    plan or prepared otherwise, or to add images to a store that knows none of them.
     """
 
     client_id: int
@@ -43,6 +73,7 @@ class ReleaseRequest:
     allow_new_release: bool = False
     planned: tuple[Parameters, ...] = ()
     public: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    preparation: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def rounds(self) -> tuple[Parameters, ...]:
@@ -52,7 +83,8 @@ class ReleaseRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class ReleasePreview:
-    """What a request would do: images `known` as wanted, `fresh` ones, `again` released otherwise.
+    """What a request would do: images `known` as wanted, `fresh` ones, `again` released otherwise
+    (or, in a store of an earlier version, maybe released otherwise).
 
     `epsilon_before` and `epsilon_after` (the whole plan) are of the image that would have paid
     most.
@@ -65,49 +97,63 @@ class ReleasePreview:
     epsilon_after: float
 
 
-def matching_releases(ledger: Ledger, parameters: Parameters) -> list[int]:
-    """Numbers of the releases by the same mechanism with these settings."""
+def matching_releases(ledger: Ledger, parameters: Parameters, shape: Shape) -> list[int]:
+    """Numbers of the releases of such images by the same mechanism with these settings."""
     mechanism = mechanism_of(parameters)
     return [
         record.release
         for record in ledger.releases()
         if record.parameters.mechanism == parameters.mechanism
+        and tuple(record.image_shape) == shape
         and mechanism.same(record.parameters, parameters)
     ]
+
+
+def cannot_tell(record: ReleaseRecord, shape: Shape, preparation: Mapping[str, Any]) -> bool:
+    """Whether images that a release does not know may be among those that it holds.
+
+    Versions before identities knew images by what was noised, and drew colours by place. The
+    release of one may hold an image that is of another shape or colour now.
+    """
+    drawn = preparation.get("colors_from") == "image"
+    return record.preparation is None and (tuple(record.image_shape) != tuple(shape) or drawn)
 
 
 def examine(
     root: Path,
     ledger: Ledger,
-    index: DigestIndex,
-    digests: Sequence[bytes],
-    shape: tuple[int, int, int],
+    index: ReleaseIndex,
+    keys: Sequence[ImageKey],
+    shape: Shape,
     request: ReleaseRequest,
 ) -> ReleasePreview:
     """Sort images into known, fresh and again; `StoreError` for what the request may not do."""
-    _check_owner(root, ledger, shape, request)
+    _check_owner(root, ledger, request)
     records = {record.release: record for record in ledger.releases()}
-    wanted = set(matching_releases(ledger, request.parameters))
-    planned = {p: set(matching_releases(ledger, p)) for p in request.rounds}
+    wanted = set(matching_releases(ledger, request.parameters, shape))
+    planned = {p: set(matching_releases(ledger, p, shape)) for p in request.rounds}
     inside = set().union(*planned.values())
-    known, past = 0, Counter[tuple[int, ...]]()
-    for digest in set(digests):
-        numbers = tuple(number for number in index if digest in index[number])
-        if wanted & set(numbers):
+    doubtful = [n for n, r in records.items() if cannot_tell(r, shape, request.preparation)]
+    known, past = 0, Counter[tuple[tuple[int, ...], tuple[int, ...]]]()
+    for key in set(keys):
+        same = tuple(n for n, rows in index.items() if key.pixels in rows.pixels)
+        if wanted & set(same):
             known += 1
         else:
-            past[numbers] += 1
+            held = (n for n, rows in index.items() if key.identity in rows.identities)
+            past[tuple(sorted({*same, *held})), same] += 1
     events = {p: event_of(p) for p in request.rounds}
     costs = [(0.0, epsilon_spent(list(events.values()), delta=request.delta))]
-    again = 0
-    for numbers, count in past.items():
-        before = [records[number].event for number in numbers]
+    again, touched = 0, set[int]()
+    for (numbers, same), count in past.items():
+        before = [records[number].event for number in numbers or doubtful]
         if before:
             spent = epsilon_spent(before, delta=request.delta)
-            to_come = [events[p] for p in planned if planned[p].isdisjoint(numbers)]
+            to_come = [events[p] for p in planned if planned[p].isdisjoint(same)]
             costs.append((spent, epsilon_spent([*before, *to_come], delta=request.delta)))
-        if not inside.issuperset(numbers):
+        if before and (not numbers or numbers != same or not inside.issuperset(numbers)):
             again += count
+            touched.update(numbers or doubtful)
     before_it, after_it = max(costs, key=lambda cost: cost[1])
     preview = ReleasePreview(
         known=known,
@@ -116,25 +162,26 @@ def examine(
         epsilon_before=before_it,
         epsilon_after=after_it,
     )
-    _check_allowed(root, ledger, preview, request, strangers=past[()])
+    _check_allowed(
+        root,
+        ledger,
+        preview,
+        request,
+        strangers=past[(), ()],
+        unsure=past[(), ()] if doubtful else 0,
+        differences=_differences(records[max(touched)], request, shape) if touched else "",
+    )
     return preview
 
 
-def _check_owner(
-    root: Path, ledger: Ledger, shape: tuple[int, int, int], request: ReleaseRequest
-) -> None:
-    """Refuse the store of another client, of images of another shape, or of a simulation."""
+def _check_owner(root: Path, ledger: Ledger, request: ReleaseRequest) -> None:
+    """Refuse the store of another client, or of a simulation."""
     if ledger.client_id not in (None, request.client_id):
         raise StoreError(
             f"{root}: is the store of client {ledger.client_id}, not of client "
             f"{request.client_id}; use a directory of its own"
         )
     for record in ledger.releases():
-        if tuple(record.image_shape) != shape:
-            raise StoreError(
-                f"{root}: holds releases of images {tuple(record.image_shape)}, these are {shape}: "
-                "a store of another data set; use another directory"
-            )
         if record.seeded and not request.simulation:
             raise StoreError(
                 f"{root}: release {record.release} was made with seeded noise in a simulation and "
@@ -149,10 +196,13 @@ def _check_allowed(
     request: ReleaseRequest,
     *,
     strangers: int,
+    unsure: int,
+    differences: str,
 ) -> None:
     """Refuse a new release of known images, or images of which the store knows none.
 
-    `strangers` are those that it does not know at all.
+    `strangers` are those that it does not know at all, `unsure` those of them that a release of an
+    earlier version may hold, `differences` is how those `again` were released.
     """
     records, total = ledger.releases(), preview.known + preview.fresh + preview.again
     if preview.known < total and request.simulation and not all(r.seeded for r in records):
@@ -163,9 +213,10 @@ def _check_allowed(
     if request.allow_new_release or not records:
         return
     if preview.again:
+        were = "may have been" if unsure == preview.again else "were"
         raise StoreError(
-            f"{root}: {preview.again} of {total} images were released before with "
-            f"{_differences(records[-1].parameters, request.parameters)}; releasing them again is "
+            f"{root}: {preview.again} of {total} images {were} released before with "
+            f"{differences}; releasing them again is "
             f"a new release and takes their epsilon from {preview.epsilon_before:.4g} to "
             f"{preview.epsilon_after:.4g} at delta {request.delta:g}: restore the old setting, or "
             "allow it (--allow-new-release)"
@@ -178,10 +229,20 @@ def _check_allowed(
         )
 
 
-def _differences(old: Parameters, new: Parameters) -> str:
-    """`t0 = 642 (now 675), ...` for what differs."""
+def _differences(record: ReleaseRecord, request: ReleaseRequest, shape: Shape) -> str:
+    """`t0 = 642 (now 675), data.coloring = none (now by_label), ...` for what differs."""
+    old, new = record.parameters, request.parameters
     if old.mechanism != new.mechanism:
         return f"mechanism = {old.mechanism} (now {new.mechanism})"
-    before, after = vars(old), vars(new)
-    changed = [f"{k} = {before[k]} (now {after[k]})" for k in before if before[k] != after[k]]
-    return ", ".join(changed) or "other settings in between"
+    changed = [*_changed(vars(old), vars(new))]
+    changed += [f"data.{each}" for each in _changed(record.preparation or {}, request.preparation)]
+    if tuple(record.image_shape) != shape:
+        old_shape, new_shape = ("x".join(map(str, each)) for each in (record.image_shape, shape))
+        changed.append(f"shape = {old_shape} (now {new_shape})")
+    if not changed and record.preparation is None:
+        changed.append("colours by place, as earlier versions drew them (now by image)")
+    return ", ".join(changed) or "other pixels or settings in between"
+
+
+def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterable[str]:
+    return (f"{k} = {old[k]} (now {new.get(k)})" for k in old if old[k] != new.get(k))

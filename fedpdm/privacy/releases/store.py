@@ -1,9 +1,10 @@
 """Every image is released once, for ever; by a plan of several rounds once in each.
 
-An image is known by the SHA-256 of its pixels, whatever its file's name, place or label. What the
-store has released is handed out again; only images that it does not know are noised, in one more
-release. Another mechanism or other settings for images that were released are refused: a second
-noising adds to what they have spent.
+An image is known by the SHA-256 of its pixels as they came in, whatever its file's name, place or
+label, and whatever a config makes of it. What the store has released is handed out again; only
+images that it does not know are noised, in one more release. Another mechanism, other settings or
+other pixels made of images that were released are refused: a second noising adds to what they have
+spent.
 """
 
 from __future__ import annotations
@@ -22,11 +23,14 @@ from fedpdm.privacy.ledger import START, Ledger, append
 from fedpdm.privacy.mechanism import ReleaseSource
 from fedpdm.privacy.releases.archive import Progress, ReleaseArchive
 from fedpdm.privacy.releases.request import (
+    ImageKey,
     ReleasePreview,
     ReleaseRequest,
     examine,
     matching_releases,
 )
+from fedpdm.privacy.releases.spending import releases_of_images
+from fedpdm.privacy.releases.traces import check_traces
 from fedpdm.privacy.types import PrivacyEvent, Release
 from fedpdm.storage.files import StoreError, locked
 
@@ -72,6 +76,7 @@ class ReleaseStore:
         """Append a record that is no release; `StoreError` if the store is another client's."""
         with locked(self.root / ".release-lock"):
             ledger = self._archive.recover()
+            check_traces(self.root, ledger)
             if ledger.client_id not in (None, client_id):
                 raise StoreError(
                     f"{self.root}: is the store of client {ledger.client_id}, not of client "
@@ -91,30 +96,32 @@ class ReleaseStore:
                 "cut; noising the same images again would be a second release: restore it"
             )
 
+    def check_traces(self) -> None:
+        """`StoreError` if a run in this store was answered with a ledger that is not this one."""
+        check_traces(self.root, self.ledger())
+
     def spent(self, *, delta: float) -> SpentBudget:
         """What each image has spent so far, all its releases composed."""
         ledger = self.ledger()
         events = {record.release: record.event for record in ledger.releases()}
-        touched: dict[bytes, tuple[int, ...]] = {}
-        for number, known in self._archive.index(ledger).items():
-            for digest in known:
-                touched[digest] = (*touched.get(digest, ()), number)
+        touched = releases_of_images(ledger, self._archive.index(ledger))
         counts, paid = Counter[float](), []
-        for numbers, count in Counter(touched.values()).items():
+        for numbers, count in touched.items():
             paid.append(compose([events[number] for number in numbers]))
             counts[epsilon_spent(paid[-1:], delta=delta)] += count
         return SpentBudget(
             delta=delta,
             distribution=tuple(sorted(counts.items(), reverse=True)),
             event=worst(paid) if paid else None,
-            releases_per_image=max(map(len, touched.values()), default=0),
+            releases_per_image=max(map(len, touched), default=0),
         )
 
     def preview(self, images: ImageSet, request: ReleaseRequest) -> ReleasePreview:
         """What `obtain` would do; `StoreError` if it would refuse. Writes nothing."""
         ledger = self.ledger()
+        check_traces(self.root, ledger)
         index = self._archive.index(ledger)
-        return examine(self.root, ledger, index, _digests(images), _shape(images), request)
+        return examine(self.root, ledger, index, _keys(images), _shape(images), request)
 
     def obtain(
         self, images: ImageSet, request: ReleaseRequest, *, progress: Progress | None = None
@@ -126,32 +133,40 @@ class ReleaseStore:
         """
         with locked(self.root / ".release-lock"):
             ledger = self._archive.recover()
+            check_traces(self.root, ledger)
             index = self._archive.index(ledger)
-            digests = _digests(images)
-            examine(self.root, ledger, index, digests, _shape(images), request)
+            keys, shape = _keys(images), _shape(images)
+            examine(self.root, ledger, index, keys, shape, request)
             if not ledger.records:
                 ledger = append(ledger, "opened", {"client_id": request.client_id})
-            numbers = matching_releases(ledger, request.parameters)
-            known = {digest for number in numbers for digest in index[number]}
+            numbers = matching_releases(ledger, request.parameters, shape)
+            known = {pixels for number in numbers for pixels in index[number].pixels}
             fresh = []
-            for position, digest in enumerate(digests):
-                if digest not in known:
+            for position, key in enumerate(keys):
+                if key.pixels not in known:
                     fresh.append(position)
-                    known.add(digest)
+                    known.add(key.pixels)
             if fresh:
                 chosen = images if len(fresh) == len(images) else images.subset(np.array(fresh))
                 source = ReleaseSource(
                     images=chosen.images, labels=chosen.labels, public=request.public
                 )
-                new = [digests[position] for position in fresh]
+                new = [keys[position] for position in fresh]
                 ledger = self._archive.make(ledger, source, new, request, progress)
                 index = self._archive.index(ledger)
-                numbers = matching_releases(ledger, request.parameters)
+                numbers = matching_releases(ledger, request.parameters, shape)
+            digests = [key.pixels for key in keys]
             return self._archive.assemble(ledger, index, numbers, digests, images.labels)
 
 
-def _digests(images: ImageSet) -> list[bytes]:
-    return [bytes(row) for row in images.image_digests()]
+def _keys(images: ImageSet) -> list[ImageKey]:
+    """What each image is known by; of those that came in alike the first one's pixels count."""
+    first: dict[bytes, bytes] = {}
+    both = zip(images.image_identities(), images.image_digests(), strict=True)
+    return [
+        ImageKey(came.tobytes(), first.setdefault(came.tobytes(), pixels.tobytes()))
+        for came, pixels in both
+    ]
 
 
 def _shape(images: ImageSet) -> tuple[int, int, int]:
