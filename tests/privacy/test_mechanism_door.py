@@ -37,7 +37,7 @@ from fedpdm.privacy.releases import ReleaseRequest, ReleaseStore
 from fedpdm.privacy.statement import client_statement, plain_text, run_statement
 from fedpdm.privacy.types import GaussianEvent, ReleasedDataset, ReleaseParameters
 from fedpdm.setup.run_setup import build_schedule, set_up
-from fedpdm.storage.files import StoreError
+from fedpdm.storage.files import StoreError, read_tensors
 from tests.support.federations import small_config
 from tests.support.own_mechanisms import (
     ClassSums,
@@ -106,12 +106,17 @@ def test_a_store_of_before_opens_and_releases_nothing_again(tmp_path: Path) -> N
     assert kept == files(BEFORE)
 
 
-def test_releases_of_images_are_the_same_bytes_as_before(store: ReleaseStore) -> None:
+def test_releases_of_images_are_the_same_values_as_before(store: ReleaseStore) -> None:
+    """Files say more now: what came in, and what was done to it; a record has a mark."""
     store.obtain(image_set(8), request())
     store.obtain(image_set(12), request())
     for name in ("releases/000001.safetensors", "releases/000002.safetensors"):
-        assert (store.root / name).read_bytes() == (BEFORE / name).read_bytes()
-    pattern = r'"at": "[^"]*"|"?chain"?:? "?[0-9a-f]{64}'  # the time, and what follows from it
+        (tensors, said), (before, had) = (read_tensors(r / name) for r in (store.root, BEFORE))
+        assert torch.equal(tensors.pop("identities"), tensors["digests"])  # nothing was done
+        assert tensors.keys() == before.keys()
+        assert all(torch.equal(tensors[key], before[key]) for key in before)
+        assert said == had | {"preparation": "{}"}
+    pattern = r'"(at|mark|sha256)": "[^"]*",?|"?chain"?:? "?[0-9a-f]{64}|"preparation": {},? |\s'
     texts = [(root / "ledger.jsonl").read_text() for root in (store.root, BEFORE)]
     assert re.sub(pattern, "", texts[0]) == re.sub(pattern, "", texts[1])
     assert "mechanism" not in texts[0]

@@ -16,6 +16,7 @@ import contextlib
 import errno
 import functools
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -149,8 +150,8 @@ class ReleaseArchive:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             with open(temporary, "wb") as file:
                 file.write(header(layout, metadata))
-                for digests in zip(*((key.pixels, key.identity) for key in keys), strict=True):
-                    file.write(b"".join(digests))
+                digests = [key.pixels for key in keys], [key.identity for key in keys]
+                file.write(b"".join(itertools.chain(*digests)))
                 done = 0
                 for chunk in mechanism_of(parameters).make(source, parameters, noise):
                     done += file.write(chunk.data)
