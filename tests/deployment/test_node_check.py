@@ -28,6 +28,7 @@ from fedpdm.deployment.invitation import make_invitation, read_invitation
 from fedpdm.deployment.node import NodeSettings, checking, default_store
 from fedpdm.engines.deployed import node as engine
 from fedpdm.privacy.releases import ReleaseStore
+from fedpdm.storage.client_store import ClientStore
 from fedpdm.storage.files import StoreError
 from tests.support.command_line import without_advice
 from tests.support.deployments import deployed_config, draw_pictures
@@ -257,6 +258,13 @@ def use_store_of_another(node: Node) -> tuple[str, str]:
     return "store", "is the store of client 0, not 1"
 
 
+def lose_ledger(node: Node) -> tuple[str, str]:
+    """Rounds of a run by another config are there, and no ledger."""
+    node.store.mkdir(mode=0o700)
+    ClientStore(node.store / "runs" / "0123456789abcdef").save_class_counts(np.arange(2))
+    return "store", "ledger.jsonl knows of none: noising them again would be a second release"
+
+
 def damage_ledger(node: Node) -> tuple[str, str]:
     node.store.mkdir(mode=0o700)
     (node.store / "ledger.jsonl").write_text("{}")
@@ -319,7 +327,7 @@ def turn_clock_back(node: Node) -> tuple[str, str]:
 
 DAMAGES = [
     expire, use_other_authority, use_other_name, use_no_address, move_data, break_picture,
-    add_class, resize, block_store, open_store, use_store_of_another, damage_ledger,
+    add_class, resize, block_store, open_store, use_store_of_another, lose_ledger, damage_ledger,
     bound_epsilon, ask_for_raw_metrics, break_policy, other_flower, other_code,
     plain_experiment, too_few_clients, lose_invitation, damage_invitation, turn_clock_back,
 ]  # fmt: skip
