@@ -133,7 +133,8 @@ def _own_uniforms(identities: NDArray[np.uint8], *stream: int) -> NDArray[np.flo
     """(N,) in [0, 1): each from the public seed and an image's identity alone."""
     seed = f"fedpdm colours {_PUBLIC_SEED} {stream}".encode()
     draws = [hashlib.sha256(seed + row.tobytes()).digest()[:8] for row in identities]
-    return (np.frombuffer(b"".join(draws), dtype="<u8") >> 11) * 2.0**-53
+    whole = np.frombuffer(b"".join(draws), dtype="<u8") >> 11
+    return whole.astype(np.float64) * 2.0**-53
 
 
 def _public_uniforms(

@@ -155,6 +155,17 @@ def test_every_image_was_noised_once_by_the_operating_system(finished: Finished)
     assert not (finished.out / "clients").exists()  # the coordinator holds nothing of theirs
 
 
+def test_the_coordinator_keeps_the_marks_of_all_ledgers(finished: Finished) -> None:
+    """In its state directory: the next run's server finds them there."""
+    seen = json.loads((finished.federation.state / "ledgers.json").read_text())
+    marks = {
+        str(node.config["partition-id"]): ReleaseStore(node.store).ledger().marks
+        for node in finished.nodes
+    }
+    assert seen == marks
+    assert all(len(each) == 2 * 16 for each in seen.values())  # opened, released
+
+
 def test_status_says_nodes_rounds_bytes_and_losses(
     finished: Finished, capsys: pytest.CaptureFixture[str]
 ) -> None:
