@@ -60,7 +60,8 @@ def release(
 
     Args:
         config: settings; `run.simulation` says whether the noise is seeded.
-        images: what the client holds.
+        images: what the client holds; each is known, and pays, by its pixels as they came in
+            (`ImageSet.identities`, or the pixels here).
         store: the client's own directory: releases, and the ledger that adds up what they cost.
             Images that it knows are handed out again and cost nothing.
         client: whose store it is.

@@ -137,10 +137,12 @@ def _record_lines(record: Record, release: ReleaseRecord | None) -> list[str]:
         for name, value in dataclasses.asdict(release.event).items()
     )
     shape = "x".join(map(str, release.image_shape))
+    steps = [f"{k} {v}" for k, v in (release.preparation or {}).items() if v is not None]
     return [
         f"{title} {release.release}: {release.images:,} images of {shape}, epsilon "
         f"{release.epsilon:.4g} at delta {release.delta:g}",
         f"{'':9}{settings}, {event}",
+        *([f"{'':9}images prepared by data: {', '.join(steps)}"] if steps else []),
         f"{'':9}noise: {release.noise_source}",
         f"{'':9}file: {release.file}, SHA-256 {release.sha256[:16]}...",
     ]
