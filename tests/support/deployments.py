@@ -165,6 +165,9 @@ class Federation:
                 objects=b"".join(part.deflate() for part in pushed),
             )
         )
+        if MARKS in (shown := {} if reply.has_error() else self.sent[-1].metrics):
+            kept = read_ledger(Path(self.nodes[client]["store-dir"]) / "ledger.jsonl")
+            assert shown[MARKS] == kept.marks  # the field has room for nothing else
         return message_from_proto(ProtoMessage.FromString(data))
 
 

@@ -47,6 +47,7 @@ def control_images(num_images: int, *, seed: int) -> tuple[ImageSet, Subjects, I
         splits[0],
         images=np.concatenate([split.images for split in splits]),
         labels=np.concatenate([split.labels for split in splits]),
+        identities=np.concatenate([split.image_identities() for split in splits]),
     )
     distinct = digits.subset(digits.distinct())
     if not 10 <= num_images <= len(distinct) // 3:
