@@ -54,7 +54,7 @@ def test_another_config_does_not_noise_afresh_what_a_lost_ledger_held(tmp_path: 
         for kind, config in (("train", FIRST), ("train", RELEASE), ("evaluate", {"round": 1})):
             sent = with_config(federation, fine={"lr": lr}).ask(0, kind, config)
             assert sent.payload == []
-            assert sent.metrics["error"].startswith("StoreError; client 0")
+            assert sent.metrics["error"].startswith("failed; client 0 shows the details")
     assert store_tree(federation, 0) == before
 
 
