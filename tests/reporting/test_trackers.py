@@ -154,13 +154,14 @@ def every_file(out: Path) -> dict[str, bytes]:
     kept = (".safetensors", ".npz", ".png")
     skipped = ("trackers/", "server/checkpoint")  # the latter has seconds in its header
     found = {path.relative_to(out).as_posix(): path for path in out.rglob("*") if path.is_file()}
-    return {
-        name: pack(read_tensors(path)[0], {})
-        if path.suffix == ".safetensors"
-        else path.read_bytes()
-        for name, path in found.items()
-        if name.endswith(kept) and not name.startswith(skipped)
-    }
+    chosen = [n for n in found if n.endswith(kept) and not n.startswith(skipped)]
+    return {name: values_of(found[name]) for name in chosen}
+
+
+def values_of(path: Path) -> bytes:
+    if path.suffix == ".safetensors":
+        return pack(read_tensors(path)[0], {})
+    return path.read_bytes()
 
 
 @pytest.mark.slow
