@@ -28,7 +28,9 @@ from fedpdm.reporting.trackers.following import flat_record
 from fedpdm.reporting.trackers.pictures import final_pictures, round_pictures
 from fedpdm.setup.build import build_denoiser
 from fedpdm.setup.run_setup import set_up
+from fedpdm.storage.files import read_tensors
 from fedpdm.storage.run_directory import RunDirectory
+from fedpdm.storage.tensorfile import pack
 from strategies.rounds import RoundBook
 from tests.support.command_line import CONFIG
 from tests.support.federations import small_config
@@ -145,15 +147,21 @@ def test_samples_of_every_evaluated_round_are_shown(out: Path) -> None:
 
 
 def every_file(out: Path) -> dict[str, bytes]:
-    """What a run has computed: models, moments, samples and statements, by place."""
+    """What a run has computed: models, moments, samples and statements, by place.
+
+    Of tensor files the values: their labels name the config, which differs in its trackers.
+    """
     kept = (".safetensors", ".npz", ".png")
     skipped = ("trackers/", "server/checkpoint")  # the latter has seconds in its header
     found = {path.relative_to(out).as_posix(): path for path in out.rglob("*") if path.is_file()}
-    return {
-        name: path.read_bytes()
-        for name, path in found.items()
-        if name.endswith(kept) and not name.startswith(skipped)
-    }
+    chosen = [n for n in found if n.endswith(kept) and not n.startswith(skipped)]
+    return {name: values_of(found[name]) for name in chosen}
+
+
+def values_of(path: Path) -> bytes:
+    if path.suffix == ".safetensors":
+        return pack(read_tensors(path)[0], {})
+    return path.read_bytes()
 
 
 @pytest.mark.slow
