@@ -12,11 +12,13 @@ import sys
 import traceback
 
 from fedpdm.config import ConfigError
+from fedpdm.text import line, visible
 from fedpdm.wire import WireError
 
 __all__ = ["ClientError", "Refusal", "failure_line"]
 
 LONGEST = 300
+LONGEST_SHOWN = 4000  # to the owner
 EXPECTED = (ValueError, FloatingPointError, OSError)
 
 
@@ -31,12 +33,12 @@ class Refusal(ConfigError):
 def failure_line(error: Exception, *, who: str, deployed: bool) -> str:
     """What the server is told: one line of at most 300 characters. A deployed client's owner gets
     the whole error on standard error, with its traceback where it was not expected."""
-    line = " ".join(str(error).split()) or type(error).__name__
+    why = line(error, limit=LONGEST_SHOWN) or type(error).__name__
     if not deployed:
-        return line[:LONGEST]
-    print(f"{who}: {type(error).__name__}: {line}", file=sys.stderr, flush=True)
+        return why[:LONGEST]
+    print(f"{who}: {type(error).__name__}: {why}", file=sys.stderr, flush=True)
     if not isinstance(error, EXPECTED):
-        traceback.print_exception(error)
+        print(visible("".join(traceback.format_exception(error))), file=sys.stderr, flush=True)
     if isinstance(error, (Refusal, WireError)):
-        return line[:LONGEST]
+        return why[:LONGEST]
     return f"{type(error).__name__}; {who} shows the details to its owner alone"[:LONGEST]

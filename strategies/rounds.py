@@ -49,7 +49,7 @@ class RoundBook:
         self.now = CurrentRound()
         self.trackers: RunTrackers | None = None
         self._settings = settings
-        self._announce = announce
+        self.say = announce
         self._first_round = 1  # of this process
         self._started = time.perf_counter()
 
@@ -57,7 +57,7 @@ class RoundBook:
         """Take over what an earlier process did."""
         self.rounds_done, self.history = rounds_done, history
         if rounds_done:
-            self._announce(f"resumed after round {rounds_done} of {self._settings.rounds}")
+            self.say(f"resumed after round {rounds_done} of {self._settings.rounds}")
             self._first_round = rounds_done + 1
 
     def number(self, server_round: int) -> int:
@@ -71,7 +71,7 @@ class RoundBook:
     def report(self, round: int, what: str, problems: Sequence[str], *, num_good: int) -> None:
         """Say what failed; `ClientFailure` if the run is to stop, or nobody is left."""
         for problem in problems:
-            self._announce(f"round {round} {what} failed: {problem}")
+            self.say(f"round {round} {what} failed: {problem}")
         if problems and (self._settings.on_failure == "raise" or num_good == 0):
             raise ClientFailure(f"round {round} {what}: {'; '.join(problems)}")
 
@@ -116,6 +116,6 @@ class RoundBook:
         rounds_here = self.rounds_done - self._first_round + 1
         pace = (time.perf_counter() - self._started) / max(1, rounds_here)
         left = pace * (self._settings.rounds - self.rounds_done)
-        self._announce(round_line(record, rounds=self._settings.rounds, seconds_left=left))
+        self.say(round_line(record, rounds=self._settings.rounds, seconds_left=left))
         if self.trackers is not None:
             self.trackers.round(record)

@@ -93,8 +93,8 @@ ONLY_IN = {
     "ray": (),
     "yaml": ("fedpdm.config",),
 }
-# Names that a config may say are no run config.
-NAMES = ("fedpdm.config.names",)
+# Names that a config may say are no run config, and how files of strangers are read is none.
+NAMES = ("fedpdm.config.names", "fedpdm.config.strict")
 # Modules that may not import a library: reading a config is light.
 LIGHT = ("torch", "numpy", "flwr")
 NEVER = {

@@ -9,8 +9,10 @@ import difflib
 import functools
 import json
 import math
+import re
 import types
 import typing
+import unicodedata
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ import yaml
 
 from fedpdm.config.plugins import check_form, is_named
 from fedpdm.config.schema import ConfigError, RunConfig
-from fedpdm.config.strict import StrictError, parse_json, parse_yaml
+from fedpdm.config.strict import StrictError, parse_json, parse_yaml, read_text
 from fedpdm.config.toy import ToyConfig
 
 __all__ = [
@@ -40,6 +42,8 @@ __all__ = [
 ]
 
 
+LONGEST_TEXT = 4096  # characters of a value; a path has no more
+_UNSEEN = ("Cc", "Zl", "Zp")  # control characters and line separators
 YOUNGER_KEYS = (("privacy", "release", "images"),)
 
 
@@ -77,12 +81,18 @@ def _coerce(annotation: Any, value: Any, path: str) -> Any:
         raise ConfigError(f"{path}: must be {_describe(annotation)}, got {value!r}")
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{path}: must be finite, got {value}")
+    if isinstance(value, str) and len(value) > LONGEST_TEXT:
+        raise ConfigError(f"{path}: must have at most {LONGEST_TEXT} characters, got {len(value)}")
+    if isinstance(value, str) and any(unicodedata.category(c) in _UNSEEN for c in value):
+        raise ConfigError(f"{path}: must have no control characters, got {value!r}")
     return value
 
 
 def _check(value: Any, checks: Mapping[str, Any], path: str) -> None:
     if value is None:
         return
+    if (form := checks.get("form")) and not re.fullmatch(form[0], value, re.ASCII):
+        raise ConfigError(f"{path}: must be {form[1]}, got {value!r}")
     if isinstance(value, tuple):
         for index, each in enumerate(value):
             _check(each, checks, f"{path}[{index}]")
@@ -189,12 +199,11 @@ def read_mapping(path: Path, depth: int = 0) -> dict[str, Any]:
     if depth > 8:
         raise ConfigError(f"{path}: base files nest deeper than 8 levels")
     try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path}: is not UTF-8 text") from None
-    mapping = _parse_yaml(text, str(path)) or {}
+        mapping = parse_yaml(read_text(path))
+    except StrictError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    if mapping is None:
+        mapping = {}
     if not isinstance(mapping, dict):
         raise ConfigError(f"{path}: must hold a mapping, got {type(mapping).__name__}")
     base = mapping.pop("base", None)
@@ -213,9 +222,21 @@ def read_mapping(path: Path, depth: int = 0) -> dict[str, Any]:
 
 
 def read_policy(cls: type[Any], path: Path) -> Any:
-    """A node's policy, an instance of the dataclass `cls`, from YAML; errors name file and key."""
+    """A node's policy, an instance of the dataclass `cls`, from YAML; errors name file and key.
+
+    A `stated` key that is missing or empty is refused: a file that was cut short bounds nothing.
+    `none` says that there is no bound.
+    """
     mapping = read_mapping(path)
     try:
+        for field in dataclasses.fields(cls):
+            if not field.metadata.get("stated"):
+                continue
+            if mapping.get(field.name) is None:
+                there = "is empty" if field.name in mapping else "is missing"
+                raise ConfigError(f"{field.name}: {there}; give a bound, or none for no bound")
+            if mapping[field.name] == "none":
+                mapping[field.name] = None
         return build_section(cls, mapping, "")
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
@@ -231,7 +252,7 @@ def config_to_json(config: RunConfig) -> str:
     for section, key, default in YOUNGER_KEYS:
         if plain[section][key] == default:
             del plain[section][key]
-    return json.dumps(plain, sort_keys=True)
+    return json.dumps(plain, sort_keys=True, allow_nan=False)
 
 
 @functools.lru_cache(maxsize=16)  # every message of a run carries the same text

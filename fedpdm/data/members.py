@@ -9,7 +9,6 @@ of private images are private: the record stays where the images are.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 
 from fedpdm.data import ImageSet
 from fedpdm.storage.files import StoreError, read_json, write_atomic
+from fedpdm.text import json_text
 
 __all__ = [
     "ImageRecord",
@@ -109,7 +109,7 @@ def save_members(path: Path, record: MemberRecord) -> None:
                 f"{path}: earlier rounds were trained on other images of client "
                 f"{record.client_id}; the data have changed since"
             )
-    write_atomic(path, (json.dumps(record.fields()) + "\n").encode())
+    write_atomic(path, (json_text(record.fields(), indent=None) + "\n").encode())
 
 
 def read_members(path: Path) -> tuple[MemberRecord, ...]:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from fedpdm.jobs.running import Kept
 from fedpdm.storage.files import StoreError, read_json, write_atomic
+from fedpdm.text import json_text
 
 __all__ = ["JobFiles", "NamedJob", "settings_digest"]
 
@@ -62,7 +63,7 @@ class JobFiles:
             "seconds": seconds,
             "result": result,
         }
-        write_atomic(self._path(job), (json.dumps(record) + "\n").encode())
+        write_atomic(self._path(job), (json_text(record, indent=None) + "\n").encode())
 
     def _path(self, job: NamedJob) -> Path:
         return self._folder / (re.sub(r"[^a-z0-9_-]+", "-", job.name.lower()) + ".json")

@@ -7,7 +7,6 @@ own result. Beside each lies an .npz with some samples.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpdm.config.suite import Ablation
+from fedpdm.storage.files import read_json
 
 __all__ = [
     "Column",
@@ -52,10 +52,7 @@ def load_results(folder: Path) -> list[dict[str, Any]]:
     """All results of a folder, by method and seed; `ValueError` naming a file that is damaged."""
     found = []
     for path in sorted(folder.glob("*-seed*.json")):
-        try:
-            found.append(json.loads(path.read_text()))
-        except ValueError as error:
-            raise ValueError(f"{path}: is not JSON: {error}") from None
+        found.append(read_json(path))
     return found
 
 

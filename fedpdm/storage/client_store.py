@@ -41,6 +41,7 @@ from fedpdm.storage.files import (
     write_atomic,
     write_tensors,
 )
+from fedpdm.text import finite, json_text
 
 __all__ = ["ClientStore", "Reply"]
 
@@ -77,7 +78,7 @@ class ClientStore:
 
     def save_statement(self, statement: Mapping[str, Any], words: str) -> None:
         """Write what this client has released, in numbers and in words."""
-        write_atomic(self.root / "privacy.json", (json.dumps(statement, indent=1) + "\n").encode())
+        write_atomic(self.root / "privacy.json", (json_text(statement) + "\n").encode())
         write_atomic(self.root / "privacy.txt", words.encode())
 
     def load_statement(self) -> dict[str, Any] | None:
@@ -87,7 +88,9 @@ class ClientStore:
 
     def save_class_counts(self, counts: np.ndarray) -> None:
         """Write how many images of each class train the fine model, int64 (K,). They stay here."""
-        write_atomic(self.root / "classes.json", (json.dumps(counts.tolist()) + "\n").encode())
+        write_atomic(
+            self.root / "classes.json", (json_text(counts.tolist(), indent=None) + "\n").encode()
+        )
 
     def load_class_counts(self) -> np.ndarray | None:
         """What `save_class_counts` wrote, or None; `StoreError` if it is damaged."""
@@ -157,7 +160,7 @@ class ClientStore:
         final, draft = self._round_path(reply.round), self._draft_path(reply.round)
         record = {
             "num_examples": reply.num_examples,
-            "metrics": reply.metrics,
+            "metrics": {k: v for k, v in reply.metrics.items() if finite(v) is not None},
             "request": reply.request,
             "ledger": reply.ledger,
         }
@@ -166,7 +169,7 @@ class ClientStore:
                 self.draft_state(reply.round, name, tensors)
             if reply.payload is not None:
                 self.draft_payload(reply.round, reply.payload)
-            write_atomic(draft / "reply.json", json.dumps(record, indent=1).encode())
+            write_atomic(draft / "reply.json", json_text(record).encode())
             os.replace(draft, final)
             flush_directory(final.parent)
         except StoreError:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedpdm.config.strict import StrictError, parse_json, read_text
 from fedpdm.storage.tensorfile import TensorFileError, read_file, write_file
 
 __all__ = [
@@ -31,6 +31,9 @@ __all__ = [
     "write_atomic",
     "write_tensors",
 ]
+
+
+LARGEST_JSON = 1 << 28  # characters: results hold curves, members a digest for each image
 
 
 class StoreError(ValueError):
@@ -56,10 +59,11 @@ def make_directory(path: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; `StoreError` if it is damaged."""
+    """A JSON object from a file; `StoreError` if it is damaged, or beyond `LARGEST_JSON`."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        text = read_text(path, most=LARGEST_JSON)
+        value = parse_json(text, most=LARGEST_JSON, earlier=True)
+    except StrictError as error:
         raise StoreError(f"{path}: cannot be read: {error}") from None
     if not isinstance(value, dict):
         raise StoreError(f"{path}: must hold an object, got {type(value).__name__}")

@@ -26,8 +26,9 @@ from typing import Any
 import torch
 
 from fedpdm.config import ConfigError, RunConfig, config_to_yaml, load_config
-from fedpdm.storage.files import StoreError, read_tensors, write_atomic, write_tensors
+from fedpdm.storage.files import StoreError, read_json, read_tensors, write_atomic, write_tensors
 from fedpdm.storage.tensorfile import write_file
+from fedpdm.text import json_text
 
 __all__ = ["RunDirectory"]
 
@@ -95,7 +96,7 @@ class RunDirectory:
         return load_config(path)
 
     def write_json(self, name: str, value: Any) -> None:
-        write_atomic(self.root / name, (json.dumps(value, indent=1) + "\n").encode())
+        write_atomic(self.root / name, (json_text(value) + "\n").encode())
 
     def write_text(self, name: str, text: str) -> None:
         write_atomic(self.root / name, text.encode())
@@ -104,7 +105,7 @@ class RunDirectory:
         path = self.root / name
         if not path.exists():
             raise ConfigError(f"{path}: is missing; the run has not got that far")
-        return json.loads(path.read_text())
+        return read_json(path)
 
     def save_upload(
         self, client_id: int, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
@@ -151,7 +152,9 @@ class RunDirectory:
     ) -> None:
         """Server state after `round`, with the metrics so far, in one file."""
         write_tensors(
-            self.checkpoint_path, tensors, {"round": str(round), "history": json.dumps(history)}
+            self.checkpoint_path,
+            tensors,
+            {"round": str(round), "history": json_text(history, indent=None)},
         )
 
     def load_checkpoint(self) -> tuple[int, dict[str, torch.Tensor], dict[str, Any]] | None:

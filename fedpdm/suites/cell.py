@@ -20,8 +20,9 @@ import numpy as np
 from fedpdm.config import RunConfig, config_from_mapping, config_to_json
 from fedpdm.evaluation.assessment import assess_run
 from fedpdm.reporting.provenance import describe_machine
-from fedpdm.storage.files import write_atomic
+from fedpdm.storage.files import StoreError, read_json, write_atomic
 from fedpdm.storage.run_directory import RunDirectory
+from fedpdm.text import json_text, line
 
 __all__ = ["Cell", "finished", "public_config", "run_cell"]
 
@@ -74,8 +75,8 @@ def public_config(config: RunConfig) -> dict[str, Any]:
 def finished(cell: Cell) -> bool:
     """Whether exactly this cell has a result already."""
     try:
-        known = json.loads(cell.result.read_text())
-    except (OSError, ValueError):
+        known = read_json(cell.result)
+    except StoreError:
         return False
     return bool(known.get("config") == public_config(cell.config))
 
@@ -116,7 +117,7 @@ def run_cell(cell: Cell) -> dict[str, Any]:
     stream = io.BytesIO()
     np.savez_compressed(stream, allow_pickle=False, **pictures)
     write_atomic(cell.result.with_suffix(".npz"), stream.getvalue())
-    write_atomic(cell.result, (json.dumps(result, indent=1) + "\n").encode())
+    write_atomic(cell.result, (json_text(result) + "\n").encode())
     if not cell.keep:
         shutil.rmtree(run.root / "clients", ignore_errors=True)
         shutil.rmtree(run.root / "server", ignore_errors=True)
@@ -139,7 +140,7 @@ def to_text(cell: Cell) -> str:
     """A cell as JSON; `from_text` is its inverse."""
     plain = {f.name: getattr(cell, f.name) for f in dataclasses.fields(cell)}
     plain |= {"config": json.loads(config_to_json(cell.config))}
-    return json.dumps(plain, default=str)
+    return json.dumps(plain, default=str, allow_nan=False)
 
 
 def from_text(text: str) -> Cell:
@@ -162,7 +163,7 @@ def main() -> int:
             signal.signal(signal.SIGINT, _leave)
         run_cell(cell)
     except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
-        print(f"{' '.join(str(error).split())}", file=sys.stderr)
+        print(line(error, limit=4000), file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
     return 0
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from fedpdm.attacks.roc import roc_points
 from fedpdm.reporting.pictures import draw_roc
 from fedpdm.reporting.provenance import software_versions
 from fedpdm.storage.files import write_atomic
+from fedpdm.text import json_text, markdown, visible
 
 __all__ = ["PAPER", "write_report"]
 
@@ -63,7 +63,7 @@ def write_report(
         ],
         "pictures": [path.name for path in curves],
     }
-    write_atomic(out / "attacks.json", (json.dumps(record, indent=1) + "\n").encode())
+    write_atomic(out / "attacks.json", (json_text(record) + "\n").encode())
     text = _summary(done, title=title, facts=facts, curves=curves)
     write_atomic(out / "summary.md", text.encode())
     return out / "summary.md"
@@ -97,7 +97,7 @@ def _percent(estimate: Mapping[str, float]) -> str:
 def _summary(
     done: Sequence[EndedAttack], *, title: str, facts: Mapping[str, Any], curves: Sequence[Path]
 ) -> str:
-    lines = [f"# {title}", "", str(facts["what"]), "", MEANING]
+    lines = [f"# {markdown(title)}", "", visible(str(facts["what"])), "", MEANING]
     by_group: dict[str, list[EndedAttack]] = {}
     for each in done:
         by_group.setdefault(each.job.group, []).append(each)
