@@ -52,7 +52,7 @@ def line(text: object, *, limit: int = LONGEST) -> str:
     """`str(text)` as one visible line of at most `limit` characters, and `...` if it had more."""
     whole = str(text)
     first = whole[: 4 * limit]
-    shown = visible(_BLANKS.sub(" ", first).strip())
+    shown = visible(_BLANKS.sub(" ", first).strip(" "))
     cut = len(first) < len(whole) or len(shown) > limit
     return f"{shown[:limit]}..." if cut else shown
 

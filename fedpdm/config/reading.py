@@ -228,18 +228,17 @@ def read_policy(cls: type[Any], path: Path) -> Any:
     `none` says that there is no bound.
     """
     mapping = read_mapping(path)
+    stated = [f.name for f in dataclasses.fields(cls) if f.metadata.get("stated")]
+    bounds = {k: None if k in stated and v == "none" else v for k, v in mapping.items()}
     try:
-        for field in dataclasses.fields(cls):
-            if not field.metadata.get("stated"):
-                continue
-            if mapping.get(field.name) is None:
-                there = "is empty" if field.name in mapping else "is missing"
-                raise ConfigError(f"{field.name}: {there}; give a bound, or none for no bound")
-            if mapping[field.name] == "none":
-                mapping[field.name] = None
-        return build_section(cls, mapping, "")
+        policy = build_section(cls, bounds, "")
+        for name in stated:
+            if mapping.get(name) is None:
+                there = "is empty" if name in mapping else "is missing"
+                raise ConfigError(f"{name}: {there}; give a bound, or none for no bound")
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+    return policy
 
 
 def config_to_json(config: RunConfig) -> str:
@@ -259,7 +258,7 @@ def config_to_json(config: RunConfig) -> str:
 def config_from_json(text: str) -> RunConfig:
     """Inverse of `config_to_json`. `ConfigError` also for text that is not JSON."""
     try:
-        mapping = parse_json(text)
+        mapping = parse_json(text, earlier=True)  # a key that is not finite is named below
     except StrictError as error:
         raise ConfigError(f"config: {error}") from None
     return config_from_mapping(mapping)

@@ -92,7 +92,7 @@ def parse_yaml(text: str) -> Any:
 
 def parse_json(text: str, *, most: int = LARGEST, earlier: bool = False) -> Any:
     """Plain data from JSON of at most `most` characters. `StrictError` in one line for everything
-    else; NaN and infinities, which `earlier` versions wrote into their results, are taken there."""
+    else. NaN and infinities are taken where `earlier` versions may have written them."""
     if len(text) > most:
         raise StrictError(f"must have at most {most} characters, got {len(text)}")
     constant = float if earlier else _refuse

@@ -199,7 +199,7 @@ def last_error(log: Path) -> str:
     """The last line of the log that looks like the cause."""
     causes = [
         each.strip()
-        for each in log.read_text(encoding="utf-8", errors="replace").splitlines()
+        for each in log.read_bytes().decode(errors="replace").split("\n")
         if "Error" in each or "Failure" in each
     ]
     return line(causes[-1], limit=400) if causes else "no error was printed"

@@ -210,8 +210,8 @@ class SuperLink(Control):
 
     def last_line(self) -> str:
         """The last line of Flower's output, for errors."""
-        text = self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
-        lines = [each.strip() for each in without_colour(text).splitlines() if each.strip()]
+        text = self.log.read_bytes().decode(errors="replace") if self.log.exists() else ""
+        lines = [each.strip() for each in without_colour(text).split("\n") if each.strip()]
         return f"{line(lines[-1], limit=300) if lines else 'it printed nothing'} ({self.log})"
 
     # Its nodes.

@@ -37,7 +37,7 @@ def test_failed_client_has_exit_code_1_and_a_name(
         return train(self, *arguments)
 
     monkeypatch.setattr(LocalTraining, "train_fine", fail_at_client_1)
-    assert in_process(experiment, "--out", tmp_path / "out") == 2
+    assert in_process(experiment, "--out", tmp_path / "out") == 1
     last = without_advice(capsys.readouterr().err).splitlines()[-1]
     assert last == "fedpdm: round 1 fit: client 1: loss is nan at step 1"
     assert call("show", tmp_path / "out") == 2
@@ -68,7 +68,7 @@ def test_diverging_server_training_has_exit_code_1(
 ) -> None:
     settings = ("coarse.training=server", "coarse.lr=1e30", "coarse.steps_per_round=30")
     sets = [word for setting in settings for word in ("--set", setting)]
-    assert in_process(experiment, "--out", tmp_path / "out", *sets) == 2
+    assert in_process(experiment, "--out", tmp_path / "out", *sets) == 1
     last = without_advice(capsys.readouterr().err).splitlines()[-1]
     assert re.fullmatch(r"fedpdm: server round 1 coarse: loss is (nan|inf) at step \d+", last)
 

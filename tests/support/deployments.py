@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.common import (
     EvaluateIns,
@@ -151,6 +152,11 @@ class Federation:
             )
         )
         return message_from_proto(ProtoMessage.FromString(data))
+
+
+def policy_text(text: str) -> str:
+    """A node's policy with `none` for the bounds that `text` does not say."""
+    return yaml.safe_dump({"max_epsilon": "none", "min_t0": "none", **yaml.safe_load(text)})
 
 
 def deployed_config(public: Path, **sections: dict[str, Any]) -> RunConfig:

@@ -88,7 +88,7 @@ class LogTail:
     def lines(self) -> list[str]:
         if not self._path.exists():
             return []
-        with open(self._path, encoding="utf-8", errors="replace") as file:
+        with open(self._path, encoding="utf-8", errors="replace", newline="\n") as file:
             file.seek(self._offset)
             text = self._rest + file.read()
             self._offset = file.tell()

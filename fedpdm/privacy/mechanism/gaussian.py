@@ -134,8 +134,8 @@ def noised_chunks(
         raise ValueError(f"images must be (N, C, H, W), got {tuple(images.shape)}")
     if parameters.grid != GRID:
         raise ValueError(f"grid must be {GRID}, as the noise's, got {parameters.grid}")
-    if largest is not None and not (largest > 0 and math.isfinite(largest)):
-        raise ValueError(f"largest must be positive and finite, got {largest}")
+    if largest is not None and not 0.0 <= largest < math.inf:
+        raise ValueError(f"largest must be at least 0 and finite, got {largest}")
     check_parameters(parameters)
     steps = parameters.grid / parameters.sigma
     step = np.float32(math.sqrt(1.0 - parameters.alpha_bar) / parameters.grid)
