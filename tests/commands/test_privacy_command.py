@@ -234,9 +234,10 @@ def test_a_delta_beyond_one_image_gets_a_warning_with_the_reason(
     assert words in json.loads(printed.out)["delta_warning"]
 
 
-@every(
-    "arguments", [(), ("--images", 100_000), ("--delta", 0.001), ("--delta", 0.1, "--images", 10)]
-)
+FINE = [(), ("--images", 100_000), ("--delta", 0.001), ("--delta", 0.1, "--images", 10)]
+
+
+@every("arguments", FINE)
 def test_a_delta_of_one_image_at_most_gets_none(
     arguments: tuple[Any, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
