@@ -8,7 +8,7 @@ from typing import Any
 
 from fedpdm.text import visible
 
-__all__ = ["ConfigError", "check_name", "key"]
+__all__ = ["LONGEST_NAME", "NAME_MARKS", "ConfigError", "check_name", "key"]
 
 
 class ConfigError(ValueError):
@@ -26,16 +26,16 @@ def key(default: Any, doc: str, **checks: Any) -> Any:
 
 
 LONGEST_NAME = 128
-_MARKS = " ._-+=,@()"  # in a name, besides letters and digits
+NAME_MARKS = "._-+=,@()"  # in a name, besides letters, digits and blanks
 
 
 def check_name(name: str) -> None:
     """`ConfigError` unless an experiment's name is one of letters and digits of any script and some
     marks, and can name a directory and stand in any text."""
-    kinds = {unicodedata.category(c)[0] if c not in _MARKS else "" for c in name}
+    kinds = {unicodedata.category(c)[0] if c not in f" {NAME_MARKS}" else "" for c in name}
     seen = visible(name) == name and kinds <= {"L", "M", "N", ""}
     if not seen or not 1 <= len(name) <= LONGEST_NAME or not (name[0].isalnum() or name[0] == "_"):
         raise ConfigError(
-            f"name: must be 1 to {LONGEST_NAME} letters, digits and {_MARKS.strip()} or blanks, "
+            f"name: must be 1 to {LONGEST_NAME} letters, digits and {NAME_MARKS} or blanks, "
             f"beginning with a letter, a digit or _, got {name[:LONGEST_NAME]!r}"
         )

@@ -19,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from fedpdm.config.keys import LONGEST_NAME, NAME_MARKS
 from fedpdm.config.plugins import check_form, is_named
 from fedpdm.config.schema import ConfigError, RunConfig
 from fedpdm.config.strict import StrictError, parse_json, parse_yaml, read_text
@@ -42,6 +43,10 @@ __all__ = [
 ]
 
 
+NAME_ROW = (
+    f"| `name` | file name | of the run: 1 to {LONGEST_NAME} letters, digits and `{NAME_MARKS}` or "
+    "blanks |"
+)
 LONGEST_TEXT = 4096  # characters of a value; a path has no more
 _UNSEEN = ("Cc", "Zl", "Zp")  # control characters and line separators
 YOUNGER_KEYS = (("privacy", "release", "images"),)
@@ -306,7 +311,7 @@ def config_keys(kind: type[RunConfig] | type[ToyConfig] = RunConfig) -> list[dic
 
 def config_reference(kind: type[RunConfig] | type[ToyConfig] = RunConfig) -> str:
     """Every key with its default and meaning, as a Markdown table (docs are made from it)."""
-    lines = ["| key | default | meaning |", "|---|---|---|", "| `name` | file name | of the run |"]
+    lines = ["| key | default | meaning |", "|---|---|---|", NAME_ROW]
     for key in config_keys(kind):
         own = ", or package.module:NAME" if key["own"] else ""
         choices = f" ({', '.join(key['choices'])}{own})" if key["choices"] else ""
