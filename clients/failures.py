@@ -19,11 +19,13 @@ from collections.abc import Iterator
 from fedpdm.config import ConfigError
 from fedpdm.storage.client_store import ClientStore
 from fedpdm.storage.files import StoreError
+from fedpdm.text import line, visible
 from fedpdm.wire import WireError
 
 __all__ = ["ClientError", "Refusal", "failure_line", "kept_at_home"]
 
 LONGEST = 300
+LONGEST_SHOWN = 4000  # to the owner
 EXPECTED = (ValueError, FloatingPointError, OSError)
 
 
@@ -38,12 +40,12 @@ class Refusal(ConfigError):
 def failure_line(error: Exception, *, who: str, deployed: bool) -> str:
     """What the server is told: one line of at most 300 characters. A deployed client's owner gets
     the whole error on standard error, with its traceback where it was not expected."""
-    line = " ".join(str(error).split()) or type(error).__name__
+    why = line(error, limit=LONGEST_SHOWN) or type(error).__name__
     if not deployed:
-        return line[:LONGEST]
+        return why[:LONGEST]
     _tell_owner(error, who=who)
     if isinstance(error, (Refusal, WireError)):
-        return line[:LONGEST]
+        return why[:LONGEST]
     return f"failed; {who} shows the details to its owner alone"[:LONGEST]
 
 
@@ -70,11 +72,11 @@ def kept_at_home(
 
 
 def _described(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return f"{type(error).__name__}: {line(error, limit=LONGEST_SHOWN)}"
 
 
 def _tell_owner(error: Exception, *, who: str) -> None:
     """On standard error, with a traceback where the error was not expected."""
     print(f"{who}: {_described(error)}", file=sys.stderr, flush=True)
     if not isinstance(error, EXPECTED):
-        traceback.print_exception(error)
+        print(visible("".join(traceback.format_exception(error))), file=sys.stderr, flush=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import sys
@@ -25,17 +24,19 @@ from fedpdm.commands.resolving import add_run_arguments, resolve_run
 from fedpdm.commands.show import add_show_parser, show_run, tell_run
 from fedpdm.commands.tables import add_tables_parser
 from fedpdm.commands.terminal import (
-    DIVERGED,
     Parser,
     add_completion_parser,
     advise,
+    complain,
     equip,
     progress_aside,
     quiet,
+    show,
     tell,
 )
 from fedpdm.commands.toy import add_toy_parser
 from fedpdm.config import ConfigError, config_keys, config_reference
+from fedpdm.text import json_text
 
 __all__ = ["main"]
 
@@ -52,8 +53,8 @@ examples:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code.
 
-    0 success, 1 the run failed, 2 bad input (one line on standard error), 130 interrupted. A
-    training that diverged counts as bad input: its settings do not work on these images.
+    0 success, 1 the run failed (a training that diverged, too), 2 bad input (one line on standard
+    error), 130 interrupted.
     """
     words = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(route_attack(words))
@@ -65,25 +66,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted; nothing is lost, --resume continues a run", file=sys.stderr)
         return 130
     except (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-        print(f"fedpdm: {' '.join(str(error).split())}", file=sys.stderr)
+        complain(error)
         advise(error, options)
         return 2
     except MemoryError as error:
-        print(f"fedpdm: not enough memory: {error or 'the data do not fit'}", file=sys.stderr)
+        complain(f"not enough memory: {error or 'the data do not fit'}")
         advise(error, options)
         return 2
     except OSError as error:
-        print(f"fedpdm: {error.filename or 'system'}: {error.strerror or error}", file=sys.stderr)
+        complain(f"{error.filename or 'system'}: {error.strerror or error}")
         advise(error, options)
         return 2
     except (RuntimeError, FloatingPointError) as error:
         ours = type(error).__module__.split(".")[0] in ("fedpdm", "strategies")
         if not ours and not isinstance(error, FloatingPointError):
             raise
-        line = " ".join(str(error).split())
-        print(f"fedpdm: {line}", file=sys.stderr)
+        complain(error)
         advise(error, options)
-        return 2 if DIVERGED.search(line) else 1
+        return 1
 
 
 def _parser() -> Parser:
@@ -184,7 +184,7 @@ def _train(options: argparse.Namespace) -> tuple[int, Path]:
         "allow_new_release": options.allow_new_release,
     }
     for line in check_run(config, out, **chosen):
-        print(line, flush=True)
+        show(line)
     if options.dry_run:
         return 0, out
     if options.engine == "inprocess":
@@ -256,7 +256,7 @@ def _stop(options: argparse.Namespace) -> None:
 
 def _keys(options: argparse.Namespace) -> None:
     if options.json:
-        print(json.dumps(config_keys(), indent=1))
+        print(json_text(config_keys()))
     else:
         print(config_reference())
 

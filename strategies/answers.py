@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 from flwr.common import EvaluateRes, NDArrays, Parameters, Scalar
 
 from fedpdm import wire
+from fedpdm.text import line
 
 __all__ = [
     "ClientAnswer",
@@ -25,7 +26,6 @@ __all__ = [
     "encode_arrays",
     "mean_loss",
     "mean_metrics",
-    "one_line",
     "round_line",
 ]
 
@@ -35,8 +35,8 @@ _HEADER = re.compile(
     rb"\{'descr': '(?P<descr>\|[bui]1|<[uif][248])', 'fortran_order': False, "
     rb"'shape': \((?P<shape>|\d{1,18},|\d{1,18}(?:, \d{1,18}){1,7})\), \} *\n"
 )
+LARGEST_METRIC = 1e12  # a loss or count of a training that works is far from it
 HEADER_BYTES = 1 << 16  # of a message, besides its values
-LONGEST_LINE = 500
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,13 +48,22 @@ class ClientAnswer:
     metrics: Mapping[str, Scalar]
 
 
-def accepted_metrics(metrics: Mapping[str, Scalar], *, client_id: int) -> dict[str, Any]:
-    """A client's metrics; `wire.WireError` for its own error, or for what it may not send."""
+def accepted_metrics(
+    metrics: Mapping[str, Scalar], *, client_id: int, announce: Callable[[str], None]
+) -> dict[str, Any]:
+    """A client's metrics; `wire.WireError` for its own error, or for what it may not send.
+
+    A number beyond `LARGEST_METRIC`, whose mean could not be written, is left out and announced.
+    """
     if error := metrics.get("error"):
         raise wire.WireError(str(error))
     checked = wire.check_metrics(metrics, allow_raw=True, who=f"client {client_id}")
     if (named := checked.get("client_id", client_id)) != client_id:
         raise wire.WireError(f"its metrics say client {named}")
+    for name, value in list(checked.items()):
+        if not isinstance(value, str) and abs(value) > LARGEST_METRIC:
+            del checked[name]
+            announce(f"client {client_id}: {name} {value:g} is beyond {LARGEST_METRIC:g}, left out")
     return checked
 
 
@@ -71,8 +80,11 @@ def check_evaluation(result: EvaluateRes, *, client_id: int, most: int | None) -
     check_count(result.num_examples, most=most)
     if result.num_examples < 1:
         raise wire.WireError(f"num_examples must be at least 1, got {result.num_examples}")
-    if not math.isfinite(result.loss):
-        raise wire.WireError(f"held-out loss of client {client_id} is {result.loss}")
+    if not abs(result.loss) <= LARGEST_METRIC:  # NaN is not
+        raise wire.WireError(
+            f"held-out loss of client {client_id} must be at most {LARGEST_METRIC:g}, "
+            f"got {result.loss:g}"
+        )
 
 
 def check_size(size: int, *, most: int) -> None:
@@ -81,13 +93,6 @@ def check_size(size: int, *, most: int) -> None:
         raise wire.WireError(
             f"its message has {size} bytes, where at most {most + HEADER_BYTES} can be right"
         )
-
-
-def one_line(text: str) -> str:
-    """What a client wrote, fit for a log: one line, no control characters, no novel."""
-    line = " ".join(text.split())
-    line = "".join(c if c.isprintable() else "?" for c in line[: LONGEST_LINE + 1])
-    return line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]}..."
 
 
 def decode_arrays(parameters: Parameters) -> NDArrays:
@@ -148,11 +153,11 @@ def describe_failures(
     for proxy, result in (f for f in failures if not isinstance(f, BaseException)):
         client_id = ids.get(proxy.cid, -1)
         answered.add(client_id)
-        lines.append(one_line(f"client {client_id}: {result.status.message}"))
+        lines.append(line(f"client {client_id}: {result.status.message}"))
     silent = " or ".join(f"client {k}" for k in sorted(set(asked) - answered))
     for error in errors:
-        line = one_line(str(error)) or type(error).__name__
-        lines.append(f"{silent}: {line}" if silent else line)
+        why = line(error) or type(error).__name__
+        lines.append(f"{silent}: {why}" if silent else why)
     return lines
 
 
@@ -164,14 +169,14 @@ def mean_loss(results: Sequence[EvaluateRes]) -> float:
 
 
 def mean_metrics(answers: Sequence[ClientAnswer], *, seconds: float) -> dict[str, float]:
-    """Losses averaged over clients (weighted by examples), images per second in all."""
+    """Losses averaged over the clients that say them (weighted by examples), images per second in
+    all."""
     means = {}
-    total = sum(answer.num_examples for answer in answers)
     for name in ("coarse_loss", "fine_loss"):
         values = [a for a in answers if name in a.metrics]
         if values:
             weighted = sum(float(a.metrics[name]) * a.num_examples for a in values)
-            means[name] = weighted / max(1, total)
+            means[name] = weighted / max(1, sum(a.num_examples for a in values))
     images = sum(
         int(a.metrics.get(name, 0)) for a in answers for name in ("coarse_images", "fine_images")
     )
@@ -187,7 +192,7 @@ def round_line(record: Mapping[str, Any], *, rounds: int, seconds_left: float) -
         ("heldout_coarse_loss", "held-out"),
         ("fine_loss", "fine loss"),
     ):
-        if name in record:
+        if record.get(name) is not None:
             parts.append(f"{label} {record[name]:.4f}")
     parts.append(f"{record['images_per_second']:.0f} images/s")
     parts.append(f"{record['bytes_down'] / 1e6:.1f} MB down, {record['bytes_up'] / 1e6:.1f} MB up")

@@ -27,6 +27,7 @@ from flwr.server.strategy import Strategy
 
 from fedpdm import wire
 from fedpdm.reporting.trackers import RunTrackers
+from fedpdm.text import line
 from fedpdm.wire.types import Phase
 from strategies.answers import (
     ClientAnswer,
@@ -37,7 +38,6 @@ from strategies.answers import (
     decode_arrays,
     describe_failures,
     mean_loss,
-    one_line,
 )
 from strategies.roster import ClientFailure, Roster, ServerSettings
 from strategies.rounds import RoundBook
@@ -55,7 +55,7 @@ class RoundExchange(Strategy):
     def __init__(self, *, settings: ServerSettings, announce: Callable[[str], None]) -> None:
         self.settings = settings
         self.book = RoundBook(settings, announce)
-        self._roster = Roster(settings)
+        self._roster = Roster(settings, announce)
         self._request_bytes = 0
 
     @property
@@ -182,9 +182,9 @@ class RoundExchange(Strategy):
         try:
             check_count(result.num_examples, most=self.settings.max_examples)
             check_size(size, most=self.largest_message(result.num_examples))
-            metrics = accepted_metrics(result.metrics, client_id=client_id)
-            if line := self._roster.ledgers.check(client_id, metrics.pop("ledger", None)):
-                raise wire.WireError(line)
+            metrics = accepted_metrics(result.metrics, client_id=client_id, announce=self.book.say)
+            if why := self._roster.ledgers.check(client_id, metrics.pop("ledger", None)):
+                raise wire.WireError(why)
             answer = ClientAnswer(
                 client_id=client_id, metrics=metrics, num_examples=result.num_examples
             )
@@ -193,7 +193,7 @@ class RoundExchange(Strategy):
             self.accept(self.book.number(server_round), answer, message)
         except wire.WireError as error:
             result.parameters = _NOTHING
-            now.problems.append(one_line(f"client {client_id}: {error}"))
+            now.problems.append(line(f"client {client_id}: {error}"))
             self.dismiss(client_id)
             return
         now.answers.append(answer)
@@ -246,10 +246,12 @@ class RoundExchange(Strategy):
         for proxy, result in results:
             client_id = self._roster.client_id(proxy)
             try:
-                metrics = accepted_metrics(result.metrics, client_id=client_id)
+                metrics = accepted_metrics(
+                    result.metrics, client_id=client_id, announce=self.book.say
+                )
                 check_evaluation(result, client_id=client_id, most=self.settings.max_examples)
             except wire.WireError as error:
-                problems.append(one_line(f"client {client_id}: {error}"))
+                problems.append(line(f"client {client_id}: {error}"))
                 continue
             good.append((client_id, result, metrics))
         self.book.report(round, "evaluate", problems, num_good=len(good))

@@ -50,7 +50,7 @@ class RoundBook:
         self.now = CurrentRound()
         self.trackers: RunTrackers | None = None
         self._settings = settings
-        self._announce = announce
+        self.say = announce
         self.first_round = 1  # of this process
         self._rounds_before = 0  # trained by earlier processes
         self._started = time.perf_counter()
@@ -62,7 +62,7 @@ class RoundBook:
         """
         self.rounds_done, self.history = rounds_done, history
         if rounds_done:
-            self._announce(f"resumed after round {rounds_done} of {self._settings.rounds}")
+            self.say(f"resumed after round {rounds_done} of {self._settings.rounds}")
             self._rounds_before = rounds_done
             self.first_round = rounds_done + (not self.evaluates(rounds_done))
 
@@ -87,7 +87,7 @@ class RoundBook:
     def report(self, round: int, what: str, problems: Sequence[str], *, num_good: int) -> None:
         """Say what failed; `ClientFailure` if the run is to stop, or nobody is left."""
         for problem in problems:
-            self._announce(f"round {round} {what} failed: {problem}")
+            self.say(f"round {round} {what} failed: {problem}")
         if problems and (self._settings.on_failure == "raise" or num_good == 0):
             raise ClientFailure(f"round {round} {what}: {'; '.join(problems)}")
 
@@ -133,7 +133,7 @@ class RoundBook:
         spent = time.perf_counter() - self._started if rounds_here else self.now.seconds
         pace = spent / max(1, rounds_here)
         left = pace * (self._settings.rounds - self.rounds_done)
-        self._announce(round_line(record, rounds=self._settings.rounds, seconds_left=left))
+        self.say(round_line(record, rounds=self._settings.rounds, seconds_left=left))
         if self.trackers is not None:
             self.trackers.round(record)
 

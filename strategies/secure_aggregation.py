@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
-from flwr.common import FitRes, NDArrays, Parameters, Scalar, bytes_to_ndarray
+from flwr.common import FitRes, NDArrays, Parameters, Scalar
 from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS, Key, Stage
 from flwr.server import ClientManager, LegacyContext
 from flwr.server.client_proxy import ClientProxy
@@ -25,8 +25,9 @@ from flwr.superlink.grid import InMemoryGrid
 
 from fedpdm import wire
 from fedpdm.config import AggregationConfig
+from fedpdm.text import line
 from fedpdm.wire.summands import MODULUS, SumError, levels, mean_update, summand_shapes
-from strategies.answers import ClientAnswer, one_line
+from strategies.answers import ClientAnswer, decode_arrays
 from strategies.fedavg import CoarseFedAvg
 from strategies.roster import ClientFailure
 from strategies.streaming import Failures, FitResult, StreamingServer
@@ -152,7 +153,7 @@ class WatchedGrid:
 
     def _note(self, node: int, why: str) -> None:
         client = self._strategy.client_of(str(node))
-        self.problems.append(one_line(f"client {client}: {why}"))
+        self.problems.append(line(f"client {client}: {why}"))
 
     def _fault(self, stage: str, reply: Message) -> str:
         """What is wrong with an answer to a stage, in a few words; nothing if it is fine."""
@@ -183,8 +184,8 @@ class WatchedGrid:
             if len(part) > 8 * int(np.prod(shape)) + 256:
                 return f"sent a masked array of {len(part)} bytes for shape {shape}"
             try:
-                array = bytes_to_ndarray(part)
-            except (ValueError, EOFError, OverflowError, TypeError) as error:
+                (array,) = decode_arrays(Parameters([part], tensor_type="numpy.ndarray"))
+            except wire.WireError as error:
                 return f"sent a masked array that is none: {error}"
             if array.dtype != np.int64 or array.shape != shape:
                 return f"sent a masked array of {array.dtype} {array.shape}, expected int64 {shape}"
@@ -235,7 +236,7 @@ class SecureServer(StreamingServer):
         try:
             workflow(grid, context)  # type: ignore[arg-type]
         except (ValueError, KeyError, IndexError, TypeError, ArithmeticError) as error:
-            grid.problems.append(one_line(f"secure aggregation: {type(error).__name__}: {error}"))
+            grid.problems.append(line(f"secure aggregation: {type(error).__name__}: {error}"))
         if handed.results is None:
             self._secure.give_up(server_round, grid.problems)
             return None

@@ -11,6 +11,7 @@ from flwr.server import ServerApp, ServerAppComponents, ServerConfig, SimpleClie
 
 from fedpdm.config import RunConfig, RunKind
 from fedpdm.data.loading import build_partitions, load_split
+from fedpdm.deployment.registered import registered_clients
 from fedpdm.privacy.releases import ReleaseStore
 from fedpdm.reporting.run_files import RunLog, draw_split, finish_run
 from fedpdm.reporting.trackers import open_trackers
@@ -75,6 +76,7 @@ def build_strategy(
             max_update_norm=section.max_update_norm,
             answer_seconds=section.round_timeout,
             ledgers=None if config.run.simulation else ledgers_path(run),
+            registered=dict if config.run.simulation else registered_clients,
         ),
         "weights": {name: p.detach() for name, p in model.network.named_parameters()},
         "run": run,

@@ -16,6 +16,7 @@ PACKAGES = ("fedpdm", "clients", "strategies")
 RANKS: dict[str, int] = {
     "fedpdm": 0,  # the package itself; its shortcuts are those of fedpdm.api
     "fedpdm.rng": 1,
+    "fedpdm.text": 0,  # below everything that prints or writes
     "fedpdm.diffusion": 0,  # below the config, which reads the names of its choices there
     "fedpdm.config": 1,
     "fedpdm.storage": 2,
@@ -41,6 +42,7 @@ RANKS: dict[str, int] = {
 # Formulas, arrays and files: no run config, no output.
 SCIENCE = (
     "fedpdm.diffusion",
+    "fedpdm.text",
     "fedpdm.rng",
     "fedpdm.storage.files",
     "fedpdm.storage.tensorfile",
@@ -93,8 +95,8 @@ ONLY_IN = {
     "ray": (),
     "yaml": ("fedpdm.config",),
 }
-# Names that a config may say are no run config.
-NAMES = ("fedpdm.config.names",)
+# Names that a config may say are no run config, and how files of strangers are read is none.
+NAMES = ("fedpdm.config.names", "fedpdm.config.strict")
 # Modules that may not import a library: reading a config is light.
 LIGHT = ("torch", "numpy", "flwr")
 NEVER = {
@@ -102,6 +104,21 @@ NEVER = {
     "fedpdm.diffusion.names": LIGHT,
     "fedpdm.diffusion.presets": LIGHT,
 }
+# Where JSON is made by itself: digests, headers of strings, and text for other programs. What
+# people and programs read is made by `fedpdm.text.json_text`, which has no NaN.
+OWN_JSON = (
+    "fedpdm.text",
+    "fedpdm.attacks.jobs.controls",
+    "fedpdm.config.reading",
+    "fedpdm.deployment.acceptance",
+    "fedpdm.engines.deployed.node",
+    "fedpdm.engines.flowercli",
+    "fedpdm.engines.superlink_settings",
+    "fedpdm.jobs.files",
+    "fedpdm.privacy.ledger",
+    "fedpdm.storage.tensorfile",
+    "fedpdm.suites.cell",
+)
 # What a config names (`package.module:NAME`), and modules by the paths that they once had.
 IMPORTS_BY_NAME = ("fedpdm.config.plugins", "fedpdm")
 # Where a release may be copied with other rows; it is constructed in the mechanism alone.
@@ -193,6 +210,8 @@ def check_calls(tree: ast.AST, module: str) -> Iterator[str]:
             yield f"{where}: replaces the images of a release"
         if name in ("__import__", "import_module") and module not in IMPORTS_BY_NAME:
             yield f"{where}: imports by a name that no test can read"
+        if name in ("dumps", "dump") and module not in OWN_JSON:
+            yield f"{where}: makes JSON by itself"
         if science and name == "print":
             yield f"{where}: prints"
 
@@ -318,6 +337,7 @@ PLANTED = [
         "replaces the images",
     ),
     ("fedpdm.diffusion.sampling", "print(1)", "prints"),
+    ("fedpdm.reporting.results", "json.dumps(x)", "makes JSON by itself"),
     ("fedpdm.diffusion.sampling", "assert False, 'no such chain'", "assert of a constant"),
     (
         "fedpdm.diffusion.sampling",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import tempfile
 import time
 from pathlib import Path
@@ -12,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from fedpdm.commands.attack_controls import add_controls
 from fedpdm.commands.attack_models import add_model_attacks
-from fedpdm.commands.terminal import say
+from fedpdm.commands.terminal import say, show
 from fedpdm.config.schema import ScheduleConfig
+from fedpdm.text import json_text
 
 if TYPE_CHECKING:
     from fedpdm.config import RunConfig
@@ -241,5 +241,5 @@ def _tell(options: argparse.Namespace, name: str, facts: dict[str, Any], text: s
     from fedpdm.storage.files import write_atomic
 
     if options.out is not None:
-        write_atomic(options.out / name, (json.dumps(facts, indent=1) + "\n").encode())
-    print(json.dumps(facts, indent=1) if options.json else text)
+        write_atomic(options.out / name, (json_text(facts) + "\n").encode())
+    show(json_text(facts) if options.json else text)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedpdm.commands.terminal import progress_aside
+from fedpdm.commands.terminal import progress_aside, show
 from fedpdm.config import ConfigError
+from fedpdm.text import json_text
 
 __all__ = ["add_evaluate_parser"]
 
@@ -60,12 +60,12 @@ def run_evaluate(options: argparse.Namespace) -> None:
             )
             lines = _client_lines(scores["clients"])
     if options.out:
-        write_atomic(options.out, (json.dumps(scores, indent=1) + "\n").encode())
+        write_atomic(options.out, (json_text(scores) + "\n").encode())
         lines.append(f"written to {options.out}")
     if options.json:
-        print(json.dumps(scores, indent=1))
+        print(json_text(scores))
     elif not options.quiet:
-        print("\n".join(lines))
+        show("\n".join(lines))
 
 
 def _client_lines(clients: Sequence[Mapping[str, Any]]) -> list[str]:

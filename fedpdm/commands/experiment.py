@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedpdm.commands.terminal import progress_aside
+from fedpdm.commands.terminal import complain, progress_aside, show
 from fedpdm.config import ConfigError, Suite, apply_overrides, load_suite
+from fedpdm.text import json_text
 
 if TYPE_CHECKING:
     from fedpdm.suites.cell import Cell
@@ -84,18 +83,18 @@ def run_experiment(options: argparse.Namespace) -> int:
     with progress_aside(options):
         if cells:
             done = len(cells) - len(todo)
-            print(f"{suite.name}, {options.profile}: {len(cells)} cells, {done} done before")
+            show(f"{suite.name}, {options.profile}: {len(cells)} cells, {done} done before")
             check_cells(todo, nowhere=options.runs / "not-there")
-        failed = run_cells(todo, jobs=options.jobs, say=lambda line: print(line, flush=True))
+        failed = run_cells(todo, jobs=options.jobs, say=show)
     if options.json:
         folder = options.results / f"{suite.name}-{options.profile}"
         _print_json(suite, options.profile, folder, options.ablation, failed)
     else:
         from fedpdm.reporting.suite_tables import suite_tables
 
-        print("\n" + suite_tables(suite, options.profile, options.results))
+        show("\n" + suite_tables(suite, options.profile, options.results))
     for title, line in failed:
-        print(f"fedpdm: {title} failed: {line}", file=sys.stderr)
+        complain(f"{title} failed: {line}")
     return 1 if failed else 0
 
 
@@ -116,7 +115,7 @@ def _print_json(
         "variants": load_variants(folder, ablation, suite.ablation(ablation)) if ablation else {},
         "failed": [{"cell": title, "error": line} for title, line in failed],
     }
-    print(json.dumps(facts, indent=1))
+    print(json_text(facts))
 
 
 def chosen_cells(suite: Suite, options: argparse.Namespace) -> list[Cell]:

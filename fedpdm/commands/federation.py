@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import signal
 import sys
 import time
@@ -13,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from fedpdm.commands.groups import add_group
 from fedpdm.commands.resolving import DEPLOYED_OVERRIDES, add_run_arguments, resolve_run
 from fedpdm.commands.show import tell_run
-from fedpdm.commands.terminal import Parser, progress_aside, tell
+from fedpdm.commands.terminal import Parser, complain, progress_aside, show, tell
+from fedpdm.text import json_text
 
 if TYPE_CHECKING:
     from fedpdm.config import RunConfig
@@ -61,7 +61,7 @@ def add_federation_parser(commands: Any) -> None:
     )  # fmt: skip
     start.add_argument(
         "--node-keys", type=Path, metavar="DIR",
-        help="register every *.pub here, named by its file; a running federation learns new ones",
+        help="register every node-N.pub here, the key of client N; also while it runs",
     )  # fmt: skip
     start.add_argument(
         "--remove-node", action="append", default=[], metavar="NAME",
@@ -95,7 +95,7 @@ def _start(options: argparse.Namespace) -> int:
     with progress_aside(options):
         facts = _start_superlink(options, superlink)
     if options.json:
-        print(json.dumps(facts, indent=1), flush=True)
+        print(json_text(facts), flush=True)
     if options.foreground:
         with progress_aside(options):
             return _stay(superlink)
@@ -124,11 +124,11 @@ def _start_superlink(options: argparse.Namespace, superlink: SuperLink) -> dict[
     for key in keys:
         node_id = superlink.register(key)
         registered[key.stem] = node_id
-        print(f"node {key.stem}: " + (f"registered as {node_id}" if node_id else "known"))
+        show(f"node {key.stem}: " + (f"registered as {node_id}" if node_id else "known"))
     removed = {}
     for name in options.remove_node:
         removed[name] = superlink.unregister(name)
-        print(f"node {name}: removed ({removed[name]})")
+        show(f"node {name}: removed ({removed[name]})")
     sys.stdout.flush()
     settings = superlink.settings()
     return {
@@ -168,7 +168,7 @@ def _stay(superlink: SuperLink) -> int:
     except KeyboardInterrupt:
         print(f"{superlink.stop()} processes ended")
         return 0
-    print(f"fedpdm: the SuperLink has ended: {superlink.last_line()}", file=sys.stderr)
+    complain(f"the SuperLink has ended: {superlink.last_line()}")
     return 1
 
 
@@ -201,22 +201,18 @@ def _submit(options: argparse.Namespace, config: RunConfig, out: Path) -> None:
     superlink = _superlink(options)
     superlink.require_running()
     for line in check_deployed_run(config, out, resume=options.resume):
-        print(line, flush=True)
+        show(line)
     if options.dry_run:
         return
     _interrupt_on_terminate()
-
-    def say(line: str) -> None:
-        print(line, flush=True)
-
-    run_deployed(config, out, superlink=superlink, resume=options.resume, say=say)
+    run_deployed(config, out, superlink=superlink, resume=options.resume, say=show)
 
 
 def _status(options: argparse.Namespace) -> int:
     from fedpdm.engines.deployed.status import describe, status_of
 
     status = status_of(_superlink(options))
-    print(json.dumps(status, indent=1) if options.json else describe(status))
+    show(json_text(status) if options.json else describe(status))
     return 0 if status["running"] else 1
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from fedpdm.commands.terminal import show
+from fedpdm.text import json_text
 
 if TYPE_CHECKING:
     from fedpdm.privacy.ledger import Record, ReleaseRecord
@@ -66,10 +68,10 @@ def run_ledger(options: argparse.Namespace) -> None:
         stores[0].check_history([options.head])
     found = [_describe(store, options.delta) for store in stores]
     if options.json:
-        print(json.dumps(found, indent=1))
+        print(json_text(found))
         return
     for store, facts in zip(stores, found, strict=True):
-        print(_text(store, facts))
+        show(_text(store, facts))
 
 
 def _describe(store: ReleaseStore, delta: float | None) -> dict[str, Any]:
@@ -103,6 +105,8 @@ def _describe(store: ReleaseStore, delta: float | None) -> dict[str, Any]:
 
 
 def _text(store: ReleaseStore, facts: dict[str, Any]) -> str:
+    from fedpdm.privacy.accountant import delta_warning
+
     ledger = store.ledger()
     releases = iter(ledger.releases())
     lines = [
@@ -119,6 +123,8 @@ def _text(store: ReleaseStore, facts: dict[str, Any]) -> str:
         f"    epsilon {row['epsilon']:<8.4g} {row['images']:>9,} images"
         for row in facts["epsilon_distribution"]
     ]
+    if warning := delta_warning(facts["delta"], images=facts["images"]):
+        lines.append(f"  WARNING: {warning}.")
     if facts["simulation"]:
         lines.append("  SIMULATION: seeded noise; it protects from nobody who knows the seed.")
     return "\n".join(lines)

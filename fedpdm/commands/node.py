@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import getpass
-import json
 import os
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from fedpdm.commands.groups import add_group
 from fedpdm.commands.resolving import DEPLOYED_OVERRIDES, add_overrides
-from fedpdm.commands.terminal import Parser, progress_aside, tell
+from fedpdm.commands.terminal import Parser, progress_aside, show, tell
+from fedpdm.text import json_text
 
 if TYPE_CHECKING:
     from fedpdm.deployment.node import NodeReport, NodeSettings
@@ -25,6 +25,7 @@ values: the coordinator's address, its certificate (with the key and invitation.
 its data folder. `check` looks at everything and prints one line each; `check --accept` records that
 the operator accepts the privacy statement; `start` joins. Exit codes: 0 fine, 2 something is not.
 """
+LONGEST_WAIT = 3600.0  # seconds
 VARIABLES = {
     "coordinator": "FEDPDM_COORDINATOR",
     "certificate": "FEDPDM_CERTIFICATE",
@@ -109,18 +110,20 @@ def _settings(options: argparse.Namespace) -> NodeSettings:
 def _check(options: argparse.Namespace) -> int:
     from fedpdm.deployment.node import check_node
 
+    if not 0.0 < options.timeout <= LONGEST_WAIT:
+        raise ValueError(f"--timeout: must be in (0, {LONGEST_WAIT:g}], got {options.timeout}")
     report = check_node(_settings(options), timeout=options.timeout)
     accepted = None
     if options.accept and report.ok:
         accepted = _accept(report)
     if options.json:
-        print(json.dumps(_as_json(report), indent=1))
+        print(json_text(_as_json(report)))
     else:
         for check in report.checks:
-            print(f"{'ok  ' if check.ok else 'FAIL'}  {check.name:<11}  {check.detail}")
+            show(f"{'ok  ' if check.ok else 'FAIL'}  {check.name:<11}  {check.detail}")
         if report.text:
-            print(f"\n{report.text}")
-        print(_last_line(report, asked=options.accept, accepted=accepted))
+            show(f"\n{report.text}")
+        show(_last_line(report, asked=options.accept, accepted=accepted))
     return 0 if report.ok else 2
 
 
@@ -147,7 +150,7 @@ def _accept(report: NodeReport) -> str:
     )
     folder = report.store.root / "accepted"
     write_atomic(folder / f"{record.number:06d}.txt", report.text.encode())
-    numbers = json.dumps(report.statement, indent=1) + "\n"
+    numbers = json_text(report.statement) + "\n"
     write_atomic(folder / f"{record.number:06d}.json", numbers.encode())
     report.accepted = True
     return f"record {record.number} of {report.store.ledger().path}"
@@ -182,14 +185,12 @@ def _start(options: argparse.Namespace) -> int:
     settings = _settings(options)
     node = prepare_node(settings)
     store = node.lock.parent
-    line = (
-        f"node {node.client_id}: joins {settings.coordinator} with {settings.data}; store {store}"
-    )
     tell(
         options,
-        line,
+        f"node {node.client_id}: joins {settings.coordinator} with {settings.data}; store {store}; "
+        f"{settings.bounds()}",
         {"client": node.client_id, "coordinator": settings.coordinator, "data": str(settings.data),
-         "store": str(store)},
+         "store": str(store), "policy": str(settings.policy) if settings.policy else None},
     )  # fmt: skip
     if options.quiet:
         node = replace(node, environment={**node.environment, "FLWR_LOG_LEVEL": "ERROR"})

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedpdm.config.schema import ScheduleConfig
+from fedpdm.text import json_text
 
 if TYPE_CHECKING:
     from fedpdm.diffusion.schedule import NoiseSchedule
@@ -54,6 +54,10 @@ def add_privacy_parser(commands: Any) -> None:
     parser.add_argument("--t0", type=int, help="noising steps")
     parser.add_argument("--clip-norm", type=float, help="L2 bound C of an image in [-1, 1] - shift")
     parser.add_argument("--delta", type=float, default=1e-5, help="default: %(default)s")
+    parser.add_argument(
+        "--images", type=int, metavar="N",
+        help="images of a client: delta should be below 1 / N; default: 1000",
+    )  # fmt: skip
     parser.add_argument(
         "--schedule", choices=keys["kind"].metadata["choices"], default=keys["kind"].default,
         help="abar of cosine is ~ cos, of squared_cosine ~ cos^2 (Nichol and Dhariwal 2021); "
@@ -114,6 +118,7 @@ def run_privacy(options: argparse.Namespace) -> None:
             return
 
     from fedpdm.diffusion.schedule import make_schedule
+    from fedpdm.privacy.accountant import delta_warning
     from fedpdm.privacy.calibration import ACCOUNTINGS, UnreachableEpsilonError, calibrate
 
     schedule = make_schedule(
@@ -145,6 +150,9 @@ def run_privacy(options: argparse.Namespace) -> None:
         if options.curve:
             answer[accounting]["curve"] = _curve(found, exact, options)
     assert exact is not None
+    if warning := delta_warning(options.delta, images=options.images):
+        _warn(f"--delta: {warning}")
+        answer["delta_warning"] = warning
     answer["schedule"] = {"kind": schedule.kind, "num_steps": schedule.num_steps}
     if options.picture is not None:
         _warn(f"--picture: {PICTURE_WARNING}")
@@ -173,6 +181,8 @@ def _check_options(options: argparse.Namespace) -> None:
             setattr(options, name, default)
     options.group_sizes = _numbers(int, "--group-sizes", options.group_sizes)
     options.epsilons = _numbers(float, "--epsilons", options.epsilons)
+    if options.images is not None and options.images < 1:
+        raise ValueError(f"--images: must be at least 1, got {options.images}")
     if options.resolution is not None and not 1 <= options.resolution <= 1024:
         raise ValueError(f"--resolution: must be in [1, 1024], got {options.resolution}")
     if not 1 <= options.num <= 64:
@@ -266,7 +276,7 @@ def _draw(options: argparse.Namespace, schedule: NoiseSchedule, clip_norm: float
 
 def _tell(answer: dict[str, Any], options: argparse.Namespace) -> None:
     if options.json:
-        print(json.dumps(answer, indent=1))
+        print(json_text(answer))
         return
     from fedpdm.commands.privacy_tables import answer_lines
 

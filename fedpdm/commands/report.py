@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from pathlib import Path
 from typing import Any
+
+from fedpdm.commands.terminal import say
+from fedpdm.text import json_text
 
 __all__ = ["add_report_parser"]
 
@@ -66,9 +67,9 @@ def run_report(options: argparse.Namespace) -> None:
     given = [*options.attacks, *[None] * len(options.runs)]
     runs = [read_run(r, attacks=a) for r, a in zip(options.runs, given, strict=False)]
 
-    def say(line: str) -> None:
+    def tell_progress(line: str) -> None:
         if not options.quiet:
-            print(line, file=sys.stderr, flush=True)
+            say(line)
 
     path = write_report(
         runs,
@@ -76,10 +77,15 @@ def run_report(options: argparse.Namespace) -> None:
         client=options.client,
         seed=options.seed,
         films=not options.no_film,
-        say=say,
+        say=tell_progress,
     )
     if options.json:
         size = path.stat().st_size
-        print(json.dumps({"out": str(path), "runs": [str(r) for r in options.runs], "bytes": size}))
+        print(
+            json_text(
+                {"out": str(path), "runs": [str(r) for r in options.runs], "bytes": size},
+                indent=None,
+            )
+        )
     elif not options.quiet:
         print(f"report written to {path}; open it in a browser")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
+
+from fedpdm.commands.terminal import show
+from fedpdm.text import json_text
 
 __all__ = ["add_show_parser", "show_run", "tell_run"]
 
@@ -26,14 +28,14 @@ def show_run(root: Path, *, as_json: bool) -> None:
     run = RunDirectory(root)
     if as_json:
         facts = {name: run.read_json(f"{name}.json") for name in ("privacy", "metrics")}
-        print(json.dumps({"run": str(run.root), **facts}, indent=1))
+        print(json_text({"run": str(run.root), **facts}))
     else:
-        print(summarise(run))
+        show(summarise(run))
 
 
 def tell_run(options: argparse.Namespace, out: Path) -> None:
     """The JSON of a command that ran, or with `options.dry_run` only checked, the run in `out`."""
     if options.dry_run:
-        print(json.dumps({"run": str(out), "dry_run": True}, indent=1))
+        print(json_text({"run": str(out), "dry_run": True}))
     else:
         show_run(out, as_json=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -16,22 +15,25 @@ from typing import Any, NoReturn
 
 from fedpdm.commands.examples import EXAMPLES
 from fedpdm.config import ConfigError
+from fedpdm.text import json_text, line, visible
 
 __all__ = [
-    "DIVERGED",
     "Parser",
     "add_completion_parser",
     "advise",
+    "complain",
     "equip",
     "progress_aside",
     "quiet",
     "say",
+    "show",
     "tell",
     "walk_commands",
 ]
 
 # What trainers say (fedpdm.diffusion.training); it comes through Flower as text.
 DIVERGED = re.compile(r"(loss|gradient) is (nan|-?inf) at step \d+")
+LONGEST_ERROR = 4000  # characters
 # Commands that print results even with --quiet: it silences their progress, on standard error.
 RESULTS = ("attack linkage", "attack audit", "attack models", "attack controls", "toy")
 # Commands without an option that the others have, and why.
@@ -165,17 +167,27 @@ def progress_aside(options: argparse.Namespace) -> Iterator[None]:
         yield
 
 
-def say(line: str) -> None:
+def say(words: str) -> None:
     """A line of progress, on standard error: standard output is for results."""
-    print(line, file=sys.stderr, flush=True)
+    print(line(words, limit=LONGEST_ERROR), file=sys.stderr, flush=True)
 
 
-def tell(options: argparse.Namespace, line: str, facts: Mapping[str, Any]) -> None:
+def show(text: str) -> None:
+    """Results on standard output, in lines; what of them came from outside cannot draw on it."""
+    print(visible(text), flush=True)
+
+
+def complain(error: object) -> None:
+    """The one line of an error, on standard error."""
+    print(f"fedpdm: {line(error, limit=LONGEST_ERROR)}", file=sys.stderr)
+
+
+def tell(options: argparse.Namespace, words: str, facts: Mapping[str, Any]) -> None:
     """The outcome of a command: a line, or JSON with --json; nothing else with --quiet."""
     if options.json:
-        print(json.dumps(dict(facts), indent=1), flush=True)
+        print(json_text(dict(facts)), flush=True)
     elif not options.quiet:
-        print(line, flush=True)
+        show(words)
 
 
 def advise(error: BaseException, options: argparse.Namespace) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import time
 from pathlib import Path
 from typing import Any
 
 from fedpdm.commands.terminal import say
+from fedpdm.text import json_text
 
 __all__ = ["add_toy_parser"]
 
@@ -63,7 +63,7 @@ def run_toy(options: argparse.Namespace) -> int:
     )
 
     if options.keys:
-        keys = json.dumps(config_keys(ToyConfig), indent=1) if options.json else None
+        keys = json_text(config_keys(ToyConfig)) if options.json else None
         print(keys or config_reference(ToyConfig))
         return 0
     if options.jobs is not None and options.jobs < 1:
@@ -91,5 +91,5 @@ def run_toy(options: argparse.Namespace) -> int:
     write_results(rows, report, config, out)
     say(f"toy: done in {time.perf_counter() - started:.0f} s; {len(figures)} figures, "
          f"results.json and results.csv in {out}")  # fmt: skip
-    print(json.dumps(report) if options.json else report_text(rows, report))
+    print(json_text(report, indent=None) if options.json else report_text(rows, report))
     return 1 if report["contradictions"] else 0

@@ -10,17 +10,20 @@ import functools
 import hashlib
 import json
 import math
+import re
 import types
 import typing
+import unicodedata
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from fedpdm.config.keys import LONGEST_NAME, NAME_MARKS
 from fedpdm.config.plugins import check_form, is_named
 from fedpdm.config.schema import ConfigError, RunConfig
-from fedpdm.config.strict import StrictError, parse_json, parse_yaml
+from fedpdm.config.strict import StrictError, parse_json, parse_yaml, read_text
 from fedpdm.config.toy import ToyConfig
 
 __all__ = [
@@ -41,6 +44,12 @@ __all__ = [
 ]
 
 
+NAME_ROW = (
+    f"| `name` | file name | of the run: 1 to {LONGEST_NAME} letters, digits and `{NAME_MARKS}` or "
+    "blanks |"
+)
+LONGEST_TEXT = 4096  # characters of a value; a path has no more
+_UNSEEN = ("Cc", "Zl", "Zp")  # control characters and line separators
 YOUNGER_KEYS = (("privacy", "release", "images"),)
 
 
@@ -78,12 +87,18 @@ def _coerce(annotation: Any, value: Any, path: str) -> Any:
         raise ConfigError(f"{path}: must be {_describe(annotation)}, got {value!r}")
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{path}: must be finite, got {value}")
+    if isinstance(value, str) and len(value) > LONGEST_TEXT:
+        raise ConfigError(f"{path}: must have at most {LONGEST_TEXT} characters, got {len(value)}")
+    if isinstance(value, str) and any(unicodedata.category(c) in _UNSEEN for c in value):
+        raise ConfigError(f"{path}: must have no control characters, got {value!r}")
     return value
 
 
 def _check(value: Any, checks: Mapping[str, Any], path: str) -> None:
     if value is None:
         return
+    if (form := checks.get("form")) and not re.fullmatch(form[0], value, re.ASCII):
+        raise ConfigError(f"{path}: must be {form[1]}, got {value!r}")
     if isinstance(value, tuple):
         for index, each in enumerate(value):
             _check(each, checks, f"{path}[{index}]")
@@ -190,12 +205,11 @@ def read_mapping(path: Path, depth: int = 0) -> dict[str, Any]:
     if depth > 8:
         raise ConfigError(f"{path}: base files nest deeper than 8 levels")
     try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path}: is not UTF-8 text") from None
-    mapping = _parse_yaml(text, str(path)) or {}
+        mapping = parse_yaml(read_text(path))
+    except StrictError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    if mapping is None:
+        mapping = {}
     if not isinstance(mapping, dict):
         raise ConfigError(f"{path}: must hold a mapping, got {type(mapping).__name__}")
     base = mapping.pop("base", None)
@@ -214,12 +228,23 @@ def read_mapping(path: Path, depth: int = 0) -> dict[str, Any]:
 
 
 def read_policy(cls: type[Any], path: Path) -> Any:
-    """A node's policy, an instance of the dataclass `cls`, from YAML; errors name file and key."""
+    """A node's policy, an instance of the dataclass `cls`, from YAML; errors name file and key.
+
+    A `stated` key that is missing or empty is refused: a file that was cut short bounds nothing.
+    `none` says that there is no bound.
+    """
     mapping = read_mapping(path)
+    stated = [f.name for f in dataclasses.fields(cls) if f.metadata.get("stated")]
+    bounds = {k: None if k in stated and v == "none" else v for k, v in mapping.items()}
     try:
-        return build_section(cls, mapping, "")
+        policy = build_section(cls, bounds, "")
+        for name in stated:
+            if mapping.get(name) is None:
+                there = "is empty" if name in mapping else "is missing"
+                raise ConfigError(f"{name}: {there}; give a bound, or none for no bound")
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+    return policy
 
 
 def config_to_json(config: RunConfig) -> str:
@@ -232,7 +257,7 @@ def config_to_json(config: RunConfig) -> str:
     for section, key, default in YOUNGER_KEYS:
         if plain[section][key] == default:
             del plain[section][key]
-    return json.dumps(plain, sort_keys=True)
+    return json.dumps(plain, sort_keys=True, allow_nan=False)
 
 
 def config_digest(config: RunConfig) -> str:
@@ -249,7 +274,7 @@ def config_digest(config: RunConfig) -> str:
 def config_from_json(text: str) -> RunConfig:
     """Inverse of `config_to_json`. `ConfigError` also for text that is not JSON."""
     try:
-        mapping = parse_json(text)
+        mapping = parse_json(text, earlier=True)  # a key that is not finite is named below
     except StrictError as error:
         raise ConfigError(f"config: {error}") from None
     return config_from_mapping(mapping)
@@ -297,7 +322,7 @@ def config_keys(kind: type[RunConfig] | type[ToyConfig] = RunConfig) -> list[dic
 
 def config_reference(kind: type[RunConfig] | type[ToyConfig] = RunConfig) -> str:
     """Every key with its default and meaning, as a Markdown table (docs are made from it)."""
-    lines = ["| key | default | meaning |", "|---|---|---|", "| `name` | file name | of the run |"]
+    lines = ["| key | default | meaning |", "|---|---|---|", NAME_ROW]
     for key in config_keys(kind):
         own = ", or package.module:NAME" if key["own"] else ""
         choices = f" ({', '.join(key['choices'])}{own})" if key["choices"] else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedpdm.config.aggregation import AggregationConfig, check_aggregation
-from fedpdm.config.keys import ConfigError, key
+from fedpdm.config.keys import ConfigError, check_name, key
 from fedpdm.config.kind import RunKind
 from fedpdm.config.names import CLASS_LABELS, COLORINGS, DATA_SETS, PARTITIONS
 from fedpdm.diffusion.names import (
@@ -37,12 +37,6 @@ __all__ = [
 ]
 
 
-def check_name(name: str) -> None:
-    """`ConfigError` unless an experiment's name can name a directory."""
-    if not name or any(c in name for c in "/\\\0") or name.startswith("."):
-        raise ConfigError(f"name: must be usable as a directory name, got {name!r}")
-
-
 @dataclass(frozen=True, kw_only=True)
 class RunSection:
     """Who, how long, where."""
@@ -50,7 +44,11 @@ class RunSection:
     seed: int = key(0, "everything but deployed privacy noise derives from it", low=0)
     rounds: int = key(10, "federated rounds", low=1)
     simulation: bool = key(True, "one party holds all data; allows seeded noise and raw metrics")
-    device: str = key("auto", "auto, cpu, cuda, cuda:1, ...")
+    device: str = key(
+        "auto",
+        "auto, cpu, cuda, cuda:1, ...",
+        form=(r"[a-z]{1,16}(:\d{1,4})?", "a device of torch"),
+    )
     precision: str = key("auto", "number format", choices=PRECISIONS)
     threads: int = key(1, "torch threads per client process; 0 leaves torch's default", low=0)
     trackers: tuple[str, ...] = key(
@@ -139,6 +137,7 @@ class PrivacyConfig:
     release: str = key(
         "images",
         "what clients release: a registered mechanism, or package.module:NAME (docs/extending.md)",
+        form=(r"[\w.]{1,200}(:[\w.]{1,200})?", "a name, or package.module:NAME"),
     )
 
 
@@ -221,7 +220,11 @@ class FineConfig(_ModelConfig):
 class SamplingConfig:
     """How samples are drawn."""
 
-    scheduler: str = key("dpm_solver", "ddpm, ddim, dpm_solver or a diffusers scheduler class")
+    scheduler: str = key(
+        "dpm_solver",
+        "ddpm, ddim, dpm_solver or a diffusers scheduler class",
+        form=(r"[A-Za-z_]\w{0,99}", "a name"),
+    )
     num_steps: int = key(25, "denoiser calls per sample", low=1)
     guidance: float = key(1.0, "classifier-free guidance weight, 1: none", low=0.0)
     coarse_worth: float | None = key(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpdm.config.reading import build_section, config_from_mapping, read_mapping
-from fedpdm.config.schema import ConfigError, RunConfig, key
+from fedpdm.config.schema import ConfigError, RunConfig, check_name, key
 
 __all__ = ["BATCH", "Method", "Profile", "Suite", "load_paper_values", "load_suite"]
 
@@ -176,8 +176,13 @@ def load_suite(path: Path) -> Suite:
     for name in table:
         if name not in methods:
             raise ConfigError(f"{path}: table: there is no {folder / name}.yaml")
+    name = str(mapping.get("name", path.stem))
+    try:
+        check_name(name)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
     return Suite(
-        name=str(mapping.get("name", path.stem)),
+        name=name,
         title=str(mapping.get("title", path.stem)),
         paper=mapping.get("paper"),
         table=table,

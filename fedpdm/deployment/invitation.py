@@ -22,9 +22,10 @@ from fedpdm.config import (
     config_to_json,
     load_config,
 )
-from fedpdm.config.strict import StrictError, parse_json
+from fedpdm.config.strict import StrictError, parse_json, read_text
 from fedpdm.data.spec import build_image_spec
 from fedpdm.deployment.code_digest import code_digest
+from fedpdm.text import json_text
 
 __all__ = [
     "Invitation",
@@ -81,15 +82,14 @@ def make_invitation(config: RunConfig) -> str:
         raise ConfigError("run.simulation: must be false in a deployed federation, got true")
     now = datetime.datetime.now(datetime.UTC)
     return (
-        json.dumps(
+        json_text(
             {
                 "format": FORMAT,
                 "made_at": now.isoformat(timespec="seconds"),
                 "software": dataclasses.asdict(installed_software()),
                 "images": dataclasses.asdict(build_image_spec(config)),
                 "config": json.loads(config_to_json(config)),
-            },
-            indent=1,
+            }
         )
         + "\n"
     )
@@ -98,11 +98,9 @@ def make_invitation(config: RunConfig) -> str:
 def read_invitation(path: Path) -> Invitation:
     """An invitation, or the config of an experiment's YAML file; `ConfigError` names the file."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path}: is not UTF-8 text") from None
+        text = read_text(path)
+    except StrictError as error:
+        raise ConfigError(f"{path}: {error}") from None
     if not text.lstrip().startswith("{"):
         return Invitation(config=load_config(path))
     try:

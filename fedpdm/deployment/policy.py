@@ -1,14 +1,15 @@
 """A node's own bounds, whatever the coordinator's config asks for.
 
     mechanisms: [images]   # what may be released, as `privacy.release` names it
-    max_epsilon: 10        # of any one image, all its releases together
+    max_epsilon: 10        # of any one image, all its releases together; or none
     delta: 1e-5            # at which that epsilon is counted
-    min_t0: 600            # of mechanisms that have one
+    min_t0: 600            # of mechanisms that have one; or none
     allow_raw_metrics: false
     allow_new_release: false
     code: [6f0c...]        # further digests of bundles that may ask (fedpdm node digest)
     modules: [mypackage]   # installed here, of which a config may name code (package.module:NAME)
 
+`max_epsilon` and `min_t0` must stand in the file: one that is empty or was cut short is refused.
 A config that asks for more is refused before anything is released, at `fedpdm node check` and by
 the client app for every message. `code` is for bundles other than the installed one: what runs is
 always the installed code (`fedpdm.engines.deployed.guard`).
@@ -49,9 +50,11 @@ class NodePolicy:
     allows releases of images alone."""
 
     mechanisms: tuple[str, ...] = key((IMAGES,), "releases allowed, by `privacy.release`")
-    max_epsilon: float | None = key(None, "largest epsilon of any image, in all", above=0.0)
+    max_epsilon: float | None = key(
+        None, "largest epsilon of any image, in all", above=0.0, stated=True
+    )
     delta: float = key(1e-5, "delta at which it is counted", above=0.0, below=1.0)
-    min_t0: int | None = key(None, "smallest number of noising steps", low=1)
+    min_t0: int | None = key(None, "smallest number of noising steps", low=1, stated=True)
     allow_raw_metrics: bool = key(False, "metrics on raw images may leave")
     allow_new_release: bool = key(False, "released images may be noised once more")
     code: tuple[str, ...] = key((), "digests of further app bundles that may ask")

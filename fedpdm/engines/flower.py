@@ -29,6 +29,7 @@ from fedpdm.engines.flowercli import (
     tool,
     write_run_config,
 )
+from fedpdm.text import line
 
 __all__ = ["RunFailed", "run_with_flower", "stop_processes"]
 
@@ -161,4 +162,4 @@ def _outcome(environment: Mapping[str, str], cwd: Path) -> str:
         runs = json.loads(answer.stdout)["runs"]
         return str(max(runs, key=lambda run: str(run["pending-at"]))["status"])
     except (ValueError, KeyError, IndexError, TypeError):
-        return f"unknown ({' '.join((answer.stdout + answer.stderr).split())[-200:]})"
+        return f"unknown ({line((answer.stdout + answer.stderr)[-200:])})"

@@ -17,6 +17,7 @@ import psutil
 from fedpdm.config import RunConfig, config_to_json
 from fedpdm.config.plugins import DIRECTORY_VARIABLE
 from fedpdm.deployment.code_digest import PACKAGES, code_root
+from fedpdm.text import line, visible
 
 __all__ = [
     "RunFailed",
@@ -157,28 +158,31 @@ def stream(
     ):
         assert process.stdout is not None
         try:
-            for line in process.stdout:
-                record.write(line)
+            for each in process.stdout:
+                record.write(visible(_COLOUR.sub("", each)))
                 record.flush()
-                for shown in [_plain(line)] if verbose else _shown(line):
+                for shown in [_plain(each)] if verbose else _shown(each):
                     print(shown, flush=True)
         except KeyboardInterrupt:
             process.terminate()
             raise
 
 
-def _plain(line: str) -> str:
+def _plain(raw: str) -> str:
     """A line as it came; without its colours where they are not wanted (no-color.org)."""
     coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    return line.rstrip("\n") if coloured else _COLOUR.sub("", line).rstrip("\n")
+    text, *rest = _COLOUR.split(raw.rstrip("\n"))
+    colours = _COLOUR.findall(raw) if coloured else [""] * len(rest)
+    pairs = zip(colours, rest, strict=True)
+    return visible(text) + "".join(colour + visible(part) for colour, part in pairs)
 
 
-def _shown(line: str) -> Iterator[str]:
+def _shown(raw: str) -> Iterator[str]:
     """The part of a line of `flwr run --stream` that concerns the user, if any.
 
     Flower's own log lines start with a coloured level, Ray's with the worker's name.
     """
-    text = _COLOUR.sub("", line).rstrip()
+    text = visible(_COLOUR.sub("", raw).rstrip())
     if text.startswith(("ERROR", "CRITICAL")):
         yield text
     elif match := _OURS.search(text):
@@ -194,8 +198,8 @@ _OURS = re.compile(
 def last_error(log: Path) -> str:
     """The last line of the log that looks like the cause."""
     causes = [
-        line.strip()
-        for line in log.read_text(encoding="utf-8", errors="replace").splitlines()
-        if "Error" in line or "Failure" in line
+        each.strip()
+        for each in log.read_bytes().decode(errors="replace").split("\n")
+        if "Error" in each or "Failure" in each
     ]
-    return causes[-1][:400] if causes else "no error was printed"
+    return line(causes[-1], limit=400) if causes else "no error was printed"

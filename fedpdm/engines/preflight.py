@@ -78,7 +78,7 @@ def check_run(
         f"({spec.channels}x{spec.resolution}x{spec.resolution}, {spec.num_classes} classes), "
         f"{len(counts)} clients with {min(counts)} to {max(counts)} images"
         + (f", {left_out} left out to balance the classes" if left_out else ""),
-        *models.lines(where=f", on {device}"),
+        *models.lines(where=f", on {device}", images=max(counts)),
         f"run directory: {out}",
         *_notes(config, spec.resolution),
         *again,

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from fedpdm.config import ConfigError, RunConfig
+from fedpdm.config import ConfigError, RunConfig, RunKind
 from fedpdm.diffusion.sampling import make_scheduler
 from fedpdm.diffusion.twostage import sample_two_stage
+from fedpdm.privacy.accountant import delta_warning
 from fedpdm.privacy.mechanism import mechanism_named
 from fedpdm.privacy.statement import baseline_statement
 from fedpdm.reporting.trackers import check_trackers
@@ -64,12 +65,16 @@ class RunModels:
     setup: RunSetup
     sizes: dict[str, int]
 
-    def lines(self, *, where: str = "") -> list[str]:
-        """What clients send at which epsilon, and what is trained; `where` says on what."""
+    def lines(self, *, where: str = "", images: int | None = None) -> list[str]:
+        """What clients send at which epsilon, and what is trained; `where` says on what. A client
+        holds at most so many `images`, as far as that is known."""
         config = self.setup.config
         coarse, fine = config.coarse, config.fine
+        promises = config.kind.releases or config.kind is RunKind.DP_SGD
+        warning = delta_warning(config.privacy.delta, images=images) if promises else ""
         return [
             _what_leaves(self.setup),
+            *([f"WARNING: privacy.delta: {warning}"] if warning else []),
             f"models: coarse {coarse.preset} {self.sizes['coarse'] / 1e6:.2f} M, fine "
             f"{fine.preset} {self.sizes['fine'] / 1e6:.2f} M parameters{where}; "
             f"{config.run.rounds} rounds of {coarse.steps_per_round} coarse and "

@@ -30,6 +30,8 @@ from pathlib import Path
 import psutil
 
 from fedpdm.config import ConfigError
+from fedpdm.config.strict import StrictError, parse_json, read_text
+from fedpdm.deployment.registered import FILE, client_of_key
 from fedpdm.engines.deployed.control import CONNECTION, MARKER, Control, Node, without_colour
 from fedpdm.engines.flowercli import RunFailed, end_processes, tool
 from fedpdm.engines.superlink_settings import (
@@ -41,6 +43,7 @@ from fedpdm.engines.superlink_settings import (
     split_address,
 )
 from fedpdm.storage.files import locked, write_atomic
+from fedpdm.text import json_text, line
 
 __all__ = ["SuperLink"]
 
@@ -54,7 +57,7 @@ class SuperLink(Control):
     def __init__(self, state: Path) -> None:
         super().__init__(state)
         self.log = self.state / "superlink.log"
-        self._settings = self.state / "federation.json"
+        self._settings = self.state / FILE
         self._pid = self.state / "superlink.pid"
 
     # What is known.
@@ -70,12 +73,12 @@ class SuperLink(Control):
                 f"{self.state}: holds no federation (federation.json is missing); start it first"
             )
         try:
-            return SuperLinkSettings(**json.loads(self._settings.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
+            return SuperLinkSettings(**parse_json(read_text(self._settings)))
+        except (StrictError, TypeError) as error:
             raise ConfigError(f"{self._settings}: cannot be read: {error}") from None
 
     def _save(self, settings: SuperLinkSettings) -> None:
-        text = json.dumps(dataclasses.asdict(settings), indent=1) + "\n"
+        text = json_text(dataclasses.asdict(settings)) + "\n"
         write_atomic(self._settings, text.encode())
 
     def note_run(self, run_id: str, out: Path) -> None:
@@ -170,7 +173,9 @@ class SuperLink(Control):
                 start_new_session=True,
             )
         started = psutil.Process(process.pid).create_time()
-        write_atomic(self._pid, json.dumps({"pid": process.pid, "started": started}).encode())
+        write_atomic(
+            self._pid, json_text({"pid": process.pid, "started": started}, indent=None).encode()
+        )
         return process
 
     def _await(
@@ -206,20 +211,24 @@ class SuperLink(Control):
 
     def last_line(self) -> str:
         """The last line of Flower's output, for errors."""
-        text = self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
-        lines = [line.strip() for line in without_colour(text).splitlines() if line.strip()]
-        return f"{lines[-1][:300] if lines else 'it printed nothing'} ({self.log})"
+        text = self.log.read_bytes().decode(errors="replace") if self.log.exists() else ""
+        lines = [each.strip() for each in without_colour(text).split("\n") if each.strip()]
+        return f"{line(lines[-1], limit=300) if lines else 'it printed nothing'} ({self.log})"
 
     # Its nodes.
 
     def register(self, key: Path) -> str | None:
         """Let the holder of this key (its public half, OpenSSH format) join; returns Flower's node
-        id, None where it was registered before."""
+        id, None where it was registered before. The file's name says which client the key is."""
         self.require_running()
+        if client_of_key(key.stem) is None:
+            raise ConfigError(
+                f"{key}: must be named node-N.pub or node-N-WORDS.pub, N the client whose key it is"
+            )
         try:
-            text = key.read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{key}: cannot be read: {error}") from None
+            text = read_text(key).strip()
+        except StrictError as error:
+            raise ConfigError(f"{key}: {error}") from None
         if not _PUBLIC_KEY.fullmatch(text):
             raise ConfigError(
                 f"{key}: must be an OpenSSH public key on a NIST curve (ssh-keygen -t ecdsa -b 384)"

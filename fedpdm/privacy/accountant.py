@@ -40,6 +40,7 @@ __all__ = [
     "compose",
     "delta_bound",
     "delta_spent",
+    "delta_warning",
     "epsilon_bound",
     "epsilon_spent",
     "multiplier_for",
@@ -50,6 +51,7 @@ __all__ = [
 
 _SQRT_2 = math.sqrt(2.0)
 _TRUSTED = (1e-3, 1e3)  # noise multipliers for which dp_accounting is accurate to 1e-8
+ASSUMED_IMAGES = 1000  # of a client
 _TOLERANCE = 1e-13  # relative, of root finding
 
 
@@ -58,6 +60,25 @@ def _check_budget(*, epsilon: float | None = None, delta: float) -> None:
         raise ValueError(f"epsilon must be positive and finite, got {epsilon}")
     if not 0.0 < delta < 1.0:
         raise ValueError(f"delta must be in (0, 1), got {delta}")
+
+
+def delta_warning(delta: float, *, images: int | None = None) -> str:
+    """Why `delta` is too large for a client with so many `images`, in a line; empty if it is not.
+
+    Where the number is not known, it is taken to be `ASSUMED_IMAGES`.
+    """
+    count = ASSUMED_IMAGES if images is None else images
+    if not delta * count > 1.0:
+        return ""
+    known = (
+        f"1 / {count:,} images of a client"
+        if images is not None
+        else (f"1 / number of images for a client with more than {math.floor(1.0 / delta):,}")
+    )
+    return (
+        f"delta {delta:g} is above {known}: whoever published each image as it is with probability "
+        f"{delta:g} would keep to this delta at epsilon 0"
+    )
 
 
 def _check_epsilon(epsilon: float) -> None:
@@ -84,8 +105,8 @@ def _mu(event: PrivacyEvent) -> float:
 
 
 def worst(events: Iterable[PrivacyEvent]) -> PrivacyEvent:
-    """The one that costs an image most."""
-    return min(events, key=_multiplier)
+    """The one that costs an image most; a multiplier that is no number is no noise."""
+    return max(events, key=_mu)
 
 
 def compose(events: Sequence[PrivacyEvent]) -> PrivacyEvent:

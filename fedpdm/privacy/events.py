@@ -17,6 +17,7 @@ from fedpdm.privacy.noise import GRID
 from fedpdm.privacy.types import GaussianEvent, ReleaseParameters
 
 __all__ = [
+    "check_parameters",
     "implied_event",
     "noise_multiplier",
     "release_event",
@@ -68,6 +69,23 @@ def release_parameters(
         alpha_bar=schedule.alpha_bar(t0),
         grid=GRID,
     )
+
+
+def check_parameters(parameters: ReleaseParameters) -> None:
+    """`ValueError` with one line for parameters that no release can have."""
+    abar = parameters.alpha_bar
+    if not 0.0 < abar < 1.0 or not 0.0 < parameters.clip_norm < math.inf:
+        raise ValueError(
+            f"alpha_bar must be in (0, 1) and clip_norm positive and finite, "
+            f"got {abar} and {parameters.clip_norm}"
+        )
+    if not 1 <= parameters.t0 <= parameters.num_steps or not math.isfinite(parameters.shift):
+        raise ValueError(
+            f"t0 must be in [1, {parameters.num_steps}] and shift finite, "
+            f"got {parameters.t0} and {parameters.shift}"
+        )
+    if parameters.grid < 1:
+        raise ValueError(f"grid must be at least 1, got {parameters.grid}")
 
 
 def implied_event(parameters: ReleaseParameters) -> GaussianEvent:

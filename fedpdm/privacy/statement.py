@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedpdm.config import RunConfig
-from fedpdm.privacy.accountant import epsilon_spent, repeated, worst
+from fedpdm.privacy.accountant import delta_warning, epsilon_spent, repeated, worst
 from fedpdm.privacy.ledger import Ledger
 from fedpdm.privacy.mechanism import mechanism_of
 from fedpdm.privacy.noise import SAMPLER_DISTANCE
@@ -22,7 +22,7 @@ from fedpdm.privacy.releases import ReleaseStore
 from fedpdm.privacy.types import Parameters, PrivacyEvent
 from fedpdm.storage.files import StoreError
 
-__all__ = ["baseline_statement", "client_statement", "plain_text", "run_statement"]
+__all__ = ["baseline_statement", "client_statement", "plain_text", "run_statement", "warning_about"]
 
 GROUPS = (1, 2, 5, 10)
 GUARANTEE = "local differential privacy per image, replace-one"
@@ -60,6 +60,7 @@ def client_statement(store: ReleaseStore, *, delta: float) -> dict[str, Any]:
         "ledger_head": ledger.head,
         "protects": PROTECTS,
         "does_not_protect": list(NOT_PROTECTED),
+        **warning_about(delta, images=spent.images),
     }
 
 
@@ -79,6 +80,7 @@ def run_statement(
     events = [plan.event]
     releases_per_image = 1
     ledgers: list[Ledger] = []
+    most_images: int | None = None
     unreadable: list[str] = []
     for store in stores:
         try:
@@ -91,6 +93,7 @@ def run_statement(
             events.append(spent.event)
             releases_per_image = max(releases_per_image, spent.releases_per_image)
             counts.update(dict(spent.distribution))
+            most_images = max(most_images or 0, spent.images)
     distribution = sorted(counts.items(), reverse=True)
     return {
         "guarantee": GUARANTEE,
@@ -113,7 +116,14 @@ def run_statement(
         "unreadable_stores": unreadable,
         "protects": PROTECTS,
         "does_not_protect": list(NOT_PROTECTED),
+        **warning_about(delta, images=most_images),
     }
+
+
+def warning_about(delta: float, *, images: int | None) -> dict[str, str]:
+    """`delta_warning` of a statement whose delta is too large for a client with so many images."""
+    warning = delta_warning(delta, images=images)
+    return {"delta_warning": warning} if warning else {}
 
 
 def baseline_statement(config: RunConfig) -> dict[str, Any]:
@@ -139,6 +149,8 @@ def baseline_statement(config: RunConfig) -> dict[str, Any]:
             f"{uncovered} This is a simulation: the noise is seeded, and who knows the seed can "
             "remove it."
         )
+        if warning := delta_warning(config.privacy.delta):
+            words += f" WARNING: {warning}."
     else:
         kind, epsilon = "nothing is sent", 0.0
         words = f"Each client trains alone; no model and no image leaves it. {uncovered}"
@@ -190,6 +202,8 @@ def plain_text(statement: Mapping[str, Any]) -> str:
         "messages would have been concluded with a probability that differs by at most a factor",
         f"e^{epsilon:.4g}, plus {delta:g}.",
     ]
+    if warning := statement.get("delta_warning"):
+        lines += ["", *textwrap.wrap(f"WARNING: {warning}.", 88)]
     if "group_epsilon" in statement:
         groups = ", ".join(f"{k}: {v:.4g}" for k, v in statement["group_epsilon"].items())
         lines += [

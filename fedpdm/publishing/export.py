@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import json
 import math
 import os
 import shutil
@@ -45,6 +44,7 @@ from fedpdm.setup.run_setup import set_up_for
 from fedpdm.storage.client_store import ClientStore, store_label
 from fedpdm.storage.files import StoreError, clear_leftovers
 from fedpdm.storage.run_directory import RunDirectory
+from fedpdm.text import json_text
 
 __all__ = ["export_pipeline", "load_pipeline", "sample_grid"]
 
@@ -277,7 +277,7 @@ def _write(pipeline: PFDMPipeline, privacy: Mapping[str, Any], card: str, out: P
         pipeline.save_pretrained(temporary, safe_serialization=True)
         source = inspect.getsource(sys.modules[PFDMPipeline.__module__])
         (temporary / "pipeline.py").write_text(source, encoding="utf-8")
-        (temporary / "privacy.json").write_text(json.dumps(privacy, indent=1) + "\n")
+        (temporary / "privacy.json").write_text(json_text(privacy) + "\n")
         (temporary / "README.md").write_text(card, encoding="utf-8")
         os.replace(temporary, target)
     except (OSError, safetensors.SafetensorError) as error:

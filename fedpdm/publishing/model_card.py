@@ -2,7 +2,8 @@
 
 Its front matter says what the Hub needs to know (library, task, tags); its numbers come from the
 client's own ledger and from the run's statement (`fedpdm.privacy.statement`), never from the
-config. It does not say how many images the client holds, but whether the export does.
+config. Names and words of files are shown as they are, whatever Markdown they hold. It does not
+say how many images the client holds, but whether the export does.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedpdm.publishing.pipeline import PFDMPipeline
+from fedpdm.text import markdown
 
 __all__ = ["model_card"]
 
@@ -141,21 +143,23 @@ def model_card(
     counts = "" if settings["coarse_share"] is None else EXACT if counts_epsilon is None else NOISED
     own = {"client_id": client["client_id"], "counts_epsilon": counts_epsilon}
     words = {
-        "name": name,
+        "name": markdown(name),
+        "noise_source": markdown(run["noise_source"]),
         **own,
         "counts": f"{counts.format_map(own)}\n" if counts else "",
         "num_steps": num_steps,
         "strength": settings["t0"] / num_steps,
         "last_label": last,
-        "labels": ", ".join(f"{k} {v}" for k, v in names.items() if k != v) or f"0 to {last}",
+        "labels": ", ".join(f"{k} {markdown(v)}" for k, v in names.items() if k != v)
+        or f"0 to {last}",
         "alone": ', `method="alone"` with the fine model only' if has_alone else "",
         "releases": "one release per image" if count == 1 else f"up to {count} releases per image",
-        "ledger_head": client["ledger_head"],
+        "ledger_head": markdown(client["ledger_head"]),
         "ledger_delta": client["delta"],
-        "group_sizes": " | ".join(groups),
+        "group_sizes": " | ".join(map(markdown, groups)),
         "rule": "---|" * len(groups),
         "group_epsilons": " | ".join(f"{value:.4g}" for value in groups.values()),
         "simulation": SIMULATION if run["simulation"] else "",
-        "uncovered": "\n".join(f"- {what}" for what in run["does_not_protect"]),
+        "uncovered": "\n".join(f"- {markdown(what)}" for what in run["does_not_protect"]),
     }
     return CARD.format_map({**settings, **run, **words})

@@ -23,6 +23,7 @@ from fedpdm.reporting.provenance import software_versions
 from fedpdm.setup.run_setup import RunSetup
 from fedpdm.storage.client_store import ClientStore
 from fedpdm.storage.run_directory import RunDirectory
+from fedpdm.text import visible
 
 __all__ = ["RunLog", "draw_samples", "draw_split", "finish_run", "summarise"]
 
@@ -43,9 +44,10 @@ class RunLog:
         self._path = run.root / "log.txt"
 
     def say(self, line: str) -> None:
+        shown = visible(line)
         with open(self._path, "a", encoding="utf-8") as file:  # first: who reads it may interrupt
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n")
-        print(line, flush=True)
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {shown}\n")
+        print(shown, flush=True)
 
 
 def draw_split(
@@ -155,7 +157,7 @@ def summarise(run: RunDirectory) -> str:
     table = metrics_table(final["clients"])
     lines += table if table else ["No image metrics: they need raw data, and simulation."]
     lines.append("")
-    if "heldout_coarse_loss" in final:
+    if final.get("heldout_coarse_loss") is not None:
         what = "images" if "baseline" in privacy else "releases"
         lines.append(f"Shared model's loss on held-out {what}: {final['heldout_coarse_loss']:.4f}")
     return "\n".join(lines)
@@ -198,7 +200,7 @@ def metrics_table(clients: Sequence[Mapping[str, Any]]) -> list[str]:
             if not any(f"{group}_{method}_frechet" in metrics for method in (first, "alone")):
                 continue
             cells = [
-                metrics.get(f"{group}_{method}_{metric}", float("nan"))
+                _number(metrics.get(f"{group}_{method}_{metric}"))
                 for metric in ("frechet", "class_fidelity")
                 for method in (first, "alone", "own")
             ]
@@ -223,6 +225,11 @@ def metrics_table(clients: Sequence[Mapping[str, Any]]) -> list[str]:
         "-: not measured."
     )
     return lines
+
+
+def _number(value: float | None) -> float:
+    """NaN for what was not measured, or is no number in JSON."""
+    return math.nan if value is None else value
 
 
 def _cell(value: float, width: int) -> str:

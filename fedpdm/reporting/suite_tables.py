@@ -19,6 +19,7 @@ from fedpdm.reporting.results import (
     rows,
 )
 from fedpdm.storage.files import write_atomic
+from fedpdm.text import markdown, visible
 
 __all__ = ["suite_tables", "write_results_page"]
 
@@ -50,7 +51,7 @@ def write_results_page(experiments: Path, out: Path) -> list[str]:
             own = folder / f"{suite.name}-{profile}"
             if not own.is_dir():
                 continue
-            parts.append(suite_tables(suite, profile, folder, markdown=True))
+            parts.append(suite_tables(suite, profile, folder, page=True))
             shown.append(f"{suite.name}-{profile}")
             picture = out.parent / "results" / f"{suite.name}-{profile}.png"
             if draw_method_samples(suite, own, picture):
@@ -96,8 +97,9 @@ def _columns(results: Sequence[dict[str, Any]]) -> list[Column]:
     return columns
 
 
-def suite_tables(suite: Suite, profile: str, results: Path, *, markdown: bool = False) -> str:
-    """All tables of a suite at one profile: methods, the floor, gaps closed, ablations."""
+def suite_tables(suite: Suite, profile: str, results: Path, *, page: bool = False) -> str:
+    """All tables of a suite at one profile: methods, the floor, gaps closed, ablations; as plain
+    text, or as Markdown for a `page`."""
     folder = results / f"{suite.name}-{profile}"
     found = load_results(folder) if folder.is_dir() else []
     columns = _columns(found)
@@ -122,22 +124,27 @@ def suite_tables(suite: Suite, profile: str, results: Path, *, markdown: bool = 
         body.append(["real images of other clients", str(len(floor.seeds)),
                      *[cell_text(v, c.digits) for v, c in zip(floor.cells, columns, strict=True)],
                      "-"])  # fmt: skip
-    title = f"{suite.title}, profile {profile}"
-    lines = [f"## {title}" if markdown else title, ""]
+    write = _paragraph if page else visible
+    title = write(f"{suite.title}, profile {profile}")
+    lines = [f"## {title}" if page else title, ""]
     if description := suite.profile(profile).description:
-        lines += [f"{description}.", ""]
-    lines += _layout(head, body, markdown=markdown)
+        lines += [f"{write(description)}.", ""]
+    lines += _layout(head, body, page=page)
     compared = [
         (suite.method(method).title, method, [r for r in found if r["method"] == method])
         for method in suite.table
     ]
-    lines += ["", *_gaps(found, compared, columns), ""]
+    lines += ["", *map(write, _gaps(found, compared, columns)), ""]
     for name in suite.ablations:
-        lines += _ablation(suite, name, folder, markdown=markdown)
-    seen = [(suite.method(m).title, suite.method(m).trust) for m in suite.table]
-    if markdown:
+        lines += _ablation(suite, name, folder, page=page)
+    seen = [(write(suite.method(m).title), write(suite.method(m).trust)) for m in suite.table]
+    if page:
         lines += ["Trust: " + "; ".join(f"*{title}*: {words}" for title, words in seen) + ".", ""]
     return "\n".join(lines)
+
+
+def _paragraph(text: str) -> str:
+    return markdown(text, limit=10_000)
 
 
 def _floor(found: Sequence[dict[str, Any]], columns: Sequence[Column]) -> Row:
@@ -189,7 +196,7 @@ def _gaps(
     return lines
 
 
-def _ablation(suite: Suite, name: str, folder: Path, *, markdown: bool) -> list[str]:
+def _ablation(suite: Suite, name: str, folder: Path, *, page: bool) -> list[str]:
     ablation = suite.ablation(name)
     if not (folder / name).is_dir():
         return []
@@ -209,17 +216,18 @@ def _ablation(suite: Suite, name: str, folder: Path, *, markdown: bool) -> list[
                 compared.append((f"{title}, {variant}:", row.method, own))
             else:
                 missing.append(f"{row.method} {variant}")
-    title = f"Ablation: {ablation.title}"
-    lines = [f"### {title}" if markdown else title, "", *_layout(head, body, markdown=markdown), ""]
+    write = _paragraph if page else visible
+    title = write(f"Ablation: {ablation.title}")
+    lines = [f"### {title}" if page else title, "", *_layout(head, body, page=page), ""]
     if ablation.gaps:
-        lines += _gaps(load_results(folder), compared, columns)
-    return [*lines, f"Not run: {', '.join(missing)}.", ""] if missing else lines
+        lines += map(write, _gaps(load_results(folder), compared, columns))
+    return [*lines, write(f"Not run: {', '.join(missing)}."), ""] if missing else lines
 
 
-def _layout(head: Sequence[str], body: Sequence[Sequence[str]], *, markdown: bool) -> list[str]:
-    if markdown:
-        lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-        return lines + ["| " + " | ".join(row) + " |" for row in body]
+def _layout(head: Sequence[str], body: Sequence[Sequence[str]], *, page: bool) -> list[str]:
+    if page:
+        lines = ["| " + " | ".join(map(markdown, head)) + " |", "|" + "---|" * len(head)]
+        return lines + ["| " + " | ".join(map(markdown, row)) + " |" for row in body]
     widths = [max(len(row[k]) for row in (head, *body)) for k in range(len(head))]
     return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
             for row in (head, *body)]  # fmt: skip

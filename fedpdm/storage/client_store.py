@@ -52,6 +52,7 @@ from fedpdm.storage.files import (
     write_sealed_zip,
     write_tensors,
 )
+from fedpdm.text import finite
 
 __all__ = ["ClientStore", "Reply", "release_traces", "store_label"]
 
@@ -281,7 +282,7 @@ class ClientStore:
         final, draft = self._round_path(reply.round), self._draft_path(reply.round)
         record = {
             "num_examples": reply.num_examples,
-            "metrics": reply.metrics,
+            "metrics": {k: v for k, v in reply.metrics.items() if finite(v) is not None},
             "request": reply.request,
             "ledger": reply.ledger,
         }

@@ -26,7 +26,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedpdm.config.strict import StrictError, parse_json, read_text
 from fedpdm.storage.tensorfile import SEAL, check_seal, read_file, write_file
+from fedpdm.text import finite, json_text
 
 __all__ = [
     "Label",
@@ -57,6 +59,9 @@ _COMMENT = (64).to_bytes(2, "little")  # a zip archive ends with the length of i
 _LEFTOVER = re.compile(r"\.(.+)\.(\d+)\.tmp")
 
 
+LARGEST_JSON = 1 << 28  # characters: results hold curves, members a digest for each image
+
+
 class StoreError(ValueError):
     """A store that cannot be used as asked; one line that names the path."""
 
@@ -81,15 +86,17 @@ def make_directory(path: Path) -> None:
 
 def write_json(path: Path, value: Mapping[str, Any], label: Label | None = None) -> None:
     """Write a JSON object, sealed, so that it appears complete or not at all; `StoreError`."""
-    sealed = seal({**value, **({LABEL: dict(label)} if label else {})})
-    write_atomic(path, (json.dumps(sealed, indent=1) + "\n").encode())
+    sealed = seal(finite({**value, **({LABEL: dict(label)} if label else {})}))
+    write_atomic(path, (json_text(sealed) + "\n").encode())
 
 
 def read_json(path: Path, label: Label | None = None) -> dict[str, Any]:
-    """A JSON object from a file; `StoreError` if it is damaged, or labelled as another file."""
+    """A JSON object from a file; `StoreError` if it is damaged, beyond `LARGEST_JSON`, or labelled
+    as another file."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        text = read_text(path, most=LARGEST_JSON)
+        value = parse_json(text, most=LARGEST_JSON, earlier=True)
+    except StrictError as error:
         raise StoreError(f"{path}: cannot be read: {error}") from None
     if not isinstance(value, dict):
         raise StoreError(f"{path}: must hold an object, got {type(value).__name__}")

@@ -44,6 +44,7 @@ from fedpdm.storage.files import (
     write_tensors,
 )
 from fedpdm.storage.tensorfile import write_file
+from fedpdm.text import json_text
 
 __all__ = ["RunDirectory"]
 
@@ -202,7 +203,7 @@ class RunDirectory:
         write_tensors(
             self.checkpoint_path,
             tensors,
-            {"round": str(round), "history": json.dumps(history)},
+            {"round": str(round), "history": json_text(history, indent=None)},
             self._named("checkpoint"),
         )
 

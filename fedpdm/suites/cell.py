@@ -22,6 +22,7 @@ from fedpdm.evaluation.assessment import assess_run
 from fedpdm.reporting.provenance import describe_machine
 from fedpdm.storage.files import StoreError, read_json, write_atomic, write_json
 from fedpdm.storage.run_directory import RunDirectory
+from fedpdm.text import line
 
 __all__ = ["Cell", "finished", "public_config", "run_cell"]
 
@@ -139,7 +140,7 @@ def to_text(cell: Cell) -> str:
     """A cell as JSON; `from_text` is its inverse."""
     plain = {f.name: getattr(cell, f.name) for f in dataclasses.fields(cell)}
     plain |= {"config": json.loads(config_to_json(cell.config))}
-    return json.dumps(plain, default=str)
+    return json.dumps(plain, default=str, allow_nan=False)
 
 
 def from_text(text: str) -> Cell:
@@ -162,7 +163,7 @@ def main() -> int:
             signal.signal(signal.SIGINT, _leave)
         run_cell(cell)
     except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
-        print(f"{' '.join(str(error).split())}", file=sys.stderr)
+        print(line(error, limit=4000), file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
     return 0
 

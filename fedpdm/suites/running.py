@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from fedpdm.engines.run_checks import check_named
 from fedpdm.evaluation.assessment import check_scoring
 from fedpdm.jobs.processes import in_own_processes
 from fedpdm.jobs.running import Ended, Failed, Kept, Standing, run_jobs
+from fedpdm.storage.files import read_json
 from fedpdm.suites.cell import Cell, finished, to_text
 
 __all__ = ["CellResults", "check_cells", "run_cells"]
@@ -26,7 +26,7 @@ class CellResults:
 
     def find(self, job: Cell) -> Kept | None:
         """See `fedpdm.jobs.running.Shelf`."""
-        return Kept(result=json.loads(job.result.read_text())) if finished(job) else None
+        return Kept(result=read_json(job.result)) if finished(job) else None
 
     def keep(self, job: Cell, result: Any, seconds: float) -> None:
         """The cell's own process has done it."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpdm.config import ToyConfig
+from fedpdm.text import json_text
 from fedpdm.toy.cells import Cell
 from fedpdm.toy.figures import (
     ScatterData,
@@ -50,9 +51,9 @@ def write_results(
     rows: Sequence[Mapping[str, Any]], report: Mapping[str, Any], config: ToyConfig, out: Path
 ) -> None:
     """`results.json`, with the config and the summary, and `results.csv`."""
-    plain = json.loads(json.dumps(dataclasses.asdict(config)))
+    plain = json.loads(json_text(dataclasses.asdict(config), indent=None))
     facts = {"config": plain, **report, "rows": rows}
-    (out / "results.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    (out / "results.json").write_text(json_text(facts) + "\n", encoding="utf-8")
     _write_csv(rows, out / "results.csv")
 
 

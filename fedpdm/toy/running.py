@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from fedpdm.jobs.processes import children_ignore_interruptions, in_pool, worker_pool
 from fedpdm.jobs.running import Ended, Kept, Standing, run_jobs
 from fedpdm.storage.files import seal, unseal
+from fedpdm.text import json_text
 from fedpdm.toy.cells import Cell, run_cell
 from fedpdm.toy.figures import ScatterData, scatter_data
 
@@ -49,9 +51,13 @@ class CellLines:
         return None if rows is None else Kept(result=rows)
 
     def keep(self, job: Cell, result: Rows, seconds: float) -> None:
-        """See `fedpdm.jobs.running.Shelf`."""
+        """See `fedpdm.jobs.running.Shelf`; `FloatingPointError` for a value that is not finite."""
+        for row in result:
+            for name, value in row.items():
+                if isinstance(value, float) and not math.isfinite(value):
+                    raise FloatingPointError(f"toy: {job.sweep}: {name} is {value}")
         self._rows[job.key()] = result
-        self._append(json.dumps(seal({"key": job.key(), "rows": result})) + "\n")
+        self._append(json_text(seal({"key": job.key(), "rows": result}), indent=None) + "\n")
 
     def _append(self, text: str) -> None:
         with self._path.open("a", encoding="utf-8") as file:

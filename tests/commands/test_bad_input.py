@@ -38,7 +38,7 @@ KEYS = {
     "privacy.clip_norm": "--set 'privacy.clip_norm': must have the form section.key=value",
     "run=3": "run: must be a mapping, got 3",
     "privacy.t0=500": "privacy: give exactly one of epsilon and t0",
-    "name=a/b": "name: must be usable as a directory name, got 'a/b'",
+    "name=a/b": "name: must be 1 to 128 letters, digits .* got 'a/b'",
 }
 
 

@@ -37,7 +37,7 @@ def test_failed_client_has_exit_code_1_and_a_name(
         return train(self, *arguments)
 
     monkeypatch.setattr(LocalTraining, "train_fine", fail_at_client_1)
-    assert in_process(experiment, "--out", tmp_path / "out") == 2
+    assert in_process(experiment, "--out", tmp_path / "out") == 1
     last = without_advice(capsys.readouterr().err).splitlines()[-1]
     assert last == "fedpdm: round 1 fit: client 1: loss is nan at step 1"
     assert call("show", tmp_path / "out") == 2
@@ -68,7 +68,7 @@ def test_diverging_server_training_has_exit_code_1(
 ) -> None:
     settings = ("coarse.training=server", "coarse.lr=1e30", "coarse.steps_per_round=30")
     sets = [word for setting in settings for word in ("--set", setting)]
-    assert in_process(experiment, "--out", tmp_path / "out", *sets) == 2
+    assert in_process(experiment, "--out", tmp_path / "out", *sets) == 1
     last = without_advice(capsys.readouterr().err).splitlines()[-1]
     assert re.fullmatch(r"fedpdm: server round 1 coarse: loss is (nan|inf) at step \d+", last)
 
@@ -102,3 +102,35 @@ def test_a_bug_is_not_dressed_up(experiment: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("fedpdm.engines.preflight.check_run", fault)
     with pytest.raises(RuntimeError, match="not of ours"):
         in_process(experiment)
+
+
+def test_a_delta_beyond_one_image_is_pointed_out_before_the_run(
+    experiment: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ("--out", tmp_path / "out", "--dry-run")
+    assert in_process(experiment, *out) == 0
+    assert "WARNING" not in capsys.readouterr().out
+    assert in_process(experiment, *out, "--set", "privacy.delta=0.5") == 0
+    assert "WARNING: privacy.delta: delta 0.5 is above 1 / " in capsys.readouterr().out
+    nothing = ("--set", "coarse.images=raw", "--set", "privacy.delta=0.5")
+    assert in_process(experiment, *out, *nothing) == 0  # a baseline that promises nothing
+    assert "WARNING" not in capsys.readouterr().out
+
+
+def test_an_error_cannot_draw_on_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a file says is in its error: one visible line of bounded length."""
+    hostile = "ok\u202e\u200b\xa0" + 100_000 * "x"
+    path = tmp_path / "run.yaml"
+    path.write_text(f"run: {{seed: '{hostile}'}}\n")
+    assert call("run", path, "--out", tmp_path / "out") == 2
+    first = capsys.readouterr().err.split("\n")[0]
+    assert first.isprintable()
+    assert r"run.seed: must be int, got 'ok\u202e\u200b\xa0xxx" in first
+    assert len(first) < 4100
+    path.write_text(f"'{hostile[:200]}': 1\n")
+    assert call("run", path, "--out", tmp_path / "out") == 2
+    first = capsys.readouterr().err.split("\n")[0]
+    assert first.startswith(r"fedpdm: ok\u202e\u200b\xa0xxx")
+    assert first.isprintable()

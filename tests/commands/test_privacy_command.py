@@ -12,6 +12,7 @@ from fedpdm.diffusion.names import SCHEDULE_KINDS
 from fedpdm.diffusion.schedule import make_schedule
 from fedpdm.privacy.accountant import delta_spent, epsilon_bound, epsilon_spent
 from fedpdm.privacy.events import release_event
+from tests.support.cases import every
 from tests.support.command_line import call, forget_surroundings, without_advice
 
 LINEAR = make_schedule("linear")
@@ -212,3 +213,38 @@ def test_what_the_parser_refuses(arguments: tuple[str, ...]) -> None:
     with pytest.raises(SystemExit) as caught:
         call("privacy", *arguments)
     assert caught.value.code == 2
+
+
+WARNED = [
+    (("--delta", 0.999), "for a client with more than 1: whoever published each image as it is"),
+    (("--delta", 0.002), "for a client with more than 500: whoever"),
+    (("--images", 200_000), "delta 1e-05 is above 1 / 200,000 images of a client: whoever"),
+]
+
+
+@every("arguments, words", WARNED)
+def test_a_delta_beyond_one_image_gets_a_warning_with_the_reason(
+    arguments: tuple[Any, ...], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    assert call("privacy", "--epsilon", 10, "--clip-norm", 10, *arguments, "--json") == 0
+    printed = capsys.readouterr()
+    assert printed.err.startswith("WARNING: --delta: delta ")
+    assert words in printed.err
+    assert words in json.loads(printed.out)["delta_warning"]
+
+
+FINE = [(), ("--images", 100_000), ("--delta", 0.001), ("--delta", 0.1, "--images", 10)]
+
+
+@every("arguments", FINE)
+def test_a_delta_of_one_image_at_most_gets_none(
+    arguments: tuple[Any, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    assert call("privacy", "--t0", 690, "--clip-norm", 10, *arguments) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_number_of_images_below_one(ask: Asker) -> None:
+    assert "--images: must be at least 1, got 0" in ask.refusal(*USUAL, "--images", 0)

@@ -23,6 +23,10 @@ from fedpdm.config import (
 )
 from tests.support.cases import every
 
+NAME = (
+    "name: must be 1 to 128 letters, digits and ._-+=,@() or blanks, beginning with a letter, a "
+    "digit or _"
+)
 SECTIONS = [f for f in dataclasses.fields(RunConfig) if f.name != "name"]
 KEYS = [
     (section.name, key)
@@ -195,10 +199,32 @@ def test_every_number_has_a_bound() -> None:
         ({"data": {"classes": ["a", True]}}, "data.classes[1]: must be int or str, got True"),
         ({"data": {"classes": [None]}}, "data.classes[0]: must be int or str, got None"),
         ({"data": {"attributes": ["Male", 3]}}, "data.attributes[1]: must be str, got 3"),
-        ({"name": ""}, "name: must be usable as a directory name, got ''"),
-        ({"name": "a/b"}, "name: must be usable as a directory name, got 'a/b'"),
-        ({"name": ".."}, "name: must be usable as a directory name, got '..'"),
-        ({"name": "a\0"}, "name: must be usable as a directory name, got 'a\\x00'"),
+        ({"name": ""}, f"{NAME}, got ''"),
+        ({"name": "a/b"}, f"{NAME}, got 'a/b'"),
+        ({"name": ".."}, f"{NAME}, got '..'"),
+        ({"name": "-x"}, f"{NAME}, got '-x'"),
+        ({"name": "a\0"}, "name: must have no control characters, got 'a\\x00'"),
+        (
+            {"name": "ok\n## Privacy"},
+            "name: must have no control characters, got 'ok\\n## Privacy'",
+        ),
+        ({"name": "a\u202eb"}, f"{NAME}, got 'a\\u202eb'"),
+        ({"name": "a\u200bb"}, f"{NAME}, got 'a\\u200bb'"),
+        ({"name": "<b>a</b>"}, f"{NAME}, got '<b>a</b>'"),
+        ({"name": "a|b"}, f"{NAME}, got 'a|b'"),
+        ({"name": 129 * "x"}, f"{NAME}, got '{128 * 'x'}'"),
+        ({"data": {"root": "a\u2028b"}}, "data.root: must have no control characters, got"),
+        ({"data": {"root": 5000 * "x"}}, "data.root: must have at most 4096 characters, got 5000"),
+        ({"data": {"classes": ["a\x1b[2J"]}}, "data.classes[0]: must have no control characters"),
+        (
+            {"run": {"device": "cuda\u202e"}},
+            "run.device: must be a device of torch, got 'cuda",
+        ),
+        ({"sampling": {"scheduler": "a b"}}, "sampling.scheduler: must be a name, got 'a b'"),
+        (
+            {"privacy": {"release": "a b"}},
+            "privacy.release: must be a name, or package.",
+        ),
         ({"name": 3}, "name: must be str, got 3"),
         ({"name": None}, "name: must be str, got None"),
     ],
@@ -207,6 +233,14 @@ def test_bad_configs_are_refused_in_one_line(mapping: Any, message: str) -> None
     with pytest.raises(ConfigError, match="^" + re.escape(message)) as caught:
         config_from_mapping(mapping)
     assert "\n" not in str(caught.value)
+
+
+@every(
+    "name",
+    ["digits", "mein Lauf (2)", "Röntgen_2+eps=3,5@k", "数字", "ह‍िंदी".replace("\u200d", ""), "_x"],
+)
+def test_names_of_letters_of_any_script_are_taken(name: str) -> None:
+    assert config_from_mapping({"name": name}).name == name
 
 
 def test_classes_are_names_or_numbers() -> None:

@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from fedpdm.config import ConfigError, load_config
-from fedpdm.config.strict import LARGEST, StrictError, parse_json, parse_yaml
+from fedpdm.config.strict import LARGEST, StrictError, parse_json, parse_yaml, read_text
+from fedpdm.deployment.invitation import read_invitation
 
 ALIASES = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{chr(98 + n)}: &{chr(98 + n)} [{', '.join(9 * [f'*{chr(97 + n)}'])}]\n" for n in range(8)
@@ -23,6 +24,8 @@ REFUSED = {
     "deep": ("[" * 40 + "]" * 40, "line 1: nests deeper than 32 levels"),
     "very deep": ("[" * 100_000, "nests deeper than 32 levels"),
     "large": ("#" * (LARGEST + 1), f"must have at most {LARGEST} characters, got {LARGEST + 1}"),
+    "many values": ("a: [" + "x," * 20_000 + "]", "line 1: has more than 20000 values"),
+    "long number": ("a: 1" + ":1" * 300_000, "line 1: a number of 600001 characters"),
     "python object": ("!!python/object/apply:os.getcwd []", "not valid YAML: could not determine"),
     "unhashable key": ("? [1, 2]\n: 3\n", "not valid YAML"),
     "no YAML": ("a: [", "not valid YAML"),
@@ -65,6 +68,8 @@ BAD_JSON = {
     "deep": ("[" * 100_000, "nests too deep"),
     "large": (" " * (LARGEST + 1), "characters"),
     "no JSON": ("{", "not valid JSON"),
+    "no number": ('{"a": NaN}', "NaN is no number of JSON"),
+    "infinity": ("[-Infinity]", "-Infinity is no number of JSON"),
 }
 
 
@@ -74,3 +79,19 @@ def test_json_is_as_strict(name: str) -> None:
     with pytest.raises(StrictError, match=words) as caught:
         parse_json(text)
     assert "\n" not in str(caught.value)
+
+
+def test_what_earlier_versions_wrote_is_read() -> None:
+    assert parse_json('{"a": [Infinity]}', earlier=True) == {"a": [float("inf")]}
+
+
+def test_a_file_is_not_read_further_than_it_may_be_long(tmp_path: Path) -> None:
+    path = tmp_path / "large.json"
+    with open(path, "wb") as file:
+        file.truncate(1 << 40)  # a hole: reading all of it would not end
+    with pytest.raises(StrictError, match=f"must have at most {LARGEST} characters"):
+        read_text(path)
+    with pytest.raises(ConfigError, match=r"large\.json: must have at most"):
+        read_invitation(path)
+    with pytest.raises(ConfigError, match=r"large\.json: must have at most"):
+        load_config(path)

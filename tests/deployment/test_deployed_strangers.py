@@ -61,7 +61,7 @@ def test_strangers_are_kept_out_and_replayed_traffic_does_nothing(tmp_path: Path
         removed = federation.node("removed", 1, data)
         federation.start()
         federation.done(
-            "federation", "start", "--state", federation.state, "--remove-node", "removed"
+            "federation", "start", "--state", federation.state, "--remove-node", "node-1-removed"
         )
         other = make_certificates(tmp_path / "other")
         plain = member.twin("plain", **{"store-dir": str(root / "store-plain")})
@@ -86,7 +86,7 @@ def test_strangers_are_kept_out_and_replayed_traffic_does_nothing(tmp_path: Path
         assert greeting[0] == 0x16  # a ServerHello: new keys, which nothing that was recorded fits
         assert len(rest) < 100  # what is left of the handshake, and at most an alert
         status = federation.status()
-        assert [(n["name"], n["status"]) for n in status["nodes"]] == [("member", "online")]
+        assert [(n["name"], n["status"]) for n in status["nodes"]] == [("node-0-member", "online")]
 
 
 def test_a_certificate_that_expires_lets_nobody_in_any_more(tmp_path: Path) -> None:

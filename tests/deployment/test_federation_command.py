@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,17 @@ import psutil
 import pytest
 
 from fedpdm.config import ConfigError
+from fedpdm.deployment.registered import registered_clients
+from fedpdm.engines import flowercli
 from fedpdm.engines.deployed.control import Node
 from fedpdm.engines.deployed.coordinator import LogTail, node_lines, run_progress
 from fedpdm.engines.deployed.preflight import check_deployed_run
 from fedpdm.engines.deployed.status import describe, status_of
+from fedpdm.engines.flowercli import RunFailed, last_error
 from fedpdm.engines.superlink import SuperLink
 from fedpdm.engines.superlink_settings import SuperLinkSettings, answers, split_address
 from fedpdm.reporting.run_files import RunLog
+from fedpdm.setup.flower_config import FEDERATION_VARIABLE
 from fedpdm.storage.run_directory import RunDirectory
 from tests.support.command_line import call, without_advice
 from tests.support.federations import small_config
@@ -138,15 +143,47 @@ def test_keys_of_other_kinds_are_refused(tmp_path: Path, monkeypatch: pytest.Mon
     superlink = SuperLink(tmp_path)
     monkeypatch.setattr(superlink, "require_running", lambda: None)
     monkeypatch.setattr(superlink, "ask", lambda *_: pytest.fail("Flower was asked"))
-    key = make_node_key(tmp_path / "keys" / "node")
+    key = make_node_key(tmp_path / "keys" / "node-0")
     for path, text in (
         (key, key.read_text()),  # the private half
-        (tmp_path / "rsa.pub", "ssh-rsa AAAAB3NzaC1yc2E= me"),
-        (tmp_path / "empty.pub", ""),
+        (tmp_path / "node-1.pub", "ssh-rsa AAAAB3NzaC1yc2E= me"),
+        (tmp_path / "node-2.pub", ""),
     ):
         path.write_text(text)
         with pytest.raises(ConfigError, match="must be an OpenSSH public key on a NIST curve"):
             superlink.register(path)
+
+
+def test_a_keys_name_says_which_client_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    superlink = stopped_federation(tmp_path / "state")
+    monkeypatch.setattr(superlink, "require_running", lambda: None)
+    asked: list[str] = []
+
+    def ask(*arguments: str) -> dict[str, Any]:
+        asked.append(arguments[-1])
+        return {"node-id": 100 + len(asked)}
+
+    monkeypatch.setattr(superlink, "ask", ask)
+    for name in ("clinic", "node-", "node-x", "node-1\x1b", "node-1 b", "1", "node-1234567"):
+        key = make_node_key(tmp_path / "keys" / "key").with_suffix(".pub")
+        key = key.rename(key.with_name(f"{name}.pub"))
+        with pytest.raises(ConfigError, match=r"must be named node-N\.pub or node-N-WORDS\.pub"):
+            superlink.register(key)
+    assert asked == []
+    for name in ("node-0", "node-12", "node-0-2027", "node-3.new"):
+        superlink.register(make_node_key(tmp_path / "good" / name).with_suffix(".pub"))
+    environment = {FEDERATION_VARIABLE: str(superlink.state)}
+    assert registered_clients(environment) == {"101": 0, "102": 12, "103": 0, "104": 3}
+    assert registered_clients({}) == {}
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"nodes": []}', '{"runs": {}}', "{"])
+def test_registered_keys_that_cannot_be_read(tmp_path: Path, text: str) -> None:
+    (tmp_path / "federation.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"federation\.json: cannot be read: "):
+        registered_clients({FEDERATION_VARIABLE: str(tmp_path)})
 
 
 # --- Without a running SuperLink ------------------------------------------------------------
@@ -280,6 +317,39 @@ def test_nodes_that_come_and_go() -> None:
         "node b is online",
         "nodes: 1 of 2 online",
     ]
+
+
+HOSTILE = "ok\x1b[2K\r\u202e\u2028\u200b"
+
+
+def test_nothing_that_is_shown_draws_on_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What Flower says of nodes and runs, what a run's files hold, and what comes as a log."""
+    superlink = stopped_federation(tmp_path / "state")
+    finished_rounds(tmp_path / "out", 1, failed=[HOSTILE + "\nround 2"])
+    superlink.note_run(HOSTILE, tmp_path / "out")
+    assert call("federation", "status", "--state", superlink.state) == 1
+    shown = [capsys.readouterr().out, node_lines([], [node(HOSTILE, "online")])[0]]
+    with open(tmp_path / "log.txt", "w") as file:
+        tail = LogTail(tmp_path)
+        file.write(f"{HOSTILE}\n")
+    shown += tail.lines()
+    RunLog(RunDirectory(tmp_path)).say(HOSTILE)
+    shown += [capsys.readouterr().out, (tmp_path / "log.txt").read_text().splitlines()[-1]]
+    said = subprocess.CompletedProcess([], 1, stdout=HOSTILE, stderr="")
+    monkeypatch.setattr(superlink, "call", lambda *_, **__: said)
+    with pytest.raises(RunFailed) as caught:
+        superlink.ask("list")
+    shown.append(str(caught.value))
+    (tmp_path / "flower.log").write_text(f"Error: {HOSTILE}\n")
+    shown += [last_error(tmp_path / "flower.log"), flowercli._plain(HOSTILE)]
+    shown += flowercli._shown(f"ERROR {HOSTILE}")
+    assert len(shown) == 9
+    for text in shown:
+        assert r"ok\x1b[2K\x0d\u202e\u2028\u200b" in text
+        assert all(c.isprintable() or c == "\n" for c in text)
+    assert shown[0].count("\n") == 5
 
 
 # --- Before a run is submitted --------------------------------------------------------------

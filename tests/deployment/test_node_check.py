@@ -31,7 +31,7 @@ from fedpdm.privacy.releases import ReleaseStore
 from fedpdm.storage.client_store import ClientStore
 from fedpdm.storage.files import StoreError
 from tests.support.command_line import without_advice
-from tests.support.deployments import deployed_config, draw_pictures
+from tests.support.deployments import deployed_config, draw_pictures, policy_text
 from tests.support.federations import SMALL
 from tests.support.tls_servers import server
 
@@ -272,7 +272,7 @@ def damage_ledger(node: Node) -> tuple[str, str]:
 
 
 def bound_epsilon(node: Node) -> tuple[str, str]:
-    node.policy.write_text("max_epsilon: 5")
+    node.policy.write_text(policy_text("max_epsilon: 5"))
     return "bounds", "more than the 5 of this node"
 
 
@@ -283,8 +283,18 @@ def ask_for_raw_metrics(node: Node) -> tuple[str, str]:
 
 
 def break_policy(node: Node) -> tuple[str, str]:
-    node.policy.write_text("max_epsilonn: 5")
+    node.policy.write_text(policy_text("max_epsilonn: 5"))
     return "policy", "did you mean max_epsilon?"
+
+
+def cut_policy(node: Node) -> tuple[str, str]:
+    node.policy.write_text("max_epsilon:")
+    return "policy", "max_epsilon: is empty; give a bound, or none for no bound"
+
+
+def lose_policy(node: Node) -> tuple[str, str]:
+    node.policy.symlink_to(node.root / "not-there.yaml")
+    return "policy", "policy.yaml: cannot be read: No such file or directory"
 
 
 def other_flower(node: Node) -> tuple[str, str]:
@@ -328,8 +338,9 @@ def turn_clock_back(node: Node) -> tuple[str, str]:
 DAMAGES = [
     expire, use_other_authority, use_other_name, use_no_address, move_data, break_picture,
     add_class, resize, block_store, open_store, use_store_of_another, lose_ledger, damage_ledger,
-    bound_epsilon, ask_for_raw_metrics, break_policy, other_flower, other_code,
-    plain_experiment, too_few_clients, lose_invitation, damage_invitation, turn_clock_back,
+    bound_epsilon, ask_for_raw_metrics, break_policy, cut_policy, lose_policy, other_flower,
+    other_code, plain_experiment, too_few_clients, lose_invitation, damage_invitation,
+    turn_clock_back,
 ]  # fmt: skip
 
 
@@ -358,8 +369,78 @@ def _ledger_or_none(store: Path) -> Any:
 
 def test_a_code_digest_that_the_policy_names_is_fine(node: Node) -> None:
     other_code(node)
-    node.policy.write_text(f"code: ['{'f' * 64}']")
+    node.policy.write_text(policy_text(f"code: ['{'f' * 64}']"))
     assert node.failed() == {}
+
+
+HOSTILE = "ok\x1b[2K\r\nok    bounds  \u202eno bounds\u2028\u200b"
+
+
+@pytest.mark.parametrize("where", ["name", "flwr", "images", "format", "key"])
+def test_an_invitation_cannot_draw_on_the_terminal(node: Node, where: str) -> None:
+    """No forged line, no hidden text: all of it is in the one line of a check that failed."""
+    config = json.loads(node.invitation.read_text())["config"]
+    node.rewrite(
+        **{
+            "name": {"config": {**config, "name": HOSTILE}},
+            "flwr": {"software": {"flwr": HOSTILE}},
+            "images": {"images": {"resolution": HOSTILE}},
+            "format": {"format": HOSTILE},
+            "key": {"config": {**config, HOSTILE: 1}},
+        }[where]
+    )
+    code, out, err = node.call("check", "--timeout", "2")
+    assert (code, err) == (2, "")
+    for text in (out, *node.failed().values()):
+        assert all(c.isprintable() or c == "\n" for c in text)
+    assert [line.split()[1] for line in out.splitlines()[:12]] == NAMES
+    assert r"\x1b[2K" in out
+    assert len(max(out.splitlines(), key=len)) < 4200
+
+
+def test_an_endless_text_is_cut(node: Node) -> None:
+    node.rewrite(software={"flwr": "9" * 500_000})
+    assert len(node.failed()["versions"]) < 4200
+
+
+def test_what_a_folder_is_called_cannot_draw_either(node: Node) -> None:
+    (node.data / "train" / "benign").rename(node.data / "train" / "benign\x1b[2K")
+    (node.data / "test" / "benign").rename(node.data / "test" / "benign\x1b[2K")
+    code, out, _ = node.call("check")
+    assert code == 0
+    assert r"By class: benign\x1b[2K: 20, malignant: 20." in out
+    assert "\x1b" not in out
+
+
+def test_no_policy_is_said(node: Node) -> None:
+    code, out, _ = node.call("check", "--accept")
+    assert code == 0
+    words = f"no policy.yaml in {node.policy.parent}: NO BOUNDS on epsilon and t0"
+    assert f"{words}; no raw metrics, no second release" in out
+    node.policy.write_text("max_epsilon: none\nmin_t0: none\n")
+    assert "NO max_epsilon, NO min_t0" in node.call("check")[1]
+
+
+def test_a_delta_beyond_one_image_is_pointed_out(node: Node) -> None:
+    """40 images: 1 / 40 is 0.025."""
+    assert "WARNING" not in node.call("check")[1]
+    node.invitation.write_text(make_invitation(quiet(node.made, privacy={"delta": 0.03})))
+    node.policy.write_text(policy_text("delta: 0.04"))
+    code, out, _ = node.call("check", "--accept")
+    assert code == 0
+    lines = {line.split()[1]: line for line in out.splitlines()[:12]}
+    assert "WARNING: delta 0.04 is above 1 / 40 images of a client: whoever" in lines["bounds"]
+    assert "WARNING: delta 0.03 is above 1 / 40 images" in lines["statement"]
+    assert "WARNING: delta 0.03 is above 1 / 40 images of a client" in " ".join(out.split())
+    (numbers,) = (node.store / "accepted").glob("*.json")
+    assert "0.03 is above 1 / 40" in json.loads(numbers.read_text())["delta_warning"]
+
+
+@pytest.mark.parametrize("seconds", ["nan", "inf", "0", "-1", "1e9"])
+def test_a_timeout_that_is_none(node: Node, seconds: str) -> None:
+    code, _, err = node.call("check", f"--timeout={seconds}")
+    assert code == 2
+    assert err.startswith("fedpdm: --timeout: must be in (0, 3600], got ")
 
 
 @pytest.mark.parametrize("name", ["disk", "memory"])
@@ -419,7 +500,7 @@ def test_the_store_of_a_service(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 
 
 def test_what_is_started(node: Node) -> None:
-    node.policy.write_text(f"{{max_epsilon: 10, code: [{'a' * 64}, {'b' * 64}]}}")
+    node.policy.write_text(policy_text(f"{{max_epsilon: 10, code: [{'a' * 64}, {'b' * 64}]}}"))
     assert node.call("check", "--accept")[0] == 0
     command = engine.prepare_node(node.settings())
     words = list(command.command)

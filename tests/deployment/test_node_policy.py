@@ -26,7 +26,7 @@ from fedpdm.engines.deployed.guard import BundleRefused, InstalledCode, write_co
 from fedpdm.privacy.releases import ReleaseStore
 from fedpdm.setup.flower_config import run_config_of
 from fedpdm.storage.files import StoreError
-from tests.support.deployments import Federation, deployment
+from tests.support.deployments import Federation, deployment, policy_text
 from tests.support.refusals import tree
 
 FIRST = {"round": 1, "phase": "release", "final": True}
@@ -74,8 +74,8 @@ class Place:
     def with_policy(
         self, text: str, options: dict[str, Any] | None = None, **sections: Any
     ) -> Federation:
-        """A federation whose first client has this policy."""
-        self.policy.write_text(text)
+        """A federation whose first client has this policy; bounds that it does not say are none."""
+        self.policy.write_text(policy_text(text))
         return self.federation({"policy-file": str(self.policy), **(options or {})}, **sections)
 
     def release_files(self) -> dict[str, bytes]:
@@ -170,11 +170,33 @@ def test_epsilon_is_counted_at_the_nodes_own_delta(place: Place) -> None:
     check_config(NodePolicy(max_epsilon=between, delta=0.01), config)
 
 
-@pytest.mark.parametrize("text", [None, "max_epsilon: [", "max_epsilonn: 3", "code: [abc]"])
+BROKEN = [
+    None,
+    "max_epsilon: [",
+    "{max_epsilonn: 3, max_epsilon: 3, min_t0: none}",
+    "{max_epsilon: 3, min_t0: none, code: [abc]}",
+    # Cut short, or a slip: each would bound less than its owner meant.
+    "",
+    "# a policy\n",
+    "null",
+    "[]",
+    "max_epsilon:",
+    "max_epsilon: null\nmin_t0: 600\n",
+    "max_epsilon: ~\nmin_t0: 600\n",
+    "max_epsilon: 5\ndelta: 1e-5\n",
+    "max_epsilon: 5\ndelta: 1e-5\nmin_t0:",
+    "min_t0: 600\n",
+    "max_epsilon: unbounded\nmin_t0: 600\n",
+    "max_epsilon: 5\nmin_t0: 600\nmax_epsilon: 500\n",
+]
+
+
+@pytest.mark.parametrize("text", BROKEN)
 def test_a_policy_that_cannot_be_read_refuses_everything(
     place: Place, text: str | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    federation = place.with_policy(text or "")
+    federation = place.with_policy("{}")
+    place.policy.write_text(text or "")
     if text is None:
         place.policy.unlink()
     for kind in KINDS:
@@ -182,6 +204,20 @@ def test_a_policy_that_cannot_be_read_refuses_everything(
         assert told in refusal(federation, kind)
         assert str(place.policy) in capsys.readouterr().err
     assert not place.store.exists()
+
+
+def test_no_bound_is_a_word_and_no_silence(tmp_path: Path) -> None:
+    path = tmp_path / "policy.yaml"
+    path.write_text("max_epsilon: none\nmin_t0: none\n")
+    assert load_policy(path) == NodePolicy()
+    for text, line in (
+        ("min_t0: none\n", "max_epsilon: is missing; give a bound, or none for no bound"),
+        ("max_epsilon: 10\nmin_t0:\n", "min_t0: is empty; give a bound, or none for no bound"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ConfigError) as caught:
+            load_policy(path)
+        assert str(caught.value) == f"{path}: {line}"
 
 
 # --- All releases of an image together --------------------------------------------------------
@@ -223,7 +259,7 @@ def test_epsilon_in_all_is_bounded_over_releases(
 def test_a_policy_counts_for_the_next_message(place: Place) -> None:
     federation = place.with_policy("max_epsilon: 11")
     assert releases(federation)
-    place.policy.write_text("max_epsilon: 9")
+    place.policy.write_text(policy_text("max_epsilon: 9"))
     assert "privacy.epsilon" in refusal(federation)  # not even the stored reply of that round
 
 
@@ -462,7 +498,7 @@ def test_other_kinds_of_app_are_refused(tmp_path: Path) -> None:
         ("min_t0: 0", "min_t0: must be at least 1"),
         ("allow_raw_metrics: 1", "allow_raw_metrics: must be bool"),
         ("max_epsilonn: 1", "max_epsilonn: unknown key; did you mean max_epsilon?"),
-        ("code: [ABC]", r"code\[0\]: must be a SHA-256"),
+        ("{max_epsilon: 3, min_t0: none, code: [ABC]}", r"code\[0\]: must be a SHA-256"),
         ("- 1", "must hold a mapping"),
     ],
 )
@@ -475,8 +511,8 @@ def test_policies_that_are_wrong(tmp_path: Path, text: str, reason: str) -> None
     assert "\n" not in str(caught.value)
 
 
-def test_an_empty_policy_allows_no_raw_metrics_and_no_new_release(tmp_path: Path) -> None:
-    (tmp_path / "policy.yaml").write_text("")
+def test_a_policy_of_bounds_allows_no_raw_metrics_and_no_new_release(tmp_path: Path) -> None:
+    (tmp_path / "policy.yaml").write_text(policy_text("{}"))
     policy = load_policy(tmp_path / "policy.yaml")
     assert policy == NodePolicy()
     assert (policy.allow_raw_metrics, policy.allow_new_release) == (False, False)

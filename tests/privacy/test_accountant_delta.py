@@ -22,6 +22,7 @@ from fedpdm.privacy.accountant import (
     multiplier_for,
     multiplier_for_bound,
     repeated,
+    worst,
 )
 from fedpdm.privacy.events import release_event
 from fedpdm.privacy.types import GaussianEvent
@@ -233,3 +234,12 @@ def test_an_unknown_accounting_is_refused() -> None:
     with pytest.raises(ValueError, match=message):
         accounting_named("renyi")
     assert multiplier_for_bound(epsilon=10, delta=DELTA) > multiplier_for(epsilon=10, delta=DELTA)
+
+
+def test_a_multiplier_that_is_no_number_costs_most() -> None:
+    """It counts as no noise, wherever it stands."""
+    odd, strong, weak = event(math.nan), event(2.0), event(0.5)
+    for events in ((odd, strong, weak), (strong, odd, weak), (weak, strong, odd)):
+        assert worst(events) is odd
+    assert worst((strong, weak)) is weak
+    assert epsilon_spent([strong, odd], delta=DELTA) == math.inf

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import itertools
 import math
 import re
 from pathlib import Path
@@ -14,9 +15,18 @@ import torch
 from scipy import stats
 
 from fedpdm.diffusion.schedule import make_schedule
-from fedpdm.privacy.events import release_event
-from fedpdm.privacy.mechanism import SeededNoise, SystemNoise, clip_l2, release, select
+from fedpdm.privacy.events import release_event, release_parameters
+from fedpdm.privacy.mechanism import (
+    SeededNoise,
+    SystemNoise,
+    clip_l2,
+    clip_to_grid,
+    noised_chunks,
+    release,
+    select,
+)
 from fedpdm.privacy.types import ReleasedDataset
+from tests.support.cases import every
 from tests.support.oracles import moments_fault
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -273,3 +283,55 @@ def test_only_the_mechanism_makes_releases() -> None:
         "fedpdm/privacy/mechanism/gaussian.py",
         "fedpdm/privacy/mechanism/images.py",
     }
+
+
+# --- Numbers that are none ------------------------------------------------------------------
+
+NOT_FINITE = [
+    ({"largest": math.inf}, "largest must be at least 0 and finite, got inf"),
+    ({"largest": math.nan}, "largest must be at least 0 and finite, got nan"),
+    ({"largest": -1.0}, "largest must be at least 0 and finite, got -1.0"),
+    ({"clip_norm": math.inf}, "clip_norm must be positive and finite, got inf"),
+    ({"clip_norm": math.nan}, "clip_norm must be positive and finite, got nan"),
+    ({"shift": math.inf}, r"shift must be in \[-1, 1\], got inf"),
+    ({"shift": math.nan}, r"shift must be in \[-1, 1\], got nan"),
+]
+
+
+@every("options, words", NOT_FINITE)
+def test_parameters_that_are_not_finite_are_refused_by_name(
+    options: dict[str, float], words: str
+) -> None:
+    """With `largest` infinite, an infinite value was clipped to NaN and released."""
+    images = torch.full((2, 1, 4, 4), math.inf)
+    with pytest.raises(ValueError, match=words):
+        released(images, **options)
+
+
+RECORDED = release_parameters(LINEAR, t0=600, clip_norm=5.0, shift=-1.0)
+
+
+@every("name, value", itertools.product(("alpha_bar", "clip_norm", "shift"), (math.inf, math.nan)))
+def test_recorded_parameters_that_are_not_finite_release_nothing(name: str, value: float) -> None:
+    parameters = dataclasses.replace(RECORDED, **{name: value})
+    pixels = np.zeros((2, 1, 4, 4), dtype=np.uint8)
+    with pytest.raises(ValueError, match=rf"{name}\b.* got .*{value}"):
+        list(noised_chunks(pixels, parameters=parameters, noise=seeded()))
+
+
+@every("bound, steps", [(math.inf, 1.0), (math.nan, 1.0), (1.0, math.inf), (0.0, 1.0), (1.0, -1.0)])
+def test_a_grid_that_is_none(bound: float, steps: float) -> None:
+    name, value = ("steps", steps) if bound == 1.0 else ("bound", bound)
+    with pytest.raises(ValueError, match=f"{name} must be positive and finite, got {value}"):
+        clip_to_grid(np.ones((1, 4), dtype=np.float32), bound=bound, steps=steps)
+
+
+def test_what_is_prepared_fits_float32() -> None:
+    """1e300 is finite, and infinite in float32."""
+    pixels = np.zeros((2, 1, 4, 4), dtype=np.uint8)
+    with pytest.raises(ValueError, match="prepare must return finite values of shape"):
+        list(
+            noised_chunks(
+                pixels, parameters=RECORDED, noise=seeded(), prepare=lambda x: x + np.float64(1e300)
+            )
+        )

@@ -573,7 +573,8 @@ def test_a_node_allows_images_alone_unless_its_policy_names_more(tmp_path: Path)
         "privacy.release: 'half' is not one of the mechanisms of this node: images"
     )
     path = tmp_path / "policy.yaml"
-    path.write_text(f"mechanisms: [images, '{PLANTED}:Half', class_sums]\n")
+    bounds = "max_epsilon: none\nmin_t0: none\n"
+    path.write_text(f"{bounds}mechanisms: [images, '{PLANTED}:Half', class_sums]\n")
     with pytest.raises(ConfigError, match=r"policy\.yaml: mechanisms: privacy\.release: must be"):
         load_policy(path)
     register(ClassSums)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -16,7 +17,12 @@ from fedpdm.data.spec import build_image_spec
 from fedpdm.privacy.noise import SeededNoise, SystemNoise
 from fedpdm.privacy.planning import ReleasePlan, build_release_plan
 from fedpdm.privacy.releases import ReleaseStore
-from fedpdm.privacy.statement import client_statement, plain_text, run_statement
+from fedpdm.privacy.statement import (
+    baseline_statement,
+    client_statement,
+    plain_text,
+    run_statement,
+)
 from fedpdm.setup.run_setup import build_schedule
 from fedpdm.storage.files import StoreError
 from tests.support.federations import small_config
@@ -204,3 +210,21 @@ def test_the_text_says_what_is_not_protected(simulation: bool) -> None:
     for line, what in zip(lines, NOT_PROTECTED, strict=True):
         assert what in line
     assert max(map(len, words.splitlines())) <= 100
+
+
+def test_a_delta_beyond_one_image_is_in_the_statement(store: ReleaseStore) -> None:
+    """Of a client by its ledger, of a run by that of the client with most images, of DP-SGD."""
+    store.obtain(image_set(30), request())
+    assert "delta_warning" not in client_statement(store, delta=1 / 30)
+    told = client_statement(store, delta=0.04)["delta_warning"]
+    assert told.startswith("delta 0.04 is above 1 / 30 images of a client: whoever published each")
+    config, plan = planned()
+    assert "delta_warning" not in run_statement(config, plan, noise_source="x", stores=[store])
+    large = dataclasses.replace(config, privacy=dataclasses.replace(config.privacy, delta=0.04))
+    statement = run_statement(large, plan, noise_source="x", stores=[store])
+    assert statement["delta_warning"] == told
+    assert f"WARNING: {told}." in " ".join(plain_text(statement).split())
+    alone = run_statement(large, plan, noise_source="x")  # a server that knows no number
+    assert "for a client with more than 25: whoever" in alone["delta_warning"]
+    noisy = small_config(coarse={"images": "dp_sgd"}, privacy={"delta": 0.04})
+    assert "WARNING: delta 0.04 is above" in baseline_statement(noisy)["words"]

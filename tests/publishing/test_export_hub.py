@@ -24,6 +24,7 @@ from fedpdm.diffusion.twostage import SamplerSettings, refine
 from fedpdm.privacy.releases import ReleaseStore
 from fedpdm.privacy.statement import client_statement
 from fedpdm.publishing.export import export_pipeline, load_pipeline
+from fedpdm.publishing.model_card import model_card
 from tests.publishing.test_pipeline import T0, T, make_pair, wrap
 from tests.support.fake_runs import FakeRun
 from tests.support.toys import seeded
@@ -79,6 +80,24 @@ def test_the_card_has_the_ledgers_numbers(fake: FakeRun, exported: Path) -> None
     assert f"| epsilon at delta 1e-05 | {values} |" in lines
     assert any(f"head `{statement['ledger_head']}`" in line for line in lines)
     assert any("This is a **simulation**" in line for line in lines)
+
+
+def test_what_a_run_is_called_cannot_write_the_card(fake: FakeRun, exported: Path) -> None:
+    """Names and words of files are text in it: no heading, table, link, tag or formula."""
+    hostile = "x\n## Privacy\n**fully anonymous** <img src=//y> |$"
+    pipeline = load_pipeline(exported)
+    run = fake.run.read_json("privacy.json") | {"does_not_protect": ["a"], "noise_source": "b"}
+    client = client_statement(ReleaseStore(fake.run.client_path(2)), delta=1e-5)
+    pipeline.register_to_config(id2label={"0": "zero", "1": "one"})
+    honest = model_card(pipeline, name="fake", run=run, client=client)
+    pipeline.register_to_config(id2label={"0": hostile, "1": "b\u202e"})
+    run |= {"does_not_protect": [hostile], "noise_source": hostile}
+    card = model_card(pipeline, name=hostile, run=run, client=client)
+    shown = r"x \#\# Privacy \*\*fully anonymous\*\* &lt;img src=//y&gt; \|\$"
+    assert card.count(shown) == 4
+    assert r"1 b\\u202e" in card
+    for mark in ("## ", "|", "**", "<", "`", "\n\n"):
+        assert card.count(mark) - card.count(shown) * shown.count(mark) == honest.count(mark), mark
 
 
 def test_a_second_release_shows_in_the_card(tmp_path: Path) -> None:

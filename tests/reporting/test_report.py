@@ -11,6 +11,7 @@ import math
 import platform
 import re
 import shutil
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -251,7 +252,7 @@ def test_a_baseline_and_a_deployment(tmp_path: Path) -> None:
 
 
 def test_hostile_words_stay_words(tmp_path: Path) -> None:
-    run = made_run(tmp_path / "run", name=HOSTILE.replace("/", ""), classes=[HOSTILE] * 10,
+    run = made_run(tmp_path / "run", classes=[HOSTILE] * 10,
                    privacy={**PRIVACY, "guarantee": HOSTILE, "does_not_protect": [HOSTILE],
                             "ledger_heads": {"0": HOSTILE}})  # fmt: skip
     (run / "versions.json").write_text(json.dumps({HOSTILE: HOSTILE}))
@@ -268,6 +269,19 @@ def test_hostile_words_stay_words(tmp_path: Path) -> None:
     assert not any(a.get("src") == "x" for _, a, _ in page.elements)
     assert page.text.count(" ".join(HOSTILE.split())) > 20
     assert any(HOSTILE in a.get("alt", "") for _, a, _ in page.all("img"))
+
+
+def test_nothing_is_hidden_or_turned_round(tmp_path: Path) -> None:
+    """What HTML's own escapes leave: text in the other direction, of no width, or of control."""
+    words = "a\u202eb\u2066c\u200bd\u2028e\x1bf\ufeffg"
+    told = {**PRIVACY, "guarantee": words, "does_not_protect": [words]}
+    run = made_run(tmp_path / "run", classes=[words] * 10, privacy=told)
+    (run / "versions.json").write_text(json.dumps({words: words}))
+    folder = made_attacks(tmp_path / "attacks", what=words)
+    page = page_of(run, attacks=folder, films=False)
+    assert page.text.count(r"a\u202eb\u2066c\u200bd\u2028e\x1bf\ufeffg") > 10
+    hidden = {c for c in page.html if unicodedata.category(c) in ("Cc", "Cf", "Zl", "Zp")}
+    assert hidden <= {"\n"}
 
 
 def test_no_place_on_this_machine_is_told(trained: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import yaml
 from PIL import Image
 
 from fedpdm.cli import main
+from fedpdm.commands.terminal import show
 from fedpdm.config import ConfigError, load_suite
 from fedpdm.reporting.provenance import describe_machine
 from fedpdm.reporting.results import (
@@ -184,7 +185,7 @@ def test_load_results_reads_a_folder_and_names_a_damaged_file(tmp_path: Path) ->
     (tmp_path / "notes.json").write_text("{}")
     assert sorted(found["seed"] for found in load_results(tmp_path)) == [2, 10]
     (tmp_path / "ours-seed0.json").write_text('{"seed": ')
-    with pytest.raises(ValueError, match=r"ours-seed0\.json: cannot be read: ") as caught:
+    with pytest.raises(ValueError, match=r"ours-seed0\.json: cannot be read: not ") as caught:
         load_results(tmp_path)
     assert "\n" not in str(caught.value)
 
@@ -428,10 +429,39 @@ def test_damaged_result(folder: Path, capsys: pytest.CaptureFixture[str]) -> Non
     path.write_text(path.read_text()[:50])
     arguments = ["tables", "--experiments", str(folder), "--out", str(folder / "x.md")]
     assert main(arguments) == 2
-    assert "ours-seed0.json: cannot be read" in capsys.readouterr().err
+    assert "ours-seed0.json: cannot be read: not valid JSON" in capsys.readouterr().err
 
 
 def test_missing_paper_values(folder: Path) -> None:
     (folder / "expected" / "paper.yaml").write_text("{}")
     with pytest.raises(ConfigError, match=r"paper\.yaml: has no table toys"):
         suite_tables(load_suite(folder / "toy.yaml"), "cpu", folder / "results")
+
+
+def test_words_of_a_suite_are_shown_not_obeyed(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In Markdown its titles are text, in a terminal nothing of them is hidden."""
+    words = "x | *y* [z](http://w) <b>\u202e"
+    changed = {**SUITE, "title": f"{words}\x1b[2K", "profiles": {"cpu": {"description": words}}}
+    (folder / "toy.yaml").write_text(yaml.safe_dump(changed, sort_keys=False))
+    ours = {"title": words, "trust": words, "shared": 0.25}
+    (folder / "methods" / "ours.yaml").write_text(yaml.safe_dump(ours))
+    fill(folder)
+    suite = load_suite(folder / "toy.yaml")
+    page = suite_tables(suite, "cpu", folder / "results", page=True)
+    shown = r"x \| \*y\* \[z\](http&#58;//w) &lt;b&gt;\\u202e"
+    assert page.splitlines()[0] == rf"## {shown}\\x1b\[2K, profile cpu"
+    assert f"| {shown} | " in page
+    assert f"*{shown}*: {shown}" in page
+    plain = suite_tables(suite, "cpu", folder / "results")
+    assert plain.splitlines()[0] == r"x | *y* [z](http://w) <b>\u202e\x1b[2K, profile cpu"
+    show(plain)
+    assert "\u202e" not in (printed := capsys.readouterr().out)
+    assert "\x1b" not in printed
+
+
+def test_a_suites_name_is_a_name(folder: Path) -> None:
+    (folder / "toy.yaml").write_text(yaml.safe_dump({**SUITE, "name": "a/../b"}))
+    with pytest.raises(ConfigError, match=r"toy\.yaml: name: must be 1 to 128 letters"):
+        load_suite(folder / "toy.yaml")

@@ -252,3 +252,23 @@ def test_the_lock_waits_for_the_other_holder(tmp_path: Path) -> None:
             waited = time.perf_counter() - started
         timer.join()
     assert waited >= 0.35
+
+
+def test_a_file_of_a_stranger_is_read_strictly(tmp_path: Path) -> None:
+    """No key twice, no depth, no end; NaN is what earlier versions wrote into results."""
+    path = tmp_path / "partition.json"
+    for text, words in (
+        ('{"a": 1, "a": 2}', "key 'a' stands there twice"),
+        ("[" * 100_000, "nests too deep"),
+        ("[1]", "must hold an object, got list"),
+    ):
+        path.write_text(text)
+        with pytest.raises(StoreError, match=words) as caught:
+            read_json(path)
+        assert str(caught.value).startswith(f"{path}: ")
+    with open(path, "wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(StoreError, match="must have at most"):
+        read_json(path)
+    path.write_text('{"a": NaN, "b": [-Infinity]}')
+    assert str(read_json(path)) == "{'a': nan, 'b': [-inf]}"

@@ -18,12 +18,14 @@ import pytest
 from flwr.common import Code, FitRes, Parameters, Status, ndarrays_to_parameters
 
 from fedpdm import wire
+from fedpdm.storage.run_directory import RunDirectory
+from fedpdm.text import LONGEST
 from fedpdm.wire.types import CoarseUpdate
 from strategies import exchange
-from strategies.answers import LONGEST_LINE, one_line
 from strategies.roster import ClientFailure
 from tests.strategies.test_strategies_server import make_server, nothing, upload
 from tests.support.strategy_fakes import (
+    EMPTY,
     START,
     Arrays,
     arrays,
@@ -110,7 +112,14 @@ HOSTILE: dict[str, tuple[Callable[[], FitRes], str]] = {
         lambda: fit_result([], 10, {"client_id": 1, "error": "no\n" * 10**6}),
         "client 1: no no",
     ),
-    "terminal": (lambda: fit_result([], 10, {"error": "\x1b[2J\x1b]0;owned\x07"}), r"\?\[2J\?"),
+    "terminal": (
+        lambda: fit_result([], 10, {"error": "\x1b[2J\x1b]0;owned\x07"}),
+        r"\\x1b\[2J\\x1b\]0;owned\\x07",
+    ),
+    "other direction": (
+        lambda: fit_result([], 10, {"error": "a\u202eb\u2028round 1/1"}),
+        r"a\\u202eb\\u2028round 1/1",
+    ),
     "endless name": (lambda: update(1, drift(1), metrics={"m" * 10**6: 1.0}), "metric mmm"),
     "endless kind": (
         lambda: framed(_with_kind("k" * 40_000)),
@@ -150,14 +159,59 @@ def test_nothing_of_a_hostile_answer_is_aggregated(
     (line,) = server.said
     assert line.startswith("round 1 fit failed: client 1: ")
     assert line.isprintable()
-    assert len(line) < LONGEST_LINE + 50
+    assert len(line) < LONGEST + 50
     assert bad.parameters.tensors == []  # let go of
 
 
-def test_a_log_line_of_a_client_is_short_and_plain() -> None:
-    assert one_line(" a\n\tb \x00\x1b[31m é ") == "a b ??[31m é"
-    assert one_line("x" * LONGEST_LINE) == "x" * LONGEST_LINE
-    assert one_line("x" * 10**6) == "x" * LONGEST_LINE + "..."
+def test_a_loss_beyond_all_is_left_out_by_name(tmp_path: Path) -> None:
+    """Its mean with others would be infinite, which JSON does not have; its update counts."""
+    server = fedavg_server(tmp_path, rounds=1)
+    server.ask(1)
+    hostile = {"client_id": 1, "coarse_loss": 1.7e308, "fine_loss": -1.7e308, "seconds": 1e300}
+    server.take(
+        1,
+        {
+            0: update(0, drift(0), num_examples=30),
+            1: update(1, drift(1), num_examples=90, metrics=hostile),
+            2: update(2, drift(2), num_examples=10),
+        },
+    )
+    for name in ("coarse_loss 1.7e+308", "fine_loss -1.7e+308", "seconds 1e+300"):
+        assert f"client 1: {name} is beyond 1e+12, left out" in server.said
+    (record,) = RunDirectory(tmp_path).read_json("metrics.json")["rounds"]
+    assert record["coarse_loss"] == pytest.approx(0.5)  # of the other two
+    assert record["clients"][1] == {"client_id": 1}
+    wanted = sum(n * drift(k)["conv.weight"] for k, n in ((0, 30), (1, 90), (2, 10))) / 130
+    got = server.strategy.weights["conv.weight"].numpy()
+    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss", [1.7e308, -1e13, float("inf"), float("nan")])
+def test_a_held_out_loss_beyond_all_is_refused(tmp_path: Path, loss: float) -> None:
+    server = fedavg_server(tmp_path, rounds=1, on_failure="skip")
+    server.ask(1)
+    server.take(1, {k: update(k, drift(k)) for k in range(3)})
+    server.strategy.configure_evaluate(1, EMPTY, server.manager)
+    results = [(server.proxy(k), evaluation(k, loss if k == 1 else 2.0, 10)) for k in range(3)]
+    server.strategy.aggregate_evaluate(1, results, [])
+    assert any("held-out loss of client 1 must be at most 1e+12" in line for line in server.said)
+    text = (tmp_path / "metrics.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["rounds"][0]["heldout_coarse_loss"] == 2.0
+
+
+def test_what_a_strategy_measures_is_written_as_json(tmp_path: Path) -> None:
+    """Whatever a strategy of one's own says of its round; a resumed run reads the same."""
+    server = fedavg_server(tmp_path)
+    real = server.strategy.merge
+    server.strategy.merge = lambda round: {**real(round), "odd": float("inf")}  # type: ignore
+    server.ask(1)
+    server.take(1, {k: update(k, drift(k)) for k in range(3)})
+    text = (tmp_path / "metrics.json").read_text()
+    (record,) = json.loads(text, parse_constant=pytest.fail)["rounds"]
+    assert record["odd"] is None
+    checkpoint = RunDirectory(tmp_path).load_checkpoint()
+    assert checkpoint is not None
+    assert checkpoint[2]["rounds"] == [record]
 
 
 def test_what_is_too_large_is_refused_before_it_is_decoded(

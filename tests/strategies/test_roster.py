@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -142,4 +143,94 @@ def test_simulated_nodes_are_asked_one_by_one() -> None:
     assert len(roster.choose(1, manager)) == 4
     roster, manager = roster_of(SilentProxy(0), simulation=True)
     with pytest.raises(ValueError, match="Message contains an Error"):
+        roster.choose(1, manager)
+
+
+# --- Registered keys: a key is a client -------------------------------------------------------
+
+
+def registered(
+    *claims: int, keys: Mapping[str, int], **changes: Any
+) -> tuple[Roster, SimpleClientManager, list[str]]:
+    """A roster of nodes n0, n1, ... that claim these clients, and what it announces."""
+    said: list[str] = []
+    roster, manager = roster_of(
+        *map(FakeProxy, claims), **{"registered": lambda: keys, "min_clients": 2, **changes}
+    )
+    roster.__init__(roster._settings, said.append)  # type: ignore[misc]
+    return roster, manager, said
+
+
+def chosen(roster: Roster, round: int, manager: SimpleClientManager) -> list[str]:
+    return [proxy.cid for proxy in roster.choose(round, manager)]
+
+
+@pytest.mark.parametrize("on_failure", ["raise", "skip"])
+def test_a_false_claim_ends_neither_the_run_nor_the_honest_client(on_failure: str) -> None:
+    """n0, whose key is client 1's, claims client 0 before n1, which is client 0, is there."""
+    keys = {"n0": 1, "n1": 0, "n2": 2}
+    roster, manager, said = registered(0, 2, keys={"n0": 1, "n1": 2}, min_clients=1)
+    assert chosen(roster, 1, manager) == ["n1"]
+    roster, manager, said = registered(0, 0, 2, keys=keys, on_failure=on_failure)
+    for round in (1, 2, 3):
+        assert chosen(roster, round, manager) == ["n1", "n2"]
+        assert roster.problems == []
+        assert roster.asked == {0, 2}
+    assert said == ["node n0 is client 1 by its key and says that it is 0; it is left out"]
+    manager.all()["n0"].properties["client_id"] = 1  # it has come to its senses
+    assert chosen(roster, 4, manager) == ["n1", "n0", "n2"]
+
+
+def test_a_key_that_says_no_client_may_not_be_a_registered_one() -> None:
+    roster, manager, said = registered(0, 0, 7, keys={"n1": 0})
+    assert chosen(roster, 1, manager) == ["n1", "n2"]
+    assert said == ["node n0 says that it is client 0, whose key is another node's; it is left out"]
+    manager.unregister(manager.all()["n1"])
+    late = FakeProxy(9)
+    late.cid = "late"
+    manager.register(late)
+    assert chosen(roster, 2, manager) == ["n2", "late"]  # nor when that one is away
+
+
+def test_who_claimed_first_gives_way_to_a_key_that_is_registered_later() -> None:
+    keys: dict[str, int] = {}
+    roster, manager, said = registered(0, 1, keys=keys)
+    assert chosen(roster, 1, manager) == ["n0", "n1"]
+    honest = FakeProxy(0)
+    honest.cid = "honest"
+    keys["honest"] = 0
+    manager.register(honest)
+    assert chosen(roster, 2, manager) == ["honest", "n1"]
+    assert roster.client_id(manager.all()["n0"]) == -1
+    assert len(said) == 1
+
+
+def test_of_two_keys_of_one_client_the_newest_counts() -> None:
+    """A key that was replaced, and perhaps is in other hands, gives way."""
+    keys = {"n0": 0, "n1": 1}
+    roster, manager, said = registered(0, 1, keys=keys, on_failure="raise")
+    assert chosen(roster, 1, manager) == ["n0", "n1"]
+    newer = FakeProxy(0)
+    newer.cid = "newer"
+    keys["newer"] = 0
+    manager.register(newer)
+    assert chosen(roster, 2, manager) == ["newer", "n1"]
+    assert said == ["node n0 is client 0 by an older key than another node's; it is left out"]
+
+
+def test_honest_clients_are_waited_for_beside_a_false_claim() -> None:
+    """The node that claims falsely does not count as one of those that are needed."""
+    roster, manager, said = registered(0, 0, keys={"n0": 1, "n1": 0, "n2": 2}, wait_seconds=60)
+    late = FakeProxy(2)
+    late.cid = "n2"
+    timer = threading.Timer(0.3, manager.register, [late])
+    timer.start()
+    assert chosen(roster, 1, manager) == ["n1", "n2"]
+    timer.join()
+    assert len(said) == 1
+
+
+def test_a_false_claim_alone_is_no_client() -> None:
+    roster, manager, _ = registered(0, 0, keys={"n0": 1, "n1": 0}, wait_seconds=1)
+    with pytest.raises(ClientFailure, match="round 1: 1 clients are connected, 2 are needed"):
         roster.choose(1, manager)

@@ -223,8 +223,8 @@ def test_held_out_loss_is_weighted_by_images(tmp_path: Path) -> None:
 
 BAD_EVALUATIONS = {
     "its own error": (evaluation(1, 0.0, 0, error="no images"), "client 1: no images"),
-    "nan": (evaluation(1, math.nan, 10), "loss of client 1 is nan"),
-    "infinite": (evaluation(1, math.inf, 10), "loss of client 1 is inf"),
+    "nan": (evaluation(1, math.nan, 10), "loss of client 1 must be at most 1e.12, got nan"),
+    "infinite": (evaluation(1, math.inf, 10), "loss of client 1 must be at most 1e.12, got inf"),
     "no image": (evaluation(1, 1.0, 0), "client 1: num_examples must be at least 1, got 0"),
     "negative": (evaluation(1, 1.0, -3), "client 1: num_examples must be at least 1, got -3"),
     "unlisted metric": (evaluation(1, 1.0, 10, pixels=3), "metric pixels of client 1"),

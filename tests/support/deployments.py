@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.common import (
     EvaluateIns,
@@ -169,6 +170,11 @@ class Federation:
             kept = read_ledger(Path(self.nodes[client]["store-dir"]) / "ledger.jsonl")
             assert shown[MARKS] == kept.marks  # the field has room for nothing else
         return message_from_proto(ProtoMessage.FromString(data))
+
+
+def policy_text(text: str) -> str:
+    """A node's policy with `none` for the bounds that `text` does not say."""
+    return yaml.safe_dump({"max_epsilon": "none", "min_t0": "none", **yaml.safe_load(text)})
 
 
 def deployed_config(public: Path, **sections: dict[str, Any]) -> RunConfig:

@@ -122,6 +122,12 @@ def make_node_key(path: Path) -> Path:
     return path
 
 
+def key_name(name: str, client: int) -> str:
+    """`node-N`, and the node's own name where that is another."""
+    own = f"node-{client}"
+    return name if name == own else f"{own}-{name}"
+
+
 # --- Data -----------------------------------------------------------------------------------
 
 
@@ -337,8 +343,9 @@ class RealFederation:
         return int(json.loads((self.state / "superlink.pid").read_text())["pid"])
 
     def node(self, name: str, client: int, data: Path, **options: Any) -> Node:
-        """A node that is not started yet; its key is made and lies with those to register."""
-        key = self.keys / name
+        """A node that is not started yet; its key, which says which client it is, is made and lies
+        with those to register."""
+        key = self.keys / key_name(name, client)
         if not key.exists():
             make_node_key(key)
         own = {"partition-id": client, "num-partitions": 9, "data-dir": str(data)}

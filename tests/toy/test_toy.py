@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from fedpdm.config.reading import toy_config_from_mapping
 from fedpdm.diffusion.denoisers import DenoisingFunction
 from fedpdm.diffusion.gmm import make_mixture, spectrum_variances
 from fedpdm.diffusion.schedule import make_schedule
@@ -27,6 +29,8 @@ from fedpdm.toy import (
     train_models,
 )
 from fedpdm.toy.denoisers import average_means
+from fedpdm.toy.plan import plan
+from fedpdm.toy.running import CellLines
 from tests.support.oracles import GaussianPosterior, chain_moments, trailing_levels
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -265,3 +269,11 @@ def test_the_network_samples_the_majority_class() -> None:
         train_models(clients, kind="tree", num_steps=1, seed=0)
     with pytest.raises(ValueError, match="train_models takes one replicate, got 2"):
         train_models(Clients.draw(plain, replicates=2, seed=0), kind="mlp", num_steps=1, seed=0)
+
+
+def test_a_cell_that_is_not_finite_is_refused_by_name(tmp_path: Path) -> None:
+    shelf = CellLines(tmp_path / "cells.jsonl", resume=False)
+    cell = plan(toy_config_from_mapping({"name": "small"}))[0]
+    with pytest.raises(FloatingPointError, match=rf"toy: {cell.sweep}: w2_low is -inf"):
+        shelf.keep(cell, [{"w2": 1.0, "w2_low": -math.inf}], 1.0)
+    assert (tmp_path / "cells.jsonl").read_text() == ""

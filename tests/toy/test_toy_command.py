@@ -100,7 +100,7 @@ def test_planted_contradictions_are_reported() -> None:
         ("release.sigma2=1e9", "sigma2 must be in ["),
         ("federation.total=30", "num_all must leave a point for each majority client, got 30"),
         ("sweep.epsilon=[0.001]", "sweep.epsilon 0.001: "),
-        ("name=../gmm", "name: must be usable as a directory name, got '../gmm'"),
+        ("name=../gmm", "name: must be 1 to 128 letters, digits"),
         ("mixture.classes=1", "mixture.classes: must be at least 2, got 1"),
     ],
 )

@@ -14,6 +14,7 @@ from fedpdm.attacks.roc import roc_points
 from fedpdm.reporting.pictures import draw_roc
 from fedpdm.reporting.provenance import software_versions
 from fedpdm.storage.files import write_atomic, write_json
+from fedpdm.text import markdown, visible
 
 __all__ = ["PAPER", "write_report"]
 
@@ -96,7 +97,7 @@ def _percent(estimate: Mapping[str, float]) -> str:
 def _summary(
     done: Sequence[EndedAttack], *, title: str, facts: Mapping[str, Any], curves: Sequence[Path]
 ) -> str:
-    lines = [f"# {title}", "", str(facts["what"]), "", MEANING]
+    lines = [f"# {markdown(title)}", "", visible(str(facts["what"])), "", MEANING]
     by_group: dict[str, list[EndedAttack]] = {}
     for each in done:
         by_group.setdefault(each.job.group, []).append(each)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from fedpdm.attacks.jobs.subjects import Subjects, matched_pairs
 from fedpdm.attacks.membership import AttackTarget
 from fedpdm.diffusion.denoisers import NO_LABEL
 from fedpdm.diffusion.schedule import NoiseSchedule
+from fedpdm.storage.files import StoreError, read_json
 
 __all__ = ["UNetDenoiser", "file_digest", "open_unet", "read_images", "unet_subjects"]
 
@@ -155,12 +155,9 @@ def _scheduler(folder: Path) -> dict[str, Any]:
         path = place / "scheduler_config.json"
         if path.is_file():
             try:
-                config = json.loads(path.read_text(encoding="utf-8"))
-                if isinstance(config, dict):
-                    return config
-            except (OSError, ValueError):
-                pass
-            raise ValueError(f"{path}: is not a scheduler's configuration")
+                return read_json(path)
+            except StoreError:
+                raise ValueError(f"{path}: is not a scheduler's configuration") from None
     return {}
 
 

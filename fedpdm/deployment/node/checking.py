@@ -32,14 +32,17 @@ from fedpdm.deployment.node.statement import (
     statement_text,
 )
 from fedpdm.deployment.policy import NodePolicy, check_code, check_config
+from fedpdm.privacy.accountant import delta_warning
 from fedpdm.privacy.releases import ReleaseStore
 from fedpdm.privacy.statement import baseline_statement
 from fedpdm.setup.build import build_denoiser
 from fedpdm.setup.run_setup import RunSetup, set_up
 from fedpdm.storage.files import StoreError
+from fedpdm.text import line
 
 __all__ = ["check_node"]
 
+LONGEST_DETAIL = 4000
 SOON = 30.0  # days; a certificate that ends sooner is pointed out
 T = TypeVar("T")
 
@@ -82,10 +85,10 @@ class _Checking:
         )
         for name, step in steps:
             try:
-                check = Check(name=name, ok=True, detail=step())
+                check = Check(name=name, ok=True, detail=line(step(), limit=LONGEST_DETAIL))
             except (ValueError, OSError, FileNotFoundError, MemoryError) as error:
-                line = " ".join(str(error).split()) or type(error).__name__
-                check = Check(name=name, ok=False, detail=line)
+                why = line(error, limit=LONGEST_DETAIL) or type(error).__name__
+                check = Check(name=name, ok=False, detail=why)
             self.report.checks.append(check)
         return self.report
 
@@ -107,12 +110,13 @@ class _Checking:
         policy = self.settings.load_policy()
         self.report.policy = policy
         if self.settings.policy is None:
-            return "no policy.yaml: no bounds on epsilon and t0; no raw metrics, no second release"
+            return f"{self.settings.bounds()}; no raw metrics, no second release"
         shown = asdict(policy) | {"mechanisms": ", ".join(policy.mechanisms)}
         if policy.mechanisms == NodePolicy().mechanisms:
             del shown["mechanisms"]
-        bounds = ", ".join(f"{name} {value}" for name, value in shown.items() if value)
-        return f"{self.settings.policy}: {bounds or 'no bounds'}"
+        bounds = [f"{name} {value}" for name, value in shown.items() if value]
+        bounds += [f"NO {name}" for name in ("max_epsilon", "min_t0") if shown[name] is None]
+        return f"{self.settings.policy}: {', '.join(bounds)}"
 
     def invitation(self) -> str:
         found = read_invitation(self.settings.invitation)
@@ -189,8 +193,8 @@ class _Checking:
         return _enough(free_disk(root), store_bytes(**self._sizes), what="disk")
 
     def memory(self) -> str:
-        line = _enough(free_memory(), training_bytes(**self._sizes), what="memory")
-        return f"{line}, and the activations of a batch"
+        found = _enough(free_memory(), training_bytes(**self._sizes), what="memory")
+        return f"{found}, and the activations of a batch"
 
     @functools.cached_property
     def _sizes(self) -> dict[str, int]:
@@ -234,7 +238,7 @@ class _Checking:
         )
         return (
             f"{plan.mechanism.describe(plan.rounds[0])}, epsilon {total:.4g} in all at delta "
-            f"{policy.delta:g}: within bounds"
+            f"{policy.delta:g}: within bounds{self._warning(policy.delta)}"
         )
 
     def statement(self) -> str:
@@ -262,11 +266,17 @@ class _Checking:
         record = acceptance_of(store.ledger(), config)
         self.report.accepted = record is not None
         words = f"epsilon {statement['epsilon']:.4g} at delta {statement['delta']:g} per image"
+        warning = self._warning(statement["delta"])
         if record is None:
-            return f"{words}, not accepted yet"
+            return f"{words}, not accepted yet{warning}"
         same = record.fields.get("images_sha256") == images_sha256(images)
         changed = "" if same else f" for {record.fields['images']:,} other images than today's"
-        return f"{words}, accepted {record.at} by {record.fields['by']}{changed}"
+        return f"{words}, accepted {record.at} by {record.fields['by']}{changed}{warning}"
+
+    def _warning(self, delta: float) -> str:
+        """What follows a line that counts at a delta too large for the images here."""
+        found = delta_warning(delta, images=len(self._given(self.report.images)))
+        return f"; WARNING: {found}" if found else ""
 
     @functools.cached_property
     def _setup(self) -> RunSetup:

@@ -19,7 +19,8 @@ POLICY = "policy.yaml"
 class NodeSettings:
     """`coordinator` is HOST:PORT, `certificate` the node's PEM file with its key beside it, `data`
     its images. `invitation` lies beside the certificate and `policy` beside the data where nothing
-    else is said; `policy` is None where there is no such file. `store` None: `default_store`."""
+    else is said; `policy` is None where there is no such file, and then only the accepted statement
+    bounds epsilon and t0. `store` None: `default_store`."""
 
     coordinator: str
     certificate: Path
@@ -42,7 +43,7 @@ class NodeSettings:
         """Absolute paths, with what was not said filled in."""
         certificate, data = certificate.expanduser().absolute(), data.expanduser().absolute()
         beside = data.parent / POLICY
-        if policy is None and beside.exists():
+        if policy is None and os.path.lexists(beside):  # a dangling link is a policy that is lost
             policy = beside
         return cls(
             coordinator=coordinator,
@@ -57,6 +58,12 @@ class NodeSettings:
         """The node's bounds. Without a file they allow neither raw metrics nor new releases; the
         accepted statement decides everything else."""
         return load_policy(self.policy) if self.policy else NodePolicy()
+
+    def bounds(self) -> str:
+        """Which policy holds, or that there is none and what that means."""
+        if self.policy:
+            return f"policy {self.policy}"
+        return f"no {POLICY} in {self.data.parent}: NO BOUNDS on epsilon and t0"
 
     def store_of(self, client_id: int) -> Path:
         """Where client `client_id` keeps its ledger, releases and fine model."""

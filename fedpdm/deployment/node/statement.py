@@ -13,7 +13,7 @@ from fedpdm.privacy.accountant import compose, epsilon_spent, repeated, worst
 from fedpdm.privacy.noise import SystemNoise
 from fedpdm.privacy.planning import ReleasePlan, build_release_request
 from fedpdm.privacy.releases import ReleaseStore
-from fedpdm.privacy.statement import GROUPS, plain_text, run_statement
+from fedpdm.privacy.statement import GROUPS, plain_text, run_statement, warning_about
 
 __all__ = ["check_spending", "images_sha256", "node_statement", "statement_text"]
 
@@ -84,7 +84,8 @@ def node_statement(
         "images_released_again": preview.again,
         "raw_metrics": raw_metrics,
     }
-    return statement
+    statement.pop("delta_warning", None)  # of those that were released before
+    return statement | warning_about(delta, images=len(images))
 
 
 def statement_text(statement: dict[str, Any], counts: dict[str, int]) -> str:

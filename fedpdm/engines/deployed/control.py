@@ -12,10 +12,11 @@ from typing import Any
 
 from fedpdm.engines.flowercli import RunFailed, flower_environment, tool
 from fedpdm.setup.flower_config import FEDERATION_VARIABLE
+from fedpdm.text import line
 
 __all__ = ["CONNECTION", "MARKER", "Control", "FlowerRun", "Node", "without_colour"]
 
-MARKER = FEDERATION_VARIABLE
+MARKER = FEDERATION_VARIABLE  # of every process that was started for a state directory
 CONNECTION = "coordinator"  # its name in Flower's config
 
 
@@ -71,13 +72,13 @@ class Control:
             answer = self.call(*arguments, CONNECTION, "--format", "json", timeout=timeout)
         except subprocess.TimeoutExpired:
             raise RunFailed(f"flwr {arguments[0]}: no answer in {timeout:.0f} s") from None
-        text = " ".join(without_colour(answer.stdout + answer.stderr).split())
+        text = without_colour(answer.stdout + answer.stderr).strip()
         try:
             result: dict[str, Any] = json.loads(answer.stdout)
         except ValueError:
-            raise RunFailed(f"flwr {arguments[0]}: {text[-300:] or 'no answer'}") from None
+            raise RunFailed(f"flwr {arguments[0]}: {line(text[-300:]) or 'no answer'}") from None
         if not result.get("success", True):
-            raise RunFailed(f"flwr {arguments[0]}: {result.get('error-message', text)}")
+            raise RunFailed(f"flwr {arguments[0]}: {line(result.get('error-message', text))}")
         return result
 
     def call(self, *arguments: str, timeout: float = 120.0) -> subprocess.CompletedProcess[str]:

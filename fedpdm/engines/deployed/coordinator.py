@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 
 from fedpdm.config import ConfigError, RunConfig
-from fedpdm.engines.deployed.control import CONNECTION, FlowerRun, Node
+from fedpdm.engines.deployed.control import CONNECTION, FlowerRun, Node, without_colour
 from fedpdm.engines.flowercli import (
     RunFailed,
     app_directory,
@@ -29,6 +29,7 @@ from fedpdm.engines.flowercli import (
 )
 from fedpdm.engines.superlink import SuperLink
 from fedpdm.storage.run_directory import RunDirectory
+from fedpdm.text import line, visible
 
 __all__ = ["LogTail", "RunProgress", "node_lines", "run_deployed", "run_progress"]
 
@@ -87,12 +88,12 @@ class LogTail:
     def lines(self) -> list[str]:
         if not self._path.exists():
             return []
-        with open(self._path, encoding="utf-8", errors="replace") as file:
+        with open(self._path, encoding="utf-8", errors="replace", newline="\n") as file:
             file.seek(self._offset)
             text = self._rest + file.read()
             self._offset = file.tell()
         *whole, self._rest = text.split("\n")
-        return [_TIME.sub("", line) for line in whole]
+        return [visible(_TIME.sub("", each)) for each in whole]
 
 
 _TIME = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  ")
@@ -105,9 +106,9 @@ def node_lines(before: Sequence[Node], now: Sequence[Node]) -> list[str]:
     for node in now:
         was = known.get(node.node_id)
         if node.status == "online" != was:
-            lines.append(f"node {node.name} is online")
+            lines.append(line(f"node {node.name} is online"))
         elif was == "online" != node.status:
-            lines.append(f"node {node.name} is {node.status}")
+            lines.append(line(f"node {node.name} is {node.status}"))
     if lines:
         online = sum(node.status == "online" for node in now)
         lines.append(f"nodes: {online} of {len(now)} online")
@@ -215,8 +216,8 @@ def _submit(superlink: SuperLink, config: RunConfig, out: Path, *, resume: bool)
     try:
         run_id = str(json.loads(answer.stdout)["run-id"])
     except (ValueError, KeyError):
-        line = " ".join((answer.stdout + answer.stderr).split())[-300:]
-        raise RunFailed(f"the SuperLink did not take the run: {line}") from None
+        why = line((answer.stdout + answer.stderr)[-300:])
+        raise RunFailed(f"the SuperLink did not take the run: {why}") from None
     superlink.note_run(run_id, out)
     return run_id
 
@@ -234,8 +235,8 @@ def _follow(
     changed_at = time.monotonic()
     asked_at = 0.0
     while True:
-        for line in tail.lines():
-            say(line)
+        for each in tail.lines():
+            say(each)
         process = superlink.process()
         if process is None:
             raise RunFailed(
@@ -252,12 +253,12 @@ def _follow(
             with contextlib.suppress(RunFailed):
                 run = next(run for run in superlink.runs() if run.run_id == run_id)
                 if run.finished:
-                    for line in tail.lines():
-                        say(line)
+                    for each in tail.lines():
+                        say(each)
                     return run
                 present = superlink.nodes()
-                for line in node_lines(nodes, present):
-                    say(line)
+                for each in node_lines(nodes, present):
+                    say(each)
                 nodes = present
             asked_at = time.monotonic()
         time.sleep(POLL_SECONDS)
@@ -270,4 +271,4 @@ def _keep_log(superlink: SuperLink, run_id: str, path: Path) -> None:
     with contextlib.suppress(Exception):
         text = superlink.call("log", run_id, CONNECTION, "--show", timeout=60).stdout
         with open(path, "a", encoding="utf-8") as log:
-            log.write(text)
+            log.write(visible(without_colour(text)))

@@ -10,6 +10,7 @@ from typing import Any
 from fedpdm.config import ConfigError
 from fedpdm.engines.deployed.coordinator import run_progress
 from fedpdm.engines.superlink import SuperLink
+from fedpdm.text import line
 
 __all__ = ["describe", "status_of"]
 
@@ -65,13 +66,14 @@ def describe(status: dict[str, Any]) -> str:
         lines.append(f"nodes: {online} of {len(nodes)} online")
     for node in nodes:
         since = f" for {_duration(node['online_seconds'])}" if node["status"] == "online" else ""
-        lines.append(f"  {node['name']:<16} {node['status']}{since}")
+        lines.append(f"  {line(node['name']):<16} {line(node['status'])}{since}")
     lines.append(f"runs: {len(status['runs'])}")
     for run in status["runs"]:
-        lines.append(f"  {run['run_id']}  {run['status']}  {run['out'] or 'directory unknown'}")
+        where = run["out"] or "directory unknown"
+        lines.append(f"  {line(run['run_id'])}  {line(run['status'])}  {line(where)}")
         if (progress := run["progress"]) is not None:
             lines.append(f"    {_rounds(progress)}")
-            lines += [f"    failed: {problem}" for problem in progress["failed"]]
+            lines += [f"    failed: {line(problem)}" for problem in progress["failed"]]
     return "\n".join(lines)
 
 

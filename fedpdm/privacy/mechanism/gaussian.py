@@ -26,7 +26,7 @@ import torch
 
 from fedpdm.data import normalize
 from fedpdm.diffusion.schedule import NoiseSchedule
-from fedpdm.privacy.events import release_event, release_parameters
+from fedpdm.privacy.events import check_parameters, release_event, release_parameters
 from fedpdm.privacy.noise import GRID, NoiseSource
 from fedpdm.privacy.types import ReleasedDataset, ReleaseParameters
 
@@ -57,8 +57,12 @@ def clip_to_grid(
     step lengthens an image a little, so those at the bound are clipped to just inside it, by
     what rounding adds and 4 standard deviations; the rare one that is still too long is clipped
     in float64 and rounded towards zero. Sums of squares are exact: whole numbers below 2^53.
+    `ValueError` for a bound or steps that are not positive and finite.
     """
     size = x.shape[1]
+    for name, value in (("bound", bound), ("steps", steps)):
+        if not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"{name} must be positive and finite, got {value}")
     inside = bound**2 - size / 12.0 - 2.4 * bound - 0.3 * math.sqrt(size)
     soft = math.sqrt(max(inside, bound**2 / 4.0))
     norms = np.sqrt(np.vecdot(x, x)).astype(np.float64) * steps
@@ -101,12 +105,14 @@ def _check_scale(x: np.ndarray, start: int, bounds: tuple[float, float]) -> None
 
 def _prepared(x: np.ndarray, shape: tuple[int, ...], start: int) -> np.ndarray:
     """Prepared images as float32 (n, D); `ValueError` unless they are images still, and finite."""
-    if x.shape != shape or not np.isfinite(x).all():
+    with np.errstate(over="ignore"):
+        rounded = np.ascontiguousarray(x, dtype=np.float32)
+    if x.shape != shape or not np.isfinite(rounded).all():
         raise ValueError(
             f"images {start} to {start + shape[0] - 1}: prepare must return finite values of shape "
             f"{shape}, got {x.shape}"
         )
-    return np.ascontiguousarray(x, dtype=np.float32).reshape(len(x), -1)
+    return rounded.reshape(len(x), -1)
 
 
 def noised_chunks(
@@ -128,6 +134,9 @@ def noised_chunks(
         raise ValueError(f"images must be (N, C, H, W), got {tuple(images.shape)}")
     if parameters.grid != GRID:
         raise ValueError(f"grid must be {GRID}, as the noise's, got {parameters.grid}")
+    if largest is not None and not 0.0 <= largest < math.inf:
+        raise ValueError(f"largest must be at least 0 and finite, got {largest}")
+    check_parameters(parameters)
     steps = parameters.grid / parameters.sigma
     step = np.float32(math.sqrt(1.0 - parameters.alpha_bar) / parameters.grid)
     size = math.prod(images.shape[1:])
@@ -178,8 +187,8 @@ def release(
         largest: bound on the magnitude of float data that are not images.
 
     Raises:
-        ValueError: t0 outside [1, T], shapes that do not match, values that are not finite or
-            not on the scale of images.
+        ValueError: t0 outside [1, T], a clip norm, shift or `largest` that is not finite, shapes
+            that do not match, values that are not finite or not on the scale of images.
     """
     parameters = release_parameters(schedule, t0=t0, clip_norm=clip_norm, shift=shift)
     if images.ndim != 4 or labels.shape != (len(images),):

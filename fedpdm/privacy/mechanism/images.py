@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
@@ -13,7 +12,7 @@ import torch
 from fedpdm.config import ConfigError, RunConfig
 from fedpdm.diffusion.schedule import NoiseSchedule
 from fedpdm.privacy.calibration import calibrate_t0
-from fedpdm.privacy.events import implied_event, release_parameters, same_release
+from fedpdm.privacy.events import check_parameters, implied_event, release_parameters, same_release
 from fedpdm.privacy.mechanism.door import (
     Layout,
     ReleaseMechanism,
@@ -73,19 +72,7 @@ class ImageMechanism(ReleaseMechanism[ReleaseParameters]):
         return implied_event(parameters)
 
     def check(self, parameters: ReleaseParameters) -> None:
-        abar = parameters.alpha_bar
-        if not 0.0 < abar < 1.0 or not 0.0 < parameters.clip_norm < math.inf:
-            raise ValueError(
-                f"alpha_bar must be in (0, 1) and clip_norm positive, "
-                f"got {abar} and {parameters.clip_norm}"
-            )
-        if not 1 <= parameters.t0 <= parameters.num_steps or not math.isfinite(parameters.shift):
-            raise ValueError(
-                f"t0 must be in [1, {parameters.num_steps}] and shift finite, "
-                f"got {parameters.t0} and {parameters.shift}"
-            )
-        if parameters.grid < 1:
-            raise ValueError(f"grid must be at least 1, got {parameters.grid}")
+        check_parameters(parameters)
 
     def same(self, a: ReleaseParameters, b: ReleaseParameters) -> bool:
         return same_release(a, b)

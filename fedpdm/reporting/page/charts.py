@@ -16,6 +16,8 @@ from xml.etree import ElementTree
 
 from markupsafe import Markup
 
+from fedpdm.text import visible
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -96,7 +98,7 @@ def line_chart(series: Sequence[Series], *, title: str, x_label: str, y_label: s
     head = Markup('<svg class="chart" role="img" viewBox="0 0 {} {}" aria-label="{}">')
     return Chart(
         title=title,
-        svg=head.format(width, height, words) + _drawn(figure) + Markup("</svg>"),
+        svg=head.format(width, height, visible(words)) + _drawn(figure) + Markup("</svg>"),
         legend=[(one.name, _sample(index)) for index, one in enumerate(kept)],
         columns=[x_label, *[one.name for one in kept]],
         rows=_rows(kept),

@@ -33,6 +33,7 @@ from fedpdm.reporting.page.pictures import (
 from fedpdm.reporting.page.reading import RunFacts, flat_config, statement_blocks
 from fedpdm.reporting.provenance import software_versions
 from fedpdm.storage.files import StoreError, write_atomic
+from fedpdm.text import visible
 
 __all__ = ["render_report", "write_report"]
 
@@ -110,6 +111,7 @@ def render_report(
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(_asset),
         autoescape=True,
+        finalize=_visible,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -127,6 +129,11 @@ def render_report(
         script_digest=digest,
         number=number,
     )
+
+
+def _visible(value: Any) -> Any:
+    """Text as a page shows it: what escaping leaves and nobody sees becomes an escape."""
+    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _asset(name: str) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
 from fedpdm.reporting.trackers.interface import TrackedRun
+from fedpdm.text import json_text
 
 __all__ = ["TensorBoardTracker"]
 
@@ -20,7 +20,7 @@ class TensorBoardTracker:
         resumed = run.first_round > 1
         self._writer = SummaryWriter(str(run.folder), purge_step=run.first_round)
         if not resumed:
-            text = json.dumps(dict(run.settings), indent=1)
+            text = json_text(dict(run.settings))
             self._writer.add_text("config", f"```\n{text}\n```", 0)
         self._writer.flush()
 

@@ -1,0 +1,80 @@
+"""Text from outside: nothing of it is hidden, and nothing of it draws on what is around it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+import unicodedata
+
+import pytest
+
+from fedpdm.text import LONGEST, finite, json_text, line, markdown, visible
+from tests.support.cases import every
+
+SHOWN = [
+    ("plain words, 3 of 4", "plain words, 3 of 4"),
+    ("Röntgen 数字 हिन्दी", "Röntgen 数字 हिन्दी"),
+    ("\x1b[2Kok", r"\x1b[2Kok"),
+    ("a\rb\x08\x00", r"a\x0db\x08\x00"),
+    ("a\u202eb\u2066c\u200f", r"a\u202eb\u2066c\u200f"),  # bidirectional
+    ("a\u200bb\ufeffc\u2060\u00ad", r"a\u200bb\ufeffc\u2060\xad"),  # of no width
+    ("a\u2028b\u2029c\x85", r"a\u2028b\u2029c\x85"),  # line separators
+    ("a\u3164b\u115fc\ufe0fd\U000e0041", r"a\u3164b\u115fc\ufe0fd\U000e0041"),
+    ("a\xa0b\u3000c", r"a\xa0b\u3000c"),  # blanks of other kinds
+    ("\udc80", r"\udc80"),  # a byte of a file name that is no UTF-8
+]
+
+
+@every("text, shown", SHOWN)
+def test_what_is_not_seen_is_an_escape(text: str, shown: str) -> None:
+    assert visible(text) == line(text) == shown
+    shown.encode()
+
+
+def test_no_character_that_is_hidden_or_moves_others_is_left() -> None:
+    """Of all of Unicode: no category of control, format or separator characters, and line breaks
+    are those of a terminal's."""
+    text = "".join(map(chr, range(sys.maxunicode + 1)))
+    left = {unicodedata.category(c) for c in visible(text)}
+    assert not left & {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"} - {"Cc"}
+    assert [c for c in visible(text) if unicodedata.category(c) in ("Cc", "Zs")] == [
+        "\t",
+        "\n",
+        " ",
+    ]
+    assert len(visible(text).splitlines()) == 2
+
+
+def test_a_line_is_one_line_of_bounded_length() -> None:
+    assert line(" a\n\tb \r\n c ") == "a b c"
+    assert line("x" * LONGEST) == "x" * LONGEST
+    assert line("x" * 10**6) == "x" * LONGEST + "..."
+    assert line("\u202e" * 10**6, limit=60) == r"\u202e" * 10 + "..."
+    assert line(ValueError("no\nway")) == "no way"
+    assert visible("a\n\tb") == "a\n\tb"
+
+
+def test_markdown_is_shown_not_obeyed() -> None:
+    hostile = "x\n## Privacy\n| *fully* | `anonymous` [a](http://b) <b>$c$</b> &amp; ~~d~~"
+    shown = markdown(hostile)
+    assert "\n" not in shown
+    assert not re.search(r"(?<![\\&])[*`|\[\]#~$<>]", shown)
+    assert "://" not in shown
+    assert "&amp;amp;" in shown
+    assert markdown("digits-eps3.0 (client 2)") == "digits-eps3.0 (client 2)"
+
+
+def test_numbers_that_json_does_not_have_are_null() -> None:
+    value = {"a": [math.inf, -math.inf, (math.nan, 1.5)], "b": {"c": 1e308}, "d": "NaN", "e": True}
+    assert finite(value) == {
+        "a": [None, None, [None, 1.5]],
+        "b": {"c": 1e308},
+        "d": "NaN",
+        "e": True,
+    }
+    for indent in (None, 1):
+        text = json_text(value, indent=indent)
+        assert json.loads(text, parse_constant=pytest.fail) == finite(value)
+    assert json_text({"a": 1}) == json.dumps({"a": 1}, indent=1)
