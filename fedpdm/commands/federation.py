@@ -61,7 +61,7 @@ def add_federation_parser(commands: Any) -> None:
     )  # fmt: skip
     start.add_argument(
         "--node-keys", type=Path, metavar="DIR",
-        help="register every node-N.pub here, the key of client N; a running federation learns new ones",
+        help="register every node-N.pub here, client N's key; a running federation learns new ones",
     )  # fmt: skip
     start.add_argument(
         "--remove-node", action="append", default=[], metavar="NAME",
