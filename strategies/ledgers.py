@@ -7,11 +7,11 @@ that each participant showed (`fedpdm.privacy.ledger`): random numbers, one for 
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
 from fedpdm.storage.files import StoreError, locked, read_json, write_atomic
+from fedpdm.text import json_text
 
 __all__ = ["SeenLedgers"]
 
@@ -43,7 +43,7 @@ class SeenLedgers:
             if not marks.startswith(before):
                 return self._line(before, marks)
             if marks != before:
-                text = json.dumps({**seen, str(client_id): marks}, indent=1) + "\n"
+                text = json_text({**seen, str(client_id): marks}) + "\n"
                 write_atomic(self._path, text.encode())
         return None
 

@@ -16,8 +16,8 @@ PACKAGES = ("fedpdm", "clients", "strategies")
 RANKS: dict[str, int] = {
     "fedpdm": 0,  # the package itself; its shortcuts are those of fedpdm.api
     "fedpdm.rng": 1,
-    "fedpdm.text": 0,  # below everything that prints or writes
     "fedpdm.diffusion": 0,  # below the config, which reads the names of its choices there
+    "fedpdm.text": 0,  # below everything that prints or writes
     "fedpdm.config": 1,
     "fedpdm.storage": 2,
     "fedpdm.jobs": 3,
@@ -107,6 +107,8 @@ NEVER = {
 # Where JSON is made by itself: digests, headers of strings, and text for other programs. What
 # people and programs read is made by `fedpdm.text.json_text`, which has no NaN.
 OWN_JSON = (
+    "fedpdm.engines.doorbell",
+    "fedpdm.storage.files",
     "fedpdm.text",
     "fedpdm.attacks.jobs.controls",
     "fedpdm.config.reading",

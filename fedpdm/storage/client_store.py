@@ -52,7 +52,7 @@ from fedpdm.storage.files import (
     write_sealed_zip,
     write_tensors,
 )
-from fedpdm.text import finite
+from fedpdm.text import finite, json_text
 
 __all__ = ["ClientStore", "Reply", "release_traces", "store_label"]
 
@@ -321,7 +321,11 @@ class ClientStore:
         write_tensors(
             self.root / "partial" / "fine.safetensors",
             tensors,
-            {"round": str(round), "chunk": str(chunk), "notes": json.dumps(dict(notes or {}))},
+            {
+                "round": str(round),
+                "chunk": str(chunk),
+                "notes": json_text(dict(notes or {}), indent=None),
+            },
             self._named("partial"),
         )
 

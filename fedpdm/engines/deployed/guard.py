@@ -22,6 +22,7 @@ from pathlib import Path
 from types import ModuleType
 
 from fedpdm.deployment.code_digest import PACKAGES, code_digest, code_root
+from fedpdm.text import line
 
 __all__ = [
     "ALLOWED_VARIABLE",
@@ -70,7 +71,9 @@ class InstalledCode(MetaPathFinder):
             return None
         places = [spec.origin or "", *(spec.submodule_search_locations or ())]
         if any(place and self._shipped(place) for place in places):
-            raise BundleRefused(f"code: {fullname} is in the shipped bundle and not installed here")
+            raise BundleRefused(
+                f"code: {line(fullname)} is in the shipped bundle and not installed here"
+            )
         return None
 
     def _shipped(self, place: str) -> bool:
@@ -113,7 +116,8 @@ def main(arguments: Sequence[str]) -> None:
     """Run the command that Flower asked for, `arguments[0]`, under the guard."""
     name = arguments[0]
     if name != GUARDED:
-        print(f"fedpdm node: {name} is refused: a node runs client apps only", file=sys.stderr)
+        why = f"{line(name)} is refused: a node runs client apps only"
+        print(f"fedpdm node: {why}", file=sys.stderr)
         sys.exit(1)
     allowed = os.environ.get(ALLOWED_VARIABLE, "").split()
     sys.meta_path.insert(0, InstalledCode(Path(os.environ["FLWR_HOME"]), allowed=allowed))

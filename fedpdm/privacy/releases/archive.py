@@ -43,6 +43,7 @@ from fedpdm.privacy.releases.request import ImageKey, ReleaseIndex, ReleaseReque
 from fedpdm.privacy.types import Parameters, PrivacyEvent, Release
 from fedpdm.storage.files import StoreError, flush_directory, make_directory, read_tensors
 from fedpdm.storage.tensorfile import header, num_bytes
+from fedpdm.text import json_text
 
 __all__ = ["Progress", "ReleaseArchive"]
 
@@ -271,7 +272,7 @@ def _metadata(
     if parameters.mechanism != IMAGES:
         made_with["image_shape"] = "x".join(map(str, image_shape))
     if preparation is not None:
-        made_with["preparation"] = json.dumps(dict(preparation))
+        made_with["preparation"] = json_text(dict(preparation), indent=None)
     return {**made_with, "delta": repr(delta)}
 
 
