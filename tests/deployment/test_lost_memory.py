@@ -64,6 +64,8 @@ def test_the_coordinator_notices_a_store_that_was_set_back(
 ) -> None:
     """A whole older store: nothing in it says so. It is left out, the others go on."""
     state = tmp_path / "state"
+    state.mkdir()
+    (state / "federation.json").write_text('{"nodes": {}}')
     monkeypatch.setenv(FEDERATION_VARIABLE, str(state))
     federation = deployment(tmp_path)
     federation.run(rounds=1)
