@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from fedpdm.config.plugins import check_form, is_named
-from fedpdm.config.schema import ConfigError, RunConfig
+from fedpdm.config.schema import ConfigError, RunConfig, StatisticsConfig
 from fedpdm.config.strict import StrictError, parse_json, parse_yaml
 from fedpdm.config.toy import ToyConfig
 
@@ -40,7 +40,10 @@ __all__ = [
 ]
 
 
-YOUNGER_KEYS = (("privacy", "release", "images"),)
+YOUNGER_KEYS = (
+    ("privacy", "release", "images"),
+    *(("statistics", each.name, each.default) for each in dataclasses.fields(StatisticsConfig)),
+)
 
 
 def _describe(annotation: Any) -> str:
@@ -231,6 +234,8 @@ def config_to_json(config: RunConfig) -> str:
     for section, key, default in YOUNGER_KEYS:
         if plain[section][key] == default:
             del plain[section][key]
+    if not plain["statistics"]:
+        del plain["statistics"]
     return json.dumps(plain, sort_keys=True)
 
 
