@@ -42,6 +42,8 @@ __all__ = [
 
 YOUNGER_KEYS = (
     ("privacy", "release", "images"),
+    ("sampling", "handover", None),
+    ("sampling", "fine_labels", None),
     *(("statistics", each.name, each.default) for each in dataclasses.fields(StatisticsConfig)),
 )
 

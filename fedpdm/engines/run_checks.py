@@ -15,11 +15,7 @@ from fedpdm.diffusion.twostage import sample_two_stage
 from fedpdm.privacy.mechanism import mechanism_named
 from fedpdm.privacy.statement import baseline_statement
 from fedpdm.reporting.trackers import check_trackers
-from fedpdm.setup.build import (
-    build_denoiser,
-    build_optimizer_settings,
-    sampler_settings,
-)
+from fedpdm.setup.build import build_optimizer_settings, model_sizes, sampler_settings
 from fedpdm.setup.chosen import check_chosen
 from fedpdm.setup.run_setup import RunSetup, build_schedule
 from fedpdm.storage.run_directory import RunDirectory
@@ -68,6 +64,13 @@ class RunModels:
         """What clients send at which epsilon, and what is trained; `where` says on what."""
         config = self.setup.config
         coarse, fine = config.coarse, config.fine
+        if self.setup.has_gaussians:
+            return [
+                _what_leaves(self.setup),
+                f"models: class Gaussians above t = {self.setup.handover}, fine {fine.preset} "
+                f"{self.sizes['fine'] / 1e6:.2f} M parameters{where}; {config.run.rounds} rounds "
+                f"of {fine.steps_per_round} fine steps",
+            ]
         return [
             _what_leaves(self.setup),
             f"models: coarse {coarse.preset} {self.sizes['coarse'] / 1e6:.2f} M, fine "
@@ -80,10 +83,7 @@ class RunModels:
 def check_models(setup: RunSetup) -> RunModels:
     """Build the models, and sample once; `ConfigError` or `ValueError`."""
     _check_sampler(setup)
-    sizes = {
-        role: sum(p.numel() for p in build_denoiser(setup, role).parameters())
-        for role in ("coarse", "fine")
-    }
+    sizes = model_sizes(setup)
     build_optimizer_settings(setup.config, "coarse")
     return RunModels(setup=setup, sizes=sizes)
 
@@ -95,9 +95,9 @@ def _what_leaves(setup: RunSetup) -> str:
         statement = baseline_statement(config)
         epsilon = statement["epsilon"]
         return f"baseline: {statement['guarantee']}" + (f", epsilon {epsilon:g}" if epsilon else "")
+    described = " + ".join(map(plan.mechanism.describe, plan.rounds))
     return (
-        f"release: {plan.mechanism.describe(plan.rounds[0])}, epsilon {plan.epsilon_exact:.4g} at "
-        f"delta {config.privacy.delta:g}"
+        f"release: {described}, epsilon {plan.epsilon_exact:.4g} at delta {config.privacy.delta:g}"
     )
 
 
