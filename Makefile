@@ -8,7 +8,7 @@ PROFILE ?= smoke
 JOBS ?= 2
 WORKERS ?= $(shell getconf _NPROCESSORS_ONLN)
 SIDE_BY_SIDE = -n $(WORKERS) --maxprocesses 8
-EXPERIMENT = --profile $(PROFILE) --jobs $(JOBS) $(if $(filter smoke,$(PROFILE)),--results runs/smoke-results)
+EXPERIMENT = --profile $(PROFILE) --jobs $(JOBS) $(foreach each,$(METHODS),--method $(each)) $(if $(filter smoke,$(PROFILE)),--results runs/smoke-results)
 NOW := $(shell date +%Y%m%d-%H%M%S)
 export FLWR_TELEMETRY_ENABLED = 0
 
@@ -20,6 +20,7 @@ help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | \
 		awk -F'\t' '{ printf "  make %-26s %s\n", $$1, $$2 }'
 	@echo "  variables: FEDPDM_DATA=DIR (torchvision layout), PROFILE=smoke (or cpu, paper), JOBS=2,"
+	@echo "  METHODS='alone ours' (default: all),"
 	@echo "  WORKERS=2 (default: one for each core), PYTHON=python3, DEMO='--set run.rounds=2' for a shorter one"
 
 install: $(STAMP) ## create .venv and install (Python 3.11 or newer)
