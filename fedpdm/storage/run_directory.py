@@ -114,7 +114,9 @@ class RunDirectory:
             self.root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StoreError(f"{self.root}: cannot be created: {error.strerror}") from None
-        for folder in (self.root, self.root / "server", self._upload_path(0).parent):
+        uploads = self.root / "server" / "releases"
+        parts = [path for path in uploads.glob("*") if path.is_dir()]
+        for folder in (self.root, self.root / "server", uploads, *parts):
             clear_leftovers(folder)
         path = self.root / "config.yaml"
         if not path.exists():
