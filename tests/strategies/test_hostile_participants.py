@@ -251,13 +251,13 @@ from pathlib import Path
 from tests.support.strategy_fakes import drift, fedavg_server, update
 from tests.strategies.test_hostile_participants import FORGED
 
-server = fedavg_server(Path(sys.argv[1]), on_failure="skip")
+server = fedavg_server(Path(sys.argv[1]), on_failure="skip", rounds=99)
 server.round(1, {k: update(k, drift(k)) for k in (0, 1, 2)})
 size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (size + (64 << 20),) * 2)
-for name, make in FORGED.items():
-    server.ask(2)
-    server.take(2, {1: make(), 0: update(0, drift(0, 2), round=2)})
+for round, make in enumerate(FORGED.values(), 2):
+    server.ask(round)
+    server.take(round, {1: make(), 0: update(0, drift(0, round), round=round)})
     print(server.strategy.history["rounds"][-1]["failed"])
 """
 
