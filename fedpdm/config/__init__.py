@@ -34,6 +34,7 @@ from fedpdm.config.schema import (
     RunSection,
     SamplingConfig,
     ScheduleConfig,
+    StatisticsConfig,
     key,
 )
 from fedpdm.config.suite import Method, Profile, Suite, load_paper_values, load_suite
@@ -55,6 +56,7 @@ __all__ = [
     "RunSection",
     "SamplingConfig",
     "ScheduleConfig",
+    "StatisticsConfig",
     "Suite",
     "ToyConfig",
     "apply_overrides",

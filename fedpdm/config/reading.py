@@ -22,7 +22,7 @@ import yaml
 
 from fedpdm.config.keys import LONGEST_NAME, NAME_MARKS
 from fedpdm.config.plugins import check_form, is_named
-from fedpdm.config.schema import ConfigError, RunConfig
+from fedpdm.config.schema import ConfigError, RunConfig, StatisticsConfig
 from fedpdm.config.strict import StrictError, parse_json, parse_yaml, read_text
 from fedpdm.config.toy import ToyConfig
 
@@ -50,7 +50,10 @@ NAME_ROW = (
 )
 LONGEST_TEXT = 4096  # characters of a value; a path has no more
 _UNSEEN = ("Cc", "Zl", "Zp")  # control characters and line separators
-YOUNGER_KEYS = (("privacy", "release", "images"),)
+YOUNGER_KEYS = (
+    ("privacy", "release", "images"),
+    *(("statistics", each.name, each.default) for each in dataclasses.fields(StatisticsConfig)),
+)
 
 
 def _describe(annotation: Any) -> str:
@@ -257,6 +260,8 @@ def config_to_json(config: RunConfig) -> str:
     for section, key, default in YOUNGER_KEYS:
         if plain[section][key] == default:
             del plain[section][key]
+    if not plain["statistics"]:
+        del plain["statistics"]
     return json.dumps(plain, sort_keys=True, allow_nan=False)
 
 

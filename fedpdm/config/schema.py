@@ -8,6 +8,7 @@ from fedpdm.config.aggregation import AggregationConfig, check_aggregation
 from fedpdm.config.keys import ConfigError, check_name, key
 from fedpdm.config.kind import RunKind
 from fedpdm.config.names import CLASS_LABELS, COLORINGS, DATA_SETS, PARTITIONS
+from fedpdm.config.statistics import StatisticsConfig
 from fedpdm.diffusion.names import (
     DECAYS,
     OBJECTIVES,
@@ -32,6 +33,7 @@ __all__ = [
     "RunSection",
     "SamplingConfig",
     "ScheduleConfig",
+    "StatisticsConfig",
     "check_name",
     "key",
 ]
@@ -265,6 +267,7 @@ class RunConfig:
     data: DataConfig = DataConfig()
     partition: PartitionConfig = PartitionConfig()
     privacy: PrivacyConfig = PrivacyConfig()
+    statistics: StatisticsConfig = StatisticsConfig()  # noqa: RUF009 (frozen)
     schedule: ScheduleConfig = ScheduleConfig()
     coarse: CoarseConfig = CoarseConfig()
     fine: FineConfig = FineConfig()

@@ -111,7 +111,7 @@ def check_config(policy: NodePolicy, config: RunConfig) -> None:
         )
     if not config.kind.releases:
         return
-    plan = plan_release(config, build_schedule(config), shift=0.0)  # no shift changes a cost
+    plan = plan_release(config, build_schedule(config))
     for parameters in plan.rounds:
         t0 = plan.mechanism.settings(parameters).get("t0", math.inf)
         if policy.min_t0 is not None and t0 < policy.min_t0:

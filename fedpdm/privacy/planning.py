@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from fedpdm.config import ConfigError, RunConfig
 from fedpdm.data.loading import preparation_of
@@ -85,13 +88,18 @@ def build_release_plan(
     `ConfigError` or `ValueError` for a mechanism that there is not, a budget that it cannot keep,
     and a cost that the accountant cannot read.
     """
-    return plan_release(config, schedule, shift=spec.shift) if config.kind.releases else None
+    if not config.kind.releases:
+        return None
+    return plan_release(config, schedule, shift=spec.shift, num_classes=spec.num_classes)
 
 
-def plan_release(config: RunConfig, schedule: NoiseSchedule, *, shift: float) -> ReleasePlan:
-    """The plan of a run that releases. What it costs does not depend on the images."""
+def plan_release(
+    config: RunConfig, schedule: NoiseSchedule, *, shift: float = 0.0, num_classes: int = 1
+) -> ReleasePlan:
+    """The plan of a run that releases. What it costs does not depend on the images, so for that
+    alone the shift and the number of classes can be left out."""
     mechanism, delta = mechanism_named(config.privacy.release), config.privacy.delta
-    rounds = mechanism.plan(config, schedule, shift=shift)
+    rounds = mechanism.plan(config, schedule, shift=shift, num_classes=num_classes)
     events = [event_of(parameters) for parameters in rounds]
     event = events[0] if len(events) == 1 else compose(events)
     return ReleasePlan(
@@ -114,12 +122,22 @@ def build_noise(config: RunConfig, *, client: int, release: int) -> NoiseSource:
 
 
 def build_release_request(
-    config: RunConfig, plan: ReleasePlan, *, client: int, allow_new_release: bool
+    config: RunConfig,
+    plan: ReleasePlan,
+    *,
+    client: int,
+    allow_new_release: bool,
+    stage: int = 0,
+    public: Mapping[str, torch.Tensor] | None = None,
 ) -> ReleaseRequest:
-    """What a client of this run asks of its release store, in the first round of the plan."""
+    """What a client of this run asks of its release store.
+
+    `stage` counts the rounds of the plan from 0, `public` is what the server made of earlier ones.
+    """
     return ReleaseRequest(
         client_id=client,
-        parameters=plan.rounds[0],
+        parameters=plan.rounds[stage],
+        public=public or {},
         planned=plan.rounds,
         delta=config.privacy.delta,
         noise=lambda release: build_noise(config, client=client, release=release),

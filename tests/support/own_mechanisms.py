@@ -73,7 +73,7 @@ class ClassSums(ReleaseMechanism[SumParameters]):
     STAGES = ("means", "residuals")
 
     def plan(
-        self, config: RunConfig, schedule: NoiseSchedule, *, shift: float
+        self, config: RunConfig, schedule: NoiseSchedule, *, shift: float, num_classes: int
     ) -> tuple[SumParameters, ...]:
         return sum_rounds(clip_norm=config.privacy.clip_norm)
 

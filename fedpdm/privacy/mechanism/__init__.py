@@ -1,4 +1,4 @@
-"""Release mechanisms: the door for custom ones, per-image releases, and releases as records."""
+"""Release mechanisms: the door for custom ones, images, class statistics, releases as records."""
 
 from fedpdm.privacy.mechanism.door import (
     ReleaseMechanism,
@@ -23,15 +23,20 @@ from fedpdm.privacy.mechanism.records import (
     restore_release,
     select,
 )
+from fedpdm.privacy.mechanism.statistics import ClassStatistics
+from fedpdm.privacy.mechanism.sums import ReleasedStatistics, StatisticsParameters
 from fedpdm.privacy.noise import NoiseSource, SeededNoise, SystemNoise
 
 __all__ = [
     "IMAGES",
+    "ClassStatistics",
     "ImageMechanism",
     "NoiseSource",
     "ReleaseMechanism",
     "ReleaseSource",
+    "ReleasedStatistics",
     "SeededNoise",
+    "StatisticsParameters",
     "StoredRelease",
     "SystemNoise",
     "clip_l2",

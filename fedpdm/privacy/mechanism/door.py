@@ -86,11 +86,14 @@ class ReleaseMechanism(abc.ABC, Generic[P]):
     names: ClassVar[tuple[str, ...]]
 
     @abc.abstractmethod
-    def plan(self, config: RunConfig, schedule: NoiseSchedule, *, shift: float) -> tuple[P, ...]:
+    def plan(
+        self, config: RunConfig, schedule: NoiseSchedule, *, shift: float, num_classes: int
+    ) -> tuple[P, ...]:
         """What a run releases: the parameters of each round in which clients release.
 
         All rounds are planned before the first: the ledger lets an image take part in each once,
-        and budgets count all of them. `ConfigError` or `ValueError` for what cannot be kept.
+        and budgets count all of them. What an image pays may not depend on `shift` and
+        `num_classes`. `ConfigError` or `ValueError` for what cannot be kept.
         """
 
     @abc.abstractmethod

@@ -45,7 +45,7 @@ class ImageMechanism(ReleaseMechanism[ReleaseParameters]):
         return x
 
     def plan(
-        self, config: RunConfig, schedule: NoiseSchedule, *, shift: float
+        self, config: RunConfig, schedule: NoiseSchedule, *, shift: float, num_classes: int
     ) -> tuple[ReleaseParameters, ...]:
         """One round; t0 from the budget, or as configured."""
         section, truncated = config.privacy, config.coarse.objective == "truncated"

@@ -1,0 +1,47 @@
+"""The configuration's keys of class statistics, with what they must be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedpdm.config.keys import ConfigError, key
+
+__all__ = ["StatisticsConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatisticsConfig:
+    """Class statistics (`privacy.release: statistics`); docs/method.md section 8."""
+
+    means_share: float = key(
+        0.12, "share of the budget (of mu squared) that class means get", above=0.0, below=1.0
+    )
+    pooled_share: float = key(
+        0.28,
+        "share of the pooled second moment; the class second moments get the rest",
+        above=0.0,
+        below=1.0,
+    )
+    dimensions: int = key(
+        768, "of the public basis (cosines by rising frequency) that images are read in", low=1
+    )
+    directions: int = key(48, "leading pooled directions with second moments by class", low=1)
+    residual_norm: float | None = key(
+        None,
+        "L2 bound on an image's distance from its class's mean; default: 0.72 clip_norm",
+        above=0.0,
+        high=1e6,
+    )
+
+    def __post_init__(self) -> None:
+        if self.means_share + self.pooled_share >= 1.0 - 1e-6:
+            raise ConfigError(
+                "statistics: means_share and pooled_share must sum to less than 1, got "
+                f"{self.means_share:g} and {self.pooled_share:g}"
+            )
+
+    @property
+    def shares(self) -> tuple[float, float, float]:
+        """Of the three rounds in their order; they sum to 1."""
+        rest = 1.0 - self.means_share - self.pooled_share
+        return self.means_share, self.pooled_share, rest
