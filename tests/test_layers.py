@@ -60,8 +60,11 @@ SCIENCE = (
     "fedpdm.privacy.dpsgd",
     "fedpdm.privacy.events",
     "fedpdm.privacy.ledger",
+    "fedpdm.privacy.mechanism.basis",
     "fedpdm.privacy.mechanism.gaussian",
     "fedpdm.privacy.mechanism.records",
+    "fedpdm.privacy.mechanism.sums",
+    "fedpdm.privacy.mechanism.whole",
     "fedpdm.privacy.noise",
     "fedpdm.privacy.types",
     "fedpdm.wire.quantize",
@@ -205,8 +208,9 @@ def check_calls(tree: ast.AST, module: str) -> Iterator[str]:
         if not isinstance(node, ast.Call):
             continue
         where, name = f"{module}:{node.lineno}", called_name(node)
-        if name == "ReleasedDataset" and not module.startswith("fedpdm.privacy.mechanism"):
-            yield f"{where}: constructs a ReleasedDataset"
+        released = name in ("ReleasedDataset", "ReleasedStatistics")
+        if released and not module.startswith("fedpdm.privacy.mechanism"):
+            yield f"{where}: constructs a {name}"
         replaced = {keyword.arg for keyword in node.keywords} & {"x_tilde", None}
         if name == "replace" and replaced and (module, inside.get(node)) not in MAY_REPLACE_IMAGES:
             yield f"{where}: replaces the images of a release"
@@ -331,6 +335,7 @@ PLANTED = [
     ("fedpdm.privacy.accountant", "import torch", "may not import torch"),
     ("fedpdm.storage.files", "y = ReleasedDataset(x_tilde=x)", "constructs a ReleasedDataset"),
     ("clients.local", "y = types.ReleasedDataset(x_tilde=x)", "constructs a ReleasedDataset"),
+    ("clients.local", "y = ReleasedStatistics(sums=x)", "constructs a ReleasedStatistics"),
     ("clients.local", "y = dataclasses.replace(r, x_tilde=x)", "replaces the images"),
     ("clients.local", "y = replace(r, **changes)", "replaces the images"),
     (

@@ -11,7 +11,7 @@ __all__ = ["StatisticsConfig"]
 
 @dataclass(frozen=True, kw_only=True)
 class StatisticsConfig:
-    """Class statistics (`privacy.release: statistics`); docs/method.md section 8."""
+    """Class statistics (`privacy.release: statistics`); docs/method.md section 5."""
 
     means_share: float = key(
         0.12, "share of the budget (of mu squared) that class means get", above=0.0, below=1.0

@@ -7,7 +7,7 @@ Component j, of class k_j and weight w_j, is N(m_j, S_j) in R^d with
 r orthonormal rows V_j with variances g_j > 0 and the variance rho_j > 0 everywhere else. The
 forward process makes that a^2 S_j + s^2 I, a^2 = abar, s^2 = 1 - abar: the same directions, other
 variances. So with y = x_t - a m_j the posterior mean of the clean image is (docs/method.md
-section 8)
+section 5)
 
     E[x_0 | x_t, j] = m_j + a S_j (a^2 S_j + s^2 I)^-1 y
                     = m_j + a (h(rho_j) y + V_j' diag(h(g_j) - h(rho_j)) V_j y),

@@ -1,6 +1,6 @@
 """What the server makes of clients' noised sums: means, pooled directions, class Gaussians.
 
-All of it is post-processing of releases. The formulas are those of docs/method.md section 8: with
+All of it is post-processing of releases. The formulas are those of docs/method.md section 5: with
 N images in all, N_k of a class, sums of M clients (or of several times) and noise sigma on each
 number,
 
