@@ -25,12 +25,13 @@ from clients.samples import measure_images
 from clients.training import LocalTraining
 from clients.workers import WriteBehind
 from fedpdm import wire
-from fedpdm.diffusion.denoisers import Denoiser
+from fedpdm.diffusion.denoisers import Denoiser, DenoisingFunction
 from fedpdm.diffusion.weights import load_named
 from fedpdm.evaluation.measures import mean_loss
 from fedpdm.privacy.mechanism import select
-from fedpdm.privacy.types import ReleasedDataset
+from fedpdm.privacy.types import Release
 from fedpdm.rng import Purpose
+from fedpdm.setup.build import build_gaussians
 from fedpdm.storage.client_store import Reply
 from fedpdm.storage.files import StoreError
 from fedpdm.wire.types import Phase
@@ -145,9 +146,19 @@ class PFDMClient(NumPyClient):
             "client_id": self.local.client_id,
             "num_released": len(self.local.held.images) if self.config.kind.releases else 0,
         }
+        gaussians = self.local.setup.has_gaussians
+        if gaussians:
+            metrics["num_released"] = len(self.local.held.train)
         phase = str(config["phase"])
         if phase == Phase.FINE:
             return wire.encode_nothing(), metrics
+        if phase == Phase.RELEASE and gaussians:
+            if not 1 <= round <= len(self.local.setup.release_plan.rounds):
+                raise ValueError(f"round {round}: no sums are planned in it")
+            public = wire.decode_model(parameters) if parameters else {}
+            released = self.work.statistics(round - 1, public)
+            self.work.record_members("coarse", "released")
+            return self._upload(released), metrics
         if phase == Phase.RELEASE:
             train = select(self.work.release(), torch.from_numpy(self.local.held.train))
             self.work.record_members("coarse", "released")
@@ -157,7 +168,7 @@ class PFDMClient(NumPyClient):
             return message, metrics | trained
         raise ValueError(f"phase must be coarse, release or fine, got {phase!r}")
 
-    def _upload(self, released: ReleasedDataset) -> NDArrays:
+    def _upload(self, released: Release) -> NDArrays:
         encoding = self.config.aggregation.encoding
         return wire.encode_release(released, client_id=self.local.client_id, encoding=encoding)
 
@@ -166,6 +177,12 @@ class PFDMClient(NumPyClient):
         if not self.config.kind.has_shared_model:
             metrics = {"client_id": self.local.client_id, "num_heldout": len(self.local.held.train)}
             return metrics | (self._final_images(None) if final else {})
+        if self.local.setup.has_gaussians:
+            metrics = {"client_id": self.local.client_id, "num_heldout": len(self.local.held.train)}
+            if not final:
+                return metrics
+            tensors = {k: v.to(self.work.device) for k, v in wire.decode_model(parameters).items()}
+            return metrics | self._final_images(build_gaussians(self.local.setup, tensors))
         received = wire.decode_model(parameters)
         with self.work.borrowed("coarse") as trainer:
             trainer.load_weights(received, what="coarse weights")
@@ -189,7 +206,7 @@ class PFDMClient(NumPyClient):
             metrics |= self._final_images(coarse)
         return metrics
 
-    def _final_images(self, coarse: Denoiser | None) -> dict[str, float]:
+    def _final_images(self, coarse: DenoisingFunction | None) -> dict[str, float]:
         """Sample with the finished models; the pictures stay in the client's store.
 
         Whether that succeeds depends on the fine model, so a deployed client does not say it.
@@ -200,7 +217,7 @@ class PFDMClient(NumPyClient):
             metrics |= self._sampled(coarse)
         return metrics
 
-    def _sampled(self, coarse: Denoiser | None) -> dict[str, float]:
+    def _sampled(self, coarse: DenoisingFunction | None) -> dict[str, float]:
         store = self.local.store
         last = store.last_round()
         if last == 0:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -19,13 +20,14 @@ from clients.failures import kept_at_home
 from clients.local import LocalClient
 from clients.workers import WriteBehind, borrowed
 from fedpdm import wire
+from fedpdm.data import ImageSet
 from fedpdm.data.members import save_members
 from fedpdm.diffusion.denoisers import Denoiser
 from fedpdm.diffusion.training import BatchLoss, Progress, Trainer, class_weights, select_device
 from fedpdm.jobs.progress import count_progress, work_progress
 from fedpdm.privacy.mechanism import released_images
 from fedpdm.privacy.statement import baseline_statement, client_statement, plain_text
-from fedpdm.privacy.types import ReleasedDataset
+from fedpdm.privacy.types import Release, ReleasedDataset
 from fedpdm.rng import Purpose, torch_generator
 from fedpdm.setup.losses import coarse_batch_loss, fine_batch_loss, raw_coarse_batch_loss
 from fedpdm.wire.types import CoarseUpdate
@@ -73,21 +75,34 @@ class LocalTraining:
 
     def release(self) -> ReleasedDataset:
         """The release of all local images; those never released before are noised now."""
-        local, store = self.local, self.local.store
+        local = self.local
         assert self.setup.release_plan.images  # else `ConfigError`, before anything is released
+        return released_images(self._obtain(local.held.images))
+
+    def statistics(self, stage: int, public: Mapping[str, torch.Tensor]) -> Release:
+        """Noised sums of the local training images in a round of the plan, counted from 0.
+
+        Images that are held out are in no sum. `public` is what the server made of earlier rounds.
+        """
+        held = self.local.held
+        return self._obtain(held.images.subset(held.train), stage=stage, public=public)
+
+    def _obtain(self, images: ImageSet, **asked: Any) -> Release:
+        """The release of these images from the store, after the node's own checks."""
+        local, store = self.local, self.local.store
         local.releases.check_history(store.ledger_heads())
         request = self.setup.release_request(
-            client=local.client_id, allow_new_release=local.allow_new_release
+            client=local.client_id, allow_new_release=local.allow_new_release, **asked
         )
-        check_release(local.policy, local.releases, local.held.images, request)
+        check_release(local.policy, local.releases, images, request)
         head = local.releases.ledger().head
         released = local.releases.obtain(
-            local.held.images, request, progress=count_progress(f"{self.who} release", "image")
+            images, request, progress=count_progress(f"{self.who} release", "image")
         )
         if local.releases.ledger().head != head or store.load_statement() is None:
             statement = client_statement(local.releases, delta=self.config.privacy.delta)
             store.save_statement(statement, plain_text(statement))
-        return released_images(released)
+        return released
 
     def coarse_loss(
         self, model: Denoiser, indices: np.ndarray, *, training: bool

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from flwr.common import Context
 from flwr.server import ServerApp, ServerAppComponents, ServerConfig, SimpleClientManager
 
@@ -28,6 +29,7 @@ from fedpdm.storage.run_directory import RunDirectory
 from strategies.baselines import CentralisedTraining, TrainingAlone
 from strategies.coarse import CoarseStrategy
 from strategies.fedavg import CoarseFedAvg
+from strategies.gaussians import CoarseGaussians
 from strategies.own import own_strategy
 from strategies.roster import ServerSettings
 from strategies.secure_aggregation import SecureFedAvg, SecureServer
@@ -57,7 +59,10 @@ def build_strategy(
     log = RunLog(run)
     if images is not None:
         draw_split(run, config, build_partitions(config, images), images)
-    model = build_denoiser(setup, "coarse")
+    weights: dict[str, torch.Tensor] = {}
+    if not setup.has_gaussians:
+        model = build_denoiser(setup, "coarse")
+        weights = {name: p.detach() for name, p in model.network.named_parameters()}
     section = config.aggregation
     options: dict[str, Any] = {
         "settings": ServerSettings(
@@ -78,7 +83,7 @@ def build_strategy(
             ledgers=None if config.run.simulation else ledgers_path(run),
             registered=dict if config.run.simulation else registered_clients,
         ),
-        "weights": {name: p.detach() for name, p in model.network.named_parameters()},
+        "weights": weights,
         "run": run,
         "announce": log.say,
         "finish": functools.partial(finish_run, run, setup, log, stores),
@@ -90,6 +95,8 @@ def build_strategy(
         strategy = TrainingAlone(**options)
     elif config.kind is RunKind.CENTRALISED:
         strategy = CentralisedTraining(setup=setup, **options)
+    elif setup.has_gaussians:
+        strategy = CoarseGaussians(setup=setup, **options)
     elif config.kind is RunKind.SERVER:
         strategy = CoarseServerTraining(setup=setup, **options)
     elif section.secure:

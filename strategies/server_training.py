@@ -41,7 +41,7 @@ from strategies.coarse import CoarseStrategy, Weights
 __all__ = ["CoarseServerTraining"]
 
 
-def keep_release(run: RunDirectory, client_id: int, released: Release) -> None:
+def keep_release(run: RunDirectory, client_id: int, released: Release, *, part: str = "") -> None:
     """Keep what a client uploaded in the run directory."""
     metadata = release_metadata(
         released.parameters,
@@ -49,7 +49,7 @@ def keep_release(run: RunDirectory, client_id: int, released: Release) -> None:
         noise_source=released.noise_source,
         seeded=released.seeded,
     )
-    run.save_upload(client_id, released.tensors(), metadata)
+    run.save_upload(client_id, released.tensors(), metadata, part=part)
 
 
 def kept_releases(run: RunDirectory) -> list[ReleasedDataset]:

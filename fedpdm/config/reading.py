@@ -52,6 +52,8 @@ LONGEST_TEXT = 4096  # characters of a value; a path has no more
 _UNSEEN = ("Cc", "Zl", "Zp")  # control characters and line separators
 YOUNGER_KEYS = (
     ("privacy", "release", "images"),
+    ("sampling", "handover", None),
+    ("sampling", "fine_labels", None),
     *(("statistics", each.name, each.default) for each in dataclasses.fields(StatisticsConfig)),
 )
 

@@ -8,7 +8,7 @@ from fedpdm.config.aggregation import AggregationConfig, check_aggregation
 from fedpdm.config.keys import ConfigError, check_name, key
 from fedpdm.config.kind import RunKind
 from fedpdm.config.names import CLASS_LABELS, COLORINGS, DATA_SETS, PARTITIONS
-from fedpdm.config.statistics import StatisticsConfig
+from fedpdm.config.statistics import StatisticsConfig, check_statistics
 from fedpdm.diffusion.names import (
     DECAYS,
     OBJECTIVES,
@@ -235,6 +235,16 @@ class SamplingConfig:
         "coarse model alone",
         above=0.0,
     )
+    handover: int | None = key(
+        None,
+        "class statistics: t at which the fine model takes over; default: 0.15 T",
+        low=1,
+    )
+    fine_labels: bool | None = key(
+        None,
+        "whether the fine model is told the class under the hand-over; default: with released "
+        "images yes, with class statistics no",
+    )
     batch_size: int = key(256, "images at a time", low=1)
     per_class: int = key(8, "images per class in the picture", low=1)
 
@@ -294,6 +304,13 @@ class RunConfig:
                 "partition.kind: own has one client in simulation; set num_clients: 1"
             )
         self._check_shared_model()
+        if self.privacy.release == "statistics" and self.kind.releases:
+            check_statistics(training=self.coarse.training, rounds=self.run.rounds)
+        if (self.sampling.handover or 0) > self.schedule.num_steps:
+            raise ConfigError(
+                f"sampling.handover: must be at most schedule.num_steps = "
+                f"{self.schedule.num_steps}, got {self.sampling.handover}"
+            )
         section, clients = self.aggregation, self.partition.num_clients
         if not self.run.simulation:
             clients = section.min_clients or clients

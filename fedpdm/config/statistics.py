@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fedpdm.config.keys import ConfigError, key
 
-__all__ = ["StatisticsConfig"]
+__all__ = ["StatisticsConfig", "check_statistics"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,3 +45,17 @@ class StatisticsConfig:
         """Of the three rounds in their order; they sum to 1."""
         rest = 1.0 - self.means_share - self.pooled_share
         return self.means_share, self.pooled_share, rest
+
+
+def check_statistics(*, training: str, rounds: int) -> None:
+    """Refuse a run of class statistics with a trained shared model, or with too few rounds."""
+    if training != "server":
+        raise ConfigError(
+            "coarse.training: must be server with privacy.release: statistics, whose coarse model "
+            f"the server computes, got {training}"
+        )
+    if rounds < 3:
+        raise ConfigError(
+            "run.rounds: must be at least 3 with privacy.release: statistics, one for each of its "
+            f"sums, got {rounds}"
+        )

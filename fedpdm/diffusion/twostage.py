@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedpdm.diffusion.combined import Guided, HandOver, Mixed, Unclipped, Watched
+from fedpdm.diffusion.combined import Guided, HandOver, Mixed, Unclipped, Unlabelled, Watched
 from fedpdm.diffusion.denoisers import DenoisingFunction
 from fedpdm.diffusion.sampling import sample
 from fedpdm.diffusion.schedule import NoiseSchedule
@@ -55,10 +55,12 @@ class SamplerSettings:
         coarse_share: float (K + 1,) in [0, 1], by label and at last for no label: above t0 the
             answer is this share of the coarse model's and the rest of the fine model's (which must
             know all t). Default: the coarse model's alone. `truncated` only.
+        fine_labels: whether the fine model is told the labels below a coarse model.
         batch_size: images that are drawn at a time.
 
     Raises:
-        ValueError: t0 or num_steps out of range, unknown chain, a share with another chain.
+        ValueError: t0 or num_steps out of range, unknown chain, a share or no labels with a chain
+            that is not `truncated`.
     """
 
     schedule: NoiseSchedule
@@ -68,6 +70,7 @@ class SamplerSettings:
     chain: str = "truncated"
     guidance: float = 1.0
     coarse_share: Tensor | None = None
+    fine_labels: bool = True
     batch_size: int = 256
 
     def __post_init__(self) -> None:
@@ -80,6 +83,8 @@ class SamplerSettings:
             raise ValueError(f"chain must be one of {', '.join(CHAINS)}, got {self.chain!r}")
         if self.coarse_share is not None and self.chain != "truncated":
             raise ValueError(f"coarse_share needs the chain truncated, got {self.chain!r}")
+        if not self.fine_labels and self.chain != "truncated":
+            raise ValueError(f"fine_labels: false needs the chain truncated, got {self.chain!r}")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -107,10 +112,11 @@ class SamplerOutput:
 def hand_over(
     coarse: DenoisingFunction, fine: DenoisingFunction, settings: SamplerSettings
 ) -> DenoisingFunction:
-    """The coarse model above t0, mixed with the fine one by `coarse_share`; below, the fine one."""
+    """The coarse model above t0, mixed with the fine one by `coarse_share`; below, the fine one,
+    with labels or without."""
     share = settings.coarse_share
     above = coarse if share is None else Mixed(coarse, fine, share)
-    return HandOver(above, fine, settings.t0)
+    return HandOver(above, fine if settings.fine_labels else Unlabelled(fine), settings.t0)
 
 
 def as_asked(

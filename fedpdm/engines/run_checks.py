@@ -16,11 +16,7 @@ from fedpdm.privacy.accountant import delta_warning
 from fedpdm.privacy.mechanism import mechanism_named
 from fedpdm.privacy.statement import baseline_statement
 from fedpdm.reporting.trackers import check_trackers
-from fedpdm.setup.build import (
-    build_denoiser,
-    build_optimizer_settings,
-    sampler_settings,
-)
+from fedpdm.setup.build import build_optimizer_settings, model_sizes, sampler_settings
 from fedpdm.setup.chosen import check_chosen
 from fedpdm.setup.run_setup import RunSetup, build_schedule
 from fedpdm.storage.run_directory import RunDirectory
@@ -72,9 +68,18 @@ class RunModels:
         coarse, fine = config.coarse, config.fine
         promises = config.kind.releases or config.kind is RunKind.DP_SGD
         warning = delta_warning(config.privacy.delta, images=images) if promises else ""
+        warnings = [f"WARNING: privacy.delta: {warning}"] if warning else []
+        if self.setup.has_gaussians:
+            return [
+                _what_leaves(self.setup),
+                *warnings,
+                f"models: class Gaussians above t = {self.setup.handover}, fine {fine.preset} "
+                f"{self.sizes['fine'] / 1e6:.2f} M parameters{where}; {config.run.rounds} rounds "
+                f"of {fine.steps_per_round} fine steps",
+            ]
         return [
             _what_leaves(self.setup),
-            *([f"WARNING: privacy.delta: {warning}"] if warning else []),
+            *warnings,
             f"models: coarse {coarse.preset} {self.sizes['coarse'] / 1e6:.2f} M, fine "
             f"{fine.preset} {self.sizes['fine'] / 1e6:.2f} M parameters{where}; "
             f"{config.run.rounds} rounds of {coarse.steps_per_round} coarse and "
@@ -85,10 +90,7 @@ class RunModels:
 def check_models(setup: RunSetup) -> RunModels:
     """Build the models, and sample once; `ConfigError` or `ValueError`."""
     _check_sampler(setup)
-    sizes = {
-        role: sum(p.numel() for p in build_denoiser(setup, role).parameters())
-        for role in ("coarse", "fine")
-    }
+    sizes = model_sizes(setup)
     build_optimizer_settings(setup.config, "coarse")
     return RunModels(setup=setup, sizes=sizes)
 
@@ -100,9 +102,9 @@ def _what_leaves(setup: RunSetup) -> str:
         statement = baseline_statement(config)
         epsilon = statement["epsilon"]
         return f"baseline: {statement['guarantee']}" + (f", epsilon {epsilon:g}" if epsilon else "")
+    described = " + ".join(map(plan.mechanism.describe, plan.rounds))
     return (
-        f"release: {plan.mechanism.describe(plan.rounds[0])}, epsilon {plan.epsilon_exact:.4g} at "
-        f"delta {config.privacy.delta:g}"
+        f"release: {described}, epsilon {plan.epsilon_exact:.4g} at delta {config.privacy.delta:g}"
     )
 
 

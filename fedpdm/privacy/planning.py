@@ -17,6 +17,7 @@ from fedpdm.privacy.mechanism import (
     NoiseSource,
     ReleaseMechanism,
     SeededNoise,
+    StatisticsParameters,
     SystemNoise,
     event_of,
     mechanism_named,
@@ -52,6 +53,11 @@ class ReleasePlan:
     def mechanism(self) -> ReleaseMechanism[Any]:
         """Which makes the releases."""
         return mechanism_of(self.rounds[0])
+
+    @property
+    def is_statistics(self) -> bool:
+        """Whether clients release class statistics, of which the server computes Gaussians."""
+        return isinstance(self.rounds[0], StatisticsParameters)
 
     @property
     def images(self) -> ReleaseParameters:

@@ -29,7 +29,7 @@ from fedpdm.data.spec import ImageSpec
 from fedpdm.diffusion.sampling import make_scheduler
 from fedpdm.diffusion.training import select_device
 from fedpdm.privacy.counts import noised_counts
-from fedpdm.privacy.mechanism import mechanism_named
+from fedpdm.privacy.mechanism import ClassStatistics, mechanism_named
 from fedpdm.privacy.releases import ReleaseStore
 from fedpdm.privacy.statement import client_statement
 from fedpdm.publishing.model_card import model_card
@@ -85,7 +85,9 @@ def export_pipeline(
     config = run.config()
     if not config.kind.releases:
         raise ValueError(f"{run.root}: this run is a baseline, without a coarse and a fine model")
-    mechanism_named(config.privacy.release)  # the ledger may name a custom one
+    mechanism = mechanism_named(config.privacy.release)  # the ledger may name a custom one
+    if isinstance(mechanism, ClassStatistics):
+        raise ValueError(f"{run.root}: class Gaussians cannot be exported as a pipeline")
     check_finished(run, config)
     privacy, shared = run.read_json("privacy.json"), shared_weights(run)
     folder = Path(store or run.client_path(client_id))

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from dataclasses import fields
+
 import numpy as np
 import torch
 
 from fedpdm.config import CoarseConfig, ConfigError, FineConfig, RunConfig
 from fedpdm.diffusion.denoisers import Denoiser, DenoiserSpec
+from fedpdm.diffusion.gaussian import ClassGaussians, GaussianDenoiser
 from fedpdm.diffusion.training import OptimizerSettings
 from fedpdm.diffusion.twostage import SamplerSettings
 from fedpdm.privacy.dpsgd import DpSgdSettings, dp_sgd_noise_multiplier
@@ -17,8 +22,10 @@ from fedpdm.setup.run_setup import RunSetup
 __all__ = [
     "build_denoiser",
     "build_dp_sgd",
+    "build_gaussians",
     "build_optimizer_settings",
     "coarse_share",
+    "model_sizes",
     "sampler_settings",
 ]
 
@@ -47,6 +54,33 @@ def build_denoiser(setup: RunSetup, role: str, *, client: int = 0) -> Denoiser:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Denoiser(denoiser_spec, setup.schedule)
+
+
+def build_gaussians(setup: RunSetup, weights: Mapping[str, torch.Tensor]) -> GaussianDenoiser:
+    """The shared model of class statistics, from its tensors by name, where they lie.
+
+    `ValueError` for tensors that are not class Gaussians of this run's images.
+    """
+    names, d = {each.name for each in fields(ClassGaussians)}, math.prod(setup.spec.shape)
+    if weights.keys() != names:
+        raise ValueError(f"class Gaussians: expected {sorted(names)}, got {sorted(weights)}")
+    gaussians = ClassGaussians(**weights)
+    classes = gaussians.classes
+    if classes.dtype != torch.int64 or gaussians.means.shape[1] != d:
+        raise ValueError(
+            f"class Gaussians: must be of {d} dimensions, with classes int64, got "
+            f"{gaussians.means.shape[1]} and {classes.dtype}"
+        )
+    if not 0 <= int(classes.min()) <= int(classes.max()) < setup.spec.num_classes:
+        raise ValueError(f"class Gaussians: classes must be in [0, {setup.spec.num_classes - 1}]")
+    return GaussianDenoiser(gaussians, setup.schedule)
+
+
+def model_sizes(setup: RunSetup) -> dict[str, int]:
+    """Trained parameters of the coarse and the fine model; class Gaussians have none."""
+    roles = ("fine",) if setup.has_gaussians else ("coarse", "fine")
+    sizes = {r: sum(p.numel() for p in build_denoiser(setup, r).parameters()) for r in roles}
+    return {"coarse": 0, **sizes}
 
 
 def server_steps_per_round(config: RunConfig) -> int:
@@ -102,14 +136,17 @@ def sampler_settings(setup: RunSetup, *, share: torch.Tensor | None = None) -> S
 
     Without a release the fine model, where there is one, answers at all t: hand-over at T.
     """
-    config, section, plan = setup.config, setup.config.sampling, setup.plan
+    config, section = setup.config, setup.config.sampling
+    trained = config.kind.releases and not setup.has_gaussians
+    labels = section.fine_labels
     return SamplerSettings(
         schedule=setup.schedule,
-        t0=setup.schedule.num_steps if plan is None else plan.t0,
+        t0=setup.handover,
         scheduler=section.scheduler,
         num_steps=section.num_steps,
         guidance=section.guidance,
-        chain=find_objective(config).chain if config.kind.releases else "truncated",
+        chain=find_objective(config).chain if trained else "truncated",
+        fine_labels=not setup.has_gaussians if labels is None else labels,
         coarse_share=share,
         batch_size=section.batch_size,
     )

@@ -104,7 +104,7 @@ def fine_batch_loss(
     section, schedule, shift = setup.config.fine, setup.schedule, setup.spec.shift
     clip_norm, t_max = setup.config.privacy.clip_norm, schedule.num_steps
     if setup.plan is not None and section.t_range == "below_t0":
-        t_max = setup.plan.t0
+        t_max = setup.handover
     pixels, classes = torch.from_numpy(images).to(device), torch.from_numpy(labels).to(device)
     weighting = find_weighting(setup.config, "fine")
 

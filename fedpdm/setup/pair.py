@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from fedpdm.diffusion.denoisers import Denoiser, DenoisingFunction
 from fedpdm.diffusion.training import select_device
 from fedpdm.diffusion.twostage import SamplerOutput, SamplerSettings, sample_in_batches
 from fedpdm.diffusion.weights import ema_weights, load_named
-from fedpdm.setup.build import build_denoiser, sampler_settings
+from fedpdm.setup.build import build_denoiser, build_gaussians, sampler_settings
 from fedpdm.setup.run_setup import RunSetup, set_up
 from fedpdm.storage.client_store import ClientStore
 from fedpdm.storage.run_directory import RunDirectory
@@ -92,15 +92,18 @@ def load_pair(
     share: torch.Tensor | None = None,
     who: str = "",
 ) -> ModelPair[Denoiser]:
-    """The run's denoisers with these weights, in `eval()`; None for none.
+    """The run's denoisers with these weights, in `eval()`; None for none. The coarse one is a
+    `GaussianDenoiser` in a run of class statistics.
 
     `share` is the client's `coarse_share`. `ValueError` if the weights are not this run's; `who` is
     added to what they are called.
     """
 
-    def load(role: str, weights: Weights | None) -> Denoiser | None:
+    def load(role: str, weights: Weights | None) -> Any:
         if weights is None:
             return None
+        if role == "coarse" and setup.has_gaussians:
+            return build_gaussians(setup, {n: t.to(device) for n, t in weights.items()})
         model = build_denoiser(setup, role).to(device)
         here = {name: tensor.to(device) for name, tensor in weights.items()}
         load_named(dict(model.network.named_parameters()), here, what=f"{role} weights{who}")

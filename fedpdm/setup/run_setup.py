@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+import torch
 
 from fedpdm.config import ConfigError, RunConfig
 from fedpdm.data import ImageSet
@@ -13,6 +16,8 @@ from fedpdm.privacy.planning import ReleasePlan, build_release_plan, build_relea
 from fedpdm.privacy.releases import ReleaseRequest
 
 __all__ = ["RunSetup", "build_schedule", "set_up", "set_up_for"]
+
+HANDOVER = 0.15  # of T, with class statistics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +43,38 @@ class RunSetup:
             )
         return self.plan
 
-    def release_request(self, *, client: int, allow_new_release: bool) -> ReleaseRequest:
-        """What a client of this run asks of its release store, in the first round of the plan."""
+    @property
+    def has_gaussians(self) -> bool:
+        """Whether the shared model is class Gaussians, computed and not trained."""
+        return self.plan is not None and self.plan.is_statistics
+
+    @property
+    def handover(self) -> int:
+        """The t at and under which the fine model answers: T without a release, t0 of released
+        images, else as configured."""
+        T = self.schedule.num_steps
+        if self.plan is None:
+            return T
+        if self.plan.is_statistics:
+            return self.config.sampling.handover or max(1, round(HANDOVER * T))
+        return self.plan.t0
+
+    def release_request(
+        self,
+        *,
+        client: int,
+        allow_new_release: bool,
+        stage: int = 0,
+        public: Mapping[str, torch.Tensor] | None = None,
+    ) -> ReleaseRequest:
+        """What a client of this run asks of its release store, as `build_release_request`."""
         return build_release_request(
-            self.config, self.release_plan, client=client, allow_new_release=allow_new_release
+            self.config,
+            self.release_plan,
+            client=client,
+            allow_new_release=allow_new_release,
+            stage=stage,
+            public=public,
         )
 
 

@@ -114,7 +114,7 @@ class RunDirectory:
             self.root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StoreError(f"{self.root}: cannot be created: {error.strerror}") from None
-        for folder in (self.root, self.root / "server", self._upload_path(0).parent):
+        for folder in (self.root, self.root / "server", self._upload_path(0, "").parent):
             clear_leftovers(folder)
         path = self.root / "config.yaml"
         if not path.exists():
@@ -156,23 +156,30 @@ class RunDirectory:
         return read_json(path, self._named(name))
 
     def save_upload(
-        self, client_id: int, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
+        self,
+        client_id: int,
+        tensors: Mapping[str, torch.Tensor],
+        metadata: Mapping[str, str],
+        *,
+        part: str = "",
     ) -> None:
-        """Keep what a client uploaded (server training)."""
-        path = self._upload_path(client_id)
-        write_tensors(path, tensors, metadata, self._named(path.stem))
+        """Keep what a client uploaded (server training); `part` tells rounds apart."""
+        path = self._upload_path(client_id, part)
+        write_tensors(path, tensors, metadata, self._named(f"{part}{path.stem}"))
 
-    def drop_upload(self, client_id: int) -> None:
+    def drop_upload(self, client_id: int, *, part: str = "") -> None:
         """Forget what a client uploaded."""
-        self._upload_path(client_id).unlink(missing_ok=True)
+        self._upload_path(client_id, part).unlink(missing_ok=True)
 
-    def _upload_path(self, client_id: int) -> Path:
-        return self.root / "server" / "releases" / f"{client_id:06d}.safetensors"
+    def _upload_path(self, client_id: int, part: str) -> Path:
+        return self.root / "server" / "releases" / part / f"{client_id:06d}.safetensors"
 
-    def load_uploads(self) -> list[tuple[dict[str, torch.Tensor], dict[str, str]]]:
-        """(tensors, metadata) of every upload, in the order of client ids."""
-        paths = sorted((self.root / "server" / "releases").glob("*.safetensors"))
-        return [read_tensors(path, self._named(path.stem)) for path in paths]
+    def load_uploads(
+        self, *, part: str = ""
+    ) -> list[tuple[dict[str, torch.Tensor], dict[str, str]]]:
+        """(tensors, metadata) of every upload of a part, in the order of client ids."""
+        paths = sorted((self.root / "server" / "releases" / part).glob("*.safetensors"))
+        return [read_tensors(path, self._named(f"{part}{path.stem}")) for path in paths]
 
     def keep_update(self, client_id: int, weights: Mapping[str, torch.Tensor]) -> None:
         """Put aside an update that came before its turn, until the round is over."""

@@ -237,7 +237,8 @@ def test_the_statement_says_what_a_sum_is(store: ReleaseStore) -> None:
 
 def test_a_node_allows_statistics_only_where_its_policy_says_so() -> None:
     config = small_config(
-        run={"simulation": False},
+        run={"simulation": False, "rounds": 3},
+        coarse={"training": "server"},
         privacy={"release": "statistics", "epsilon": 10.0},
         evaluation={"image_metrics": False},
     )

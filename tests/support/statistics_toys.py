@@ -32,6 +32,8 @@ PIXELS = SIDE * SIDE
 
 def statistics_config(*, epsilon: float = 10.0, clip_norm: float = 2.0, **keys: Any) -> RunConfig:
     return small_config(
+        run={"rounds": 3},
+        coarse={"training": "server"},
         privacy={"release": "statistics", "epsilon": epsilon, "clip_norm": clip_norm},
         statistics={"directions": 5, **keys},
     )

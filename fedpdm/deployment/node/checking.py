@@ -35,7 +35,7 @@ from fedpdm.deployment.policy import NodePolicy, check_code, check_config
 from fedpdm.privacy.accountant import delta_warning
 from fedpdm.privacy.releases import ReleaseStore
 from fedpdm.privacy.statement import baseline_statement
-from fedpdm.setup.build import build_denoiser
+from fedpdm.setup.build import model_sizes
 from fedpdm.setup.run_setup import RunSetup, set_up
 from fedpdm.storage.files import StoreError
 from fedpdm.text import line
@@ -200,11 +200,7 @@ class _Checking:
     def _sizes(self) -> dict[str, int]:
         """Parameters of the two models, and values in all images."""
         images = self._given(self.report.images)
-        sizes = {
-            role: sum(p.numel() for p in build_denoiser(self._setup, role).parameters())
-            for role in ("coarse", "fine")
-        }
-        return sizes | {"values": images.images.size}
+        return model_sizes(self._setup) | {"values": images.images.size}
 
     # What joining would mean.
 

@@ -45,6 +45,8 @@ def round_pictures(run: RunDirectory, config: RunConfig, round: int) -> dict[str
         return {}
     weights = ema_weights(kept[1])
     found: dict[str, np.ndarray] = {}
+    if config.kind.has_shared_model and not weights:
+        return {}  # class statistics whose sums are not in yet
     if config.kind.has_shared_model:
         found["coarse_samples"] = _shared(config, weights)
     if not (config.run.simulation and config.kind.has_fine_model):
