@@ -171,7 +171,7 @@ def _privacy_lines(privacy: Mapping[str, Any]) -> list[str]:
     what = (
         f"t0 = {privacy['t0']}, clip norm {privacy['clip_norm']:g} around {privacy['shift']:g}"
         if "t0" in privacy
-        else privacy["released"]
+        else privacy["released"].rstrip(".")
     )
     lines = [
         f"Privacy  each image is ({privacy['epsilon']:.4g}, {privacy['delta']:g})-locally "

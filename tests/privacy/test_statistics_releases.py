@@ -221,8 +221,8 @@ def test_the_statement_says_what_a_sum_is(store: ReleaseStore) -> None:
     text = " ".join(plain_text(run_statement(config, plan, noise_source="")).split())
     assert "No image is sent by itself." in text
     assert "for each class the sum of its images, each shortened to a length of at most 2" in text
-    assert "one table for all images together is sent that says which features" in text
-    assert "such a table for each class, of at most 5 features" in text
+    assert "Then one table is sent for all images together: it says which features" in text
+    assert "Then such a table is sent for each class, of 5 features: it says which" in text
     for stage in range(3):
         obtained(store, 6, stage)
     statement = client_statement(store, delta=DELTA)

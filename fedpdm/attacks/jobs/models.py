@@ -12,6 +12,7 @@ from fedpdm.attacks.membership import AttackTarget
 from fedpdm.data import normalize
 from fedpdm.diffusion.combined import ImagesFromReleases
 from fedpdm.diffusion.denoisers import Denoiser, DenoisingFunction
+from fedpdm.diffusion.gaussian import GaussianDenoiser
 from fedpdm.diffusion.twostage import hand_over
 from fedpdm.evaluation.synthesis import Synthesizer
 from fedpdm.privacy.mechanism import clip_l2
@@ -66,7 +67,8 @@ def run_targets(opened: Synthesizer) -> dict[str, ModelTarget]:
         scale = schedule.alpha_bar(t0) ** 0.5
         add("coarse", opened.coarse, (1, T), clip_norm=clip_norm, scale=scale)
     elif opened.coarse is not None:
-        add("coarse", opened.coarse, (t0 + 1, T), clip_norm=clip_norm)
+        lowest = 1 if isinstance(opened.coarse, GaussianDenoiser) else t0 + 1  # it answers anywhere
+        add("coarse", opened.coarse, (lowest, T), clip_norm=clip_norm)
     if opened.fine is not None:
         add("fine", opened.fine, (1, T if config.fine.t_range == "all" else t0))
     if opened.coarse is not None and opened.fine is not None:

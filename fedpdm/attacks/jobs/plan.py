@@ -27,6 +27,7 @@ from fedpdm.attacks.membership import ATTACKS, MIN_FITTED
 from fedpdm.config import ConfigError
 from fedpdm.data import ImageSet
 from fedpdm.data.loading import load_public, load_split
+from fedpdm.diffusion.gaussian import GaussianDenoiser
 from fedpdm.evaluation.assessment import build_extractor
 from fedpdm.evaluation.synthesis import Synthesizer, open_synthesizer
 from fedpdm.storage.run_directory import RunDirectory
@@ -152,6 +153,9 @@ def plan_run(
     wanted = [name for name in ("linkage", "reconstruction", "collusion") if name in groups]
     if wanted and not config.kind.releases:
         say(f"{', '.join(wanted)} left out: this baseline releases no images")
+        wanted = []
+    if wanted and any(isinstance(one.coarse, GaussianDenoiser) for one in opened.values()):
+        say(f"{', '.join(wanted)} left out: class statistics release no images")
         wanted = []
     if wanted and config.kind.has_shared_model:
         lengths = _public(run)

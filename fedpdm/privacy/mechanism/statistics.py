@@ -258,15 +258,15 @@ class ClassStatistics(ReleaseMechanism[StatisticsParameters]):
                 f"{parameters.clip_norm:g} and all together covered once with {noise} (pixels run "
                 "from -1 to 1)."
             )
-        what = (
-            "one table for all images together"
+        where = (
+            "Then one table is sent for all images together:"
             if parameters.stage == "pooled"
-            else f"such a table for each class, of at most {parameters.directions} features"
+            else f"Then such a table is sent for each class, of {parameters.directions} features:"
         )
         return (
-            f"Then {what} is sent that says which features of images differ together from the "
-            "average of their class: a sum over images, of differences shortened to a length of at "
-            f"most {parameters.clip_norm:g}, covered once with {noise}."
+            f"{where} it says which features of images differ together from the average of their "
+            "class. It is a sum over images, of differences shortened to a length of at most "
+            f"{parameters.clip_norm:g}, covered once with {noise}."
         )
 
     def settings(self, parameters: StatisticsParameters) -> dict[str, float]:
