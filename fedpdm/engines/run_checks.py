@@ -68,17 +68,18 @@ class RunModels:
         coarse, fine = config.coarse, config.fine
         promises = config.kind.releases or config.kind is RunKind.DP_SGD
         warning = delta_warning(config.privacy.delta, images=images) if promises else ""
+        warnings = [f"WARNING: privacy.delta: {warning}"] if warning else []
         if self.setup.has_gaussians:
             return [
                 _what_leaves(self.setup),
-                *([f"WARNING: privacy.delta: {warning}"] if warning else []),
+                *warnings,
                 f"models: class Gaussians above t = {self.setup.handover}, fine {fine.preset} "
                 f"{self.sizes['fine'] / 1e6:.2f} M parameters{where}; {config.run.rounds} rounds "
                 f"of {fine.steps_per_round} fine steps",
             ]
         return [
             _what_leaves(self.setup),
-            *([f"WARNING: privacy.delta: {warning}"] if warning else []),
+            *warnings,
             f"models: coarse {coarse.preset} {self.sizes['coarse'] / 1e6:.2f} M, fine "
             f"{fine.preset} {self.sizes['fine'] / 1e6:.2f} M parameters{where}; "
             f"{config.run.rounds} rounds of {coarse.steps_per_round} coarse and "

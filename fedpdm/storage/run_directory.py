@@ -98,8 +98,10 @@ class RunDirectory:
                 )
 
     def _check_files(self, config: RunConfig) -> None:
-        """Clients' stores, where they are here, and what clients uploaded."""
-        self.load_uploads()
+        """Clients' stores, where they are here, and what clients uploaded, in every part."""
+        folders = (self.root / "server" / "releases").glob("*/")
+        for part in ("", *(folder.name for folder in folders)):
+            self.load_uploads(part=part)
         for path in sorted((self.root / "clients").glob("[0-9]*")):
             if path.name.isdecimal():
                 ClientStore(path, store_label(config, int(path.name))).check()
@@ -114,9 +116,8 @@ class RunDirectory:
             self.root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StoreError(f"{self.root}: cannot be created: {error.strerror}") from None
-        uploads = self.root / "server" / "releases"
-        parts = [path for path in uploads.glob("*") if path.is_dir()]
-        for folder in (self.root, self.root / "server", uploads, *parts):
+        uploads = self._upload_path(0, "").parent
+        for folder in (self.root, self.root / "server", uploads, *uploads.glob("*/")):
             clear_leftovers(folder)
         path = self.root / "config.yaml"
         if not path.exists():

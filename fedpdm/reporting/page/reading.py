@@ -167,7 +167,7 @@ def flat_config(config: RunConfig) -> dict[str, Any]:
     nested = json.loads(config_to_json(dataclasses.replace(config, data=data)))
     flat: dict[str, Any] = {"name": nested["name"]}
     for field in dataclasses.fields(config):
-        if isinstance(section := nested[field.name], dict):
+        if isinstance(section := nested.get(field.name), dict):
             order = [f.name for f in dataclasses.fields(getattr(config, field.name))]
             flat |= {f"{field.name}.{key}": section[key] for key in order if key in section}
     return flat
