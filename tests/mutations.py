@@ -153,7 +153,9 @@ def run_tests(copy: Path, tests: Sequence[str], log: Path, *, seconds: float) ->
         for name in [name for name in sys.modules if name.split(".")[0] in PACKAGES]:
             del sys.modules[name]
         first = First()
-        code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests], plugins=[first])
+        options = ["-x", "-q", "-p", "no:cacheprovider"]
+        options += ["-W", "ignore:Module already imported:pytest.PytestAssertRewriteWarning"]
+        code = pytest.main([*options, *tests], plugins=[first])
         answer.write_text(first.name or ("" if code == 0 else f"pytest ended with {code}"))
         sys.stdout.flush()
         os._exit(0)
