@@ -160,14 +160,17 @@ def run_tests(copy: Path, tests: Sequence[str], log: Path, *, seconds: float) ->
         sys.stdout.flush()
         os._exit(0)
     deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if os.waitpid(child, os.WNOHANG)[0]:
-            return answer.read_text() if answer.exists() else "the process of the tests ended"
-        time.sleep(0.05)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return f"no end within {seconds:.0f} s"
+    try:
+        while time.monotonic() < deadline:
+            if os.waitpid(child, os.WNOHANG)[0]:
+                return answer.read_text() if answer.exists() else "the process of the tests ended"
+            time.sleep(0.05)
+        return f"no end within {seconds:.0f} s"
+    finally:  # with what it has started, and after Ctrl-C too
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(child, 0)
 
 
 class Results:
@@ -255,6 +258,8 @@ def main() -> None:
                 print(f"{room}  {mutant.path}:{mutant.line}  {mutant.kind}: {mutant.code}")
         return
     out = options.out.resolve()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     try:
         with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
             copy = Path(folder) / "fedpdm"
