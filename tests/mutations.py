@@ -43,21 +43,26 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "wire": (
         ("fedpdm/wire/messages.py", "fedpdm/wire/quantize.py", "strategies/answers.py"),
         ("tests/wire/test_wire*.py", "tests/wire/test_quantize.py",
-         "tests/strategies/test_message_headers.py", "tests/strategies/test_strategies_refusal.py",
+         "tests/strategies/test_message_headers.py",
+         "tests/strategies/test_hostile_participants.py",
+         "tests/strategies/test_strategies_refusal.py",
          "tests/strategies/test_strategies_server.py"),
     ),
     "ledger": (
-        ("fedpdm/privacy/ledger.py",),
-        ("tests/privacy/test_ledger*.py", "tests/privacy/test_releases_damage.py"),
+        ("fedpdm/privacy/ledger.py", "strategies/ledgers.py"),
+        ("tests/privacy/test_ledger*.py", "tests/privacy/test_releases_damage.py",
+         "tests/privacy/test_release_identities.py", "tests/privacy/test_release_traces.py",
+         "tests/strategies/test_ledgers.py"),
     ),
     "releases": (
         ("fedpdm/privacy/releases/*.py",),
-        ("tests/privacy/test_releases*.py", "tests/privacy/test_ledger.py",
+        ("tests/privacy/test_release*.py", "tests/privacy/test_ledger.py",
          "tests/privacy/test_mechanism_door.py"),
     ),
     "policy": (
-        ("fedpdm/deployment/policy.py", "clients/bounds.py"),
-        ("tests/deployment/test_node_policy.py", "tests/deployment/test_deployed_client.py",
+        ("fedpdm/deployment/policy.py", "fedpdm/deployment/registered.py", "clients/bounds.py"),
+        ("tests/deployment/test_node_policy.py", "tests/deployment/test_registered.py",
+         "tests/deployment/test_deployed_client.py",
          "tests/deployment/test_hostile_coordinator.py"),
     ),
     "acceptance": (
@@ -65,20 +70,19 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
          "fedpdm/engines/deployed/node.py"),
         ("tests/deployment/test_node_policy.py", "tests/deployment/test_node_check.py"),
     ),
+    "roster": (("strategies/roster.py",), ("tests/strategies/test_roster.py",)),
     "secure": (
         ("strategies/secure_aggregation.py", "clients/masking.py", "fedpdm/wire/summands.py"),
         ("tests/strategies/test_secure*.py",),
     ),
     "mechanism": (
-        ("fedpdm/privacy/mechanism/*.py", "fedpdm/privacy/noise.py"),
+        ("fedpdm/privacy/mechanism/*.py", "fedpdm/privacy/noise.py", "fedpdm/privacy/counts.py"),
         ("tests/privacy/test_mechanism*.py", "tests/privacy/test_noise*.py",
-         "tests/privacy/test_release_records.py"),
+         "tests/privacy/test_release_records.py", "tests/privacy/test_bound_through_client.py",
+         "tests/publishing/test_export_counts.py"),
     ),
     "dpsgd": (("fedpdm/privacy/dpsgd/*.py",), ("tests/privacy/test_dpsgd*.py",)),
-    "storage": (
-        ("fedpdm/storage/*.py",),
-        ("tests/storage/test_*.py",),
-    ),
+    "storage": (("fedpdm/storage/*.py",), ("tests/storage/test_*.py",)),
 }  # fmt: skip
 
 
@@ -119,10 +123,14 @@ def _files(patterns: Sequence[str]) -> list[str]:
 
 
 class First:
-    """Notes the first test that failed."""
+    """Notes the first test that failed; quick tests come first."""
 
     def __init__(self) -> None:
         self.name = ""
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed and not self.name:
@@ -153,19 +161,24 @@ def run_tests(copy: Path, tests: Sequence[str], log: Path, *, seconds: float) ->
         for name in [name for name in sys.modules if name.split(".")[0] in PACKAGES]:
             del sys.modules[name]
         first = First()
-        code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests], plugins=[first])
+        options = ["-x", "-q", "-p", "no:cacheprovider"]
+        options += ["-W", "ignore:Module already imported:pytest.PytestAssertRewriteWarning"]
+        code = pytest.main([*options, *tests], plugins=[first])
         answer.write_text(first.name or ("" if code == 0 else f"pytest ended with {code}"))
         sys.stdout.flush()
         os._exit(0)
     deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if os.waitpid(child, os.WNOHANG)[0]:
-            return answer.read_text() if answer.exists() else "the process of the tests ended"
-        time.sleep(0.05)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return f"no end within {seconds:.0f} s"
+    try:
+        while time.monotonic() < deadline:
+            if os.waitpid(child, os.WNOHANG)[0]:
+                return answer.read_text() if answer.exists() else "the process of the tests ended"
+            time.sleep(0.05)
+        return f"no end within {seconds:.0f} s"
+    finally:  # with what it has started, and after Ctrl-C too
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(child, 0)
 
 
 class Results:
@@ -253,6 +266,8 @@ def main() -> None:
                 print(f"{room}  {mutant.path}:{mutant.line}  {mutant.kind}: {mutant.code}")
         return
     out = options.out.resolve()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     try:
         with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
             copy = Path(folder) / "fedpdm"
