@@ -18,7 +18,7 @@ from fedpdm.config import RunConfig
 from fedpdm.data import load_image_set
 from fedpdm.engines.one_client import attack_config, upload_releases
 from fedpdm.privacy.mechanism import SystemNoise, gaussian
-from fedpdm.privacy.releases import ReleaseStore
+from fedpdm.privacy.releases import ReleaseStore, store
 from tests.support.command_line import without_advice
 
 SMALL_AUDIT = ["attack", "audit", "--canaries", "1500", "--shape", "1x16x16", "--json"]
@@ -173,6 +173,9 @@ def test_an_unrecorded_second_release_is_caught(
         return real(self, *given, **options)
 
     monkeypatch.setattr(ReleaseStore, "obtain", forgetful)
+    code = main([*SMALL_AUDIT, "--seed", "4"])
+    assert (code, "a second release; restore it" in capsys.readouterr().err) == (2, True)
+    monkeypatch.setattr(store, "check_traces", lambda *_: None)  # the store's own defence
     code, facts = run([*SMALL_AUDIT, "--seed", "4"], capsys)
     assert code == 1
     assert facts["num_distinct"] == 2

@@ -192,6 +192,7 @@ def test_without_held_out_images_others_take_their_place(finished: dict[str, Pat
 def test_changed_data_are_refused(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = copied / "clients" / "1" / "members.json"
     kept = json.loads(path.read_text())
+    del kept["file_sha256"]
     kept["train"]["indices"][3] += 1
     path.write_text(json.dumps(kept))
     assert refused(
@@ -205,6 +206,7 @@ def test_an_image_on_both_sides_is_refused(
 ) -> None:
     path = copied / "clients" / "1" / "members.json"
     kept = json.loads(path.read_text())
+    del kept["file_sha256"]
     for key in ("indices", "sha256"):
         kept["heldout"][key][0] = kept["train"][key][0]
     path.write_text(json.dumps(kept))

@@ -149,7 +149,7 @@ def test_a_superlink_in_json(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     """A real one: started, asked and ended."""
     config = small_config(run={"simulation": False}, data={"max_images": None})
     (tmp_path / "run.yaml").write_text(config_to_yaml(config))
-    make_node_key(tmp_path / "keys" / "north")
+    make_node_key(tmp_path / "keys" / "node-0-north")
     certificates = make_certificates(tmp_path / "certificates")
 
     def told(action: str, *words: Any) -> Any:
@@ -162,8 +162,8 @@ def test_a_superlink_in_json(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     try:
         started = told("start", *places, "--node-keys", tmp_path / "keys")
         assert (started["fleet"], started["control"]) == (fleet, control)
-        assert started["registered"].keys() == {"north"}
-        assert started["registered"]["north"].isdecimal()
+        assert started["registered"].keys() == {"node-0-north"}
+        assert started["registered"]["node-0-north"].isdecimal()
         assert told("status")["running"] is True
         out = tmp_path / "out"
         checked = told("run", tmp_path / "run.yaml", "--dry-run", "--out", out)

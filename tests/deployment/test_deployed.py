@@ -25,6 +25,7 @@ from tests.support.real_nodes import (
     Node,
     RealFederation,
     deployed,
+    key_name,
     make_certificates,
     make_node_key,
     real_federation,
@@ -173,8 +174,8 @@ def test_status_says_nodes_rounds_bytes_and_losses(
     assert status["running"]
     assert status["pid"] == finished.federation.superlink_pid()
     assert [(node["name"], node["status"]) for node in status["nodes"]] == [
-        ("clinic-0", "online"),
-        ("clinic-1", "online"),
+        (key_name("clinic-0", 0), "online"),
+        (key_name("clinic-1", 1), "online"),
     ]
     (run,) = status["runs"]
     assert (run["status"], run["out"]) == ("finished:completed", str(finished.out))

@@ -122,7 +122,7 @@ def stored_release(
     request = setup.release_request(client=client, allow_new_release=False)
     store = ReleaseStore(folder)
     missing = len(one.own.images)
-    if folder.exists():
+    if (folder / "ledger.jsonl").exists():
         missing = store.preview(one.own.images, request).fresh
     if missing:
         raise ValueError(
