@@ -15,8 +15,7 @@
 
 Every file is written under a temporary name, flushed to disk and renamed, so a crash leaves the
 old state or the new one. Every file that is read again carries a digest, and all but the samples
-say whose they are (`fedpdm.storage.files`). One Ray actor serves several clients: all state is
-here, none in the process.
+say whose they are (`fedpdm.storage.files`). A process serves several clients: all state is here.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ from fedpdm.storage.files import (
 )
 from fedpdm.text import finite, json_text
 
-__all__ = ["ClientStore", "Reply", "release_traces", "store_label"]
+__all__ = ["ClientStore", "Reply", "store_label"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,26 +72,6 @@ class Reply:
 def store_label(config: RunConfig, client_id: int) -> dict[str, str]:
     """What a client's files of a run with this config say of whose they are."""
     return {"client": str(client_id), "config": config_digest(config)[:16]}
-
-
-def release_traces(root: Path) -> dict[Path, str]:
-    """What a client's rounds in `root` show of its releases: file -> the head of the ledger then.
-
-    The head is "" where a file does not say it. Nothing of rounds that say that they released
-    nothing, as those of a baseline do.
-    """
-    heads = {}
-    for path in (root / "privacy.json", *sorted(root.glob("rounds/[0-9]*/reply.json"))):
-        if path.exists():
-            with contextlib.suppress(StoreError):  # a damaged file is a trace without a head
-                record = read_json(path)
-                if "baseline" in record:
-                    return {}
-                heads[path] = str(record.get("ledger_head") or record.get("ledger") or "")
-                continue
-            heads[path] = ""
-    rest = (root / name for name in ("rounds", "partial", "samples.npz", "classes.json"))
-    return heads or {path: "" for path in rest if path.is_file() or any(path.glob("*"))}
 
 
 class ClientStore:
@@ -173,8 +152,8 @@ class ClientStore:
         """Note for the owner what failed and was not told to the server: the last 1,000 lines."""
         path = self.root / "failures.txt"
         before = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        lines = [*before[-999:], f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line[:2000]}"]
-        write_atomic(path, ("\n".join(lines) + "\n").encode())
+        new = f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line[:2000]}"
+        write_atomic(path, "".join(f"{each}\n" for each in [*before[-999:], new]).encode())
 
     def noised_class_counts(
         self, counts: np.ndarray, epsilon: float, draw: Callable[[], Sequence[int]]

@@ -5,5 +5,9 @@
 everything above may import it.
 """
 
+from fedpdm.wire import messages, metrics
 from fedpdm.wire.messages import *  # noqa: F403
-from fedpdm.wire.messages import __all__ as __all__
+from fedpdm.wire.metrics import *  # noqa: F403
+from fedpdm.wire.types import WireError as WireError
+
+__all__ = [*messages.__all__, *metrics.__all__, "WireError"]

@@ -8,7 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["CoarseUpdate", "Phase"]
+__all__ = ["CoarseUpdate", "Phase", "WireError"]
+
+
+class WireError(ValueError):
+    """A message that may not be sent, or cannot be accepted; one line."""
 
 
 class Phase(enum.StrEnum):

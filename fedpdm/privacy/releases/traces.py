@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from fedpdm.privacy.ledger import START, Ledger
-from fedpdm.storage.client_store import release_traces
-from fedpdm.storage.files import StoreError
+from fedpdm.storage.files import StoreError, read_json
 
 __all__ = ["check_traces"]
 
@@ -18,7 +18,7 @@ def check_traces(root: Path, ledger: Ledger) -> None:
     """
     known = {START, *(record.chain for record in ledger.records)}
     for folder in (root, *sorted((root / "runs").glob("*"))):
-        traces = release_traces(folder)
+        traces = _traces(folder)
         for path, head in traces.items():
             if head and head not in known:
                 raise StoreError(
@@ -40,3 +40,23 @@ def check_traces(root: Path, ledger: Ledger) -> None:
                 "ledger was cut or replaced, and noising the same images again would be a second "
                 "release; restore it"
             )
+
+
+def _traces(root: Path) -> dict[Path, str]:
+    """What a client's rounds in `root` show of its releases: file -> the head of the ledger then.
+
+    The head is "" where a file does not say it. Nothing of rounds that say that they released
+    nothing, as those of a baseline do.
+    """
+    heads = {}
+    for path in (root / "privacy.json", *sorted(root.glob("rounds/[0-9]*/reply.json"))):
+        if path.exists():
+            with contextlib.suppress(StoreError):  # a damaged file is a trace without a head
+                record = read_json(path)
+                if "baseline" in record:
+                    return {}
+                heads[path] = str(record.get("ledger_head") or record.get("ledger") or "")
+                continue
+            heads[path] = ""
+    rest = (root / name for name in ("rounds", "partial", "samples.npz", "classes.json"))
+    return heads or {path: "" for path in rest if path.is_file() or any(path.glob("*"))}
