@@ -103,6 +103,8 @@ def test_a_run_with_other_training_and_seed_does_not_release(folder: Path) -> No
     first = json.loads((folder / "first" / "privacy.json").read_text())
     second = run(folder, "second", "run.seed=99", "coarse.lr=0.003", "fine.lr=0.002")
     assert tree(folder / "shared") == before
+    for seal in ("file_sha256", "file_label"):  # of another run
+        assert first.pop(seal) != second.pop(seal)
     assert second == first
 
 
