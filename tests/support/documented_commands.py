@@ -124,6 +124,7 @@ RULES: tuple[Rule, ...] = (
     Ci(r"make (install|demo|test|lint|licences|docs|experiment-gmm|deploy-test)$"),
     Elsewhere(r"make tables$", "tests/reporting/test_results.py", '"tables"'),
     Never(r"make test-fast$", "a part of make test"),
+    Never(r"make test-mutations$", "hours; it runs the tests once for each refusal taken away"),
     Never(r"make experiment-", "hours, on data that must be fetched"),
     # Other programs.
     Never(r"flwr run ", "leaves a SuperLink running; fedpdm run calls it and ends that"),
