@@ -131,7 +131,7 @@ def test_a_run_leaves_its_statement(tmp_path: Path, kind: str) -> None:
     config = baseline(kind, run={"rounds": 1})
     run_in_process(config, tmp_path / "run")
     statement = baseline_statement(config)
-    assert json.loads((tmp_path / "run" / "privacy.json").read_text()) == statement
+    assert RunDirectory(tmp_path / "run").read_json("privacy.json") == statement
     assert (tmp_path / "run" / "privacy.txt").read_text() == plain_text(statement)
     assert f"baseline: {statement['guarantee']}" in (tmp_path / "run" / "log.txt").read_text()
 
