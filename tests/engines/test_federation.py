@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -170,6 +171,7 @@ def test_changed_release_settings_are_refused(tmp_path: Path) -> None:
     message = initial_message(small_config())
     client_of(small_config(), tmp_path, 0).fit(message, {"round": 1, "phase": "coarse"})
     before = release_digests(tmp_path)
+    shutil.rmtree(tmp_path / "clients" / "0" / "rounds")  # of another config: refused by themselves
     changed = small_config(privacy={"clip_norm": 7.0})
     _, _, metrics = client_of(changed, tmp_path, 0).fit(message, {"round": 2, "phase": "coarse"})
     assert re.search(
