@@ -19,6 +19,7 @@ from fedpdm.data.loading import build_partitions, load_split
 from fedpdm.engines.inprocess import run_in_process
 from fedpdm.evaluation.assessment import assess_run, check_scoring, handover_curve
 from fedpdm.evaluation.features import TrainedFeatures, train_feature_network
+from fedpdm.storage.files import read_json, read_tensors, write_tensors
 from fedpdm.storage.run_directory import RunDirectory
 from tests.support.command_line import call, forget_surroundings, without_advice
 from tests.support.federations import small_config
@@ -52,9 +53,13 @@ def assessed(run: RunDirectory) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 
 def with_config(run: RunDirectory, root: Path, config: RunConfig) -> RunDirectory:
-    """A copy of a run that says it was made with `config`."""
+    """A copy of a run that says it was made with `config`: its files do not say with which."""
     shutil.copytree(run.root, root)
     (root / "config.yaml").write_text(config_to_yaml(config))
+    for path in root.rglob("*.json"):
+        path.write_text(json.dumps(read_json(path)))
+    for path in (root / "coarse.safetensors", *root.rglob("fine.safetensors")):
+        write_tensors(path, *read_tensors(path))
     return RunDirectory(root)
 
 
