@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import subprocess
@@ -17,6 +18,7 @@ from PIL import Image
 import fedpdm.reporting.pictures
 from fedpdm.data.partition import ClientPartition, partition
 from fedpdm.reporting.pictures import draw_image_grid, draw_partition
+from fedpdm.storage.files import StoreError
 from tests.support.pixels import Pixels, random_pixels
 
 NAMES = ("zero", "one", "$two$ & _three_", "four")
@@ -219,10 +221,10 @@ def test_a_failed_write_leaves_the_old_picture(
 
     def fail(source: Path, target: Path) -> None:
         assert source.stat().st_size > 100  # the new picture is whole before it is moved
-        raise OSError("no space left")
+        raise OSError(errno.ENOSPC, "no space left")
 
     monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(StoreError, match=r"grid\.png: cannot be written: no space left"):
         draw_image_grid(path, [random_pixels(2, 3, 8, 8)], row_labels=["a"])
     assert path.read_text() == "old"
     assert [file.name for file in tmp_path.iterdir()] == ["grid.png"]
