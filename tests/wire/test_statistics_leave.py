@@ -36,7 +36,9 @@ SECTIONS: dict[str, dict[str, Any]] = {
 
 def deployed(root: Path) -> Federation:
     policy = root / "policy.yaml"
-    policy.write_text("mechanisms: [statistics]\nmax_epsilon: 10\nallow_raw_metrics: true\n")
+    policy.write_text(
+        "mechanisms: [statistics]\nmax_epsilon: 10\nmin_t0: none\nallow_raw_metrics: true\n"
+    )
     options = {client: {"policy-file": str(policy)} for client in (0, 1)}
     sections = {**SECTIONS, "run": {**SECTIONS["run"], "simulation": False}}
     return deployment(root, options=options, **sections)
@@ -150,12 +152,13 @@ def test_messages_are_a_function_of_the_sums(
     for client in second.nodes:
         was, now = local_of(first, client), local_of(second, client)
         assert now.held.train_labels.tolist() == was.held.train_labels.tolist()
-        digests = now.held.images.subset(now.held.train).image_digests()
+        mine = now.held.images.subset(now.held.train)
         append(read_ledger(now.releases.root / "ledger.jsonl"), "opened", {"client_id": client})
         for number in (1, 2, 3):
             name = f"{number:06d}.safetensors"
             kept, metadata = read_tensors(was.releases.root / "releases" / name)
-            kept["digests"] = torch.from_numpy(digests.copy())
+            kept["digests"] = torch.from_numpy(mine.image_digests().copy())
+            kept["identities"] = torch.from_numpy(mine.image_identities().copy())
             ready = now.releases.root / "releases" / f"{number:06d}.ready"
             write_tensors(ready, kept, metadata)
             now.releases.note("note", {}, client_id=client)  # which records what is ready
