@@ -32,7 +32,7 @@ $(STAMP): pyproject.toml requirements.lock
 	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable '.[dev]'
 	@touch $@
 
-demo: install ## train 4 clients on embedded real digits, epsilon 10, under 6 minutes
+demo: install ## train 4 clients on embedded real digits, epsilon 10, under 9 minutes
 	$(BIN)/fedpdm run experiments/digits.yaml --out runs/demo-$(NOW) $(DEMO)
 
 # Workers, and the processes that tests start, read what others have compiled.

@@ -145,7 +145,9 @@ def test_the_bound_holds_in_a_simulation(tmp_path: Path, silent: None, shift: fl
     config = small_config(privacy={"clip_norm": 2.0, "shift": shift}, partition={"num_clients": 2})
     local = client_of(config, tmp_path, 1).local
     (parameters,) = local.setup.release_plan.rounds
-    check(*released(local), clip_norm=2.0, sigma=parameters.sigma)
+    clipped, shifted = released(local)
+    check(clipped, shifted, clip_norm=2.0, sigma=parameters.sigma)
+    assert len(clipped) == len(local.held.images)
 
 
 @pytest.mark.parametrize("channels", [1, 3])

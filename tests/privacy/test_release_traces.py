@@ -149,7 +149,9 @@ def test_the_ledger_of_another_store_is_refused(
         released(other, 12)
     for name in ("ledger.jsonl", "releases"):
         shutil.move(other.root / name, store.root / name)
+    ledger = (store.root / "ledger.jsonl").read_bytes()
     refused(store)
+    assert (store.root / "ledger.jsonl").read_bytes() == ledger
 
 
 def test_a_run_that_released_nothing_is_no_trace(store: ReleaseStore) -> None:
