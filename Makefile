@@ -19,7 +19,7 @@ export FLWR_TELEMETRY_ENABLED = 0
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | \
 		awk -F'\t' '{ printf "  make %-26s %s\n", $$1, $$2 }'
-	@echo "  variables: FEDPDM_DATA=DIR (torchvision layout), PROFILE=smoke (or cpu, paper), JOBS=2,"
+	@echo "  variables: FEDPDM_DATA=DIR (torchvision layout), PROFILE=smoke (or cpu, converged, paper), JOBS=2,"
 	@echo "  METHODS='alone ours' (default: all),"
 	@echo "  WORKERS=2 (default: one for each core), PYTHON=python3, DEMO='--set run.rounds=2' for a shorter one"
 

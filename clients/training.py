@@ -69,7 +69,7 @@ class LocalTraining:
     def ledger_marks(self) -> dict[str, str]:
         """What a deployed client shows of its ledger: random numbers, so that the server notices a
         store that was set back (`strategies.ledgers`)."""
-        if self.config.run.simulation:
+        if not self.deployed:
             return {}
         return {"ledger": self.local.releases.ledger().marks}
 
@@ -215,7 +215,7 @@ class LocalTraining:
             generator=torch_generator(
                 self.config.run.seed, Purpose.ROUNDING, client=self.local.client_id, round=round
             ),
-            simulation=self.config.run.simulation,
+            simulation=not self.deployed,
         )
         return message, metrics
 
@@ -241,7 +241,7 @@ class LocalTraining:
         store = self.local.store
         self.record_members("fine", "raw")
         labels = self.local.held.train_labels
-        if not (self.config.kind.releases or self.config.run.simulation):  # no trace of a release
+        if not (self.config.kind.releases or not self.deployed):  # no trace of a release
             statement = baseline_statement(self.config)
             store.save_statement(statement, plain_text(statement))
         store.save_class_counts(np.bincount(labels, minlength=self.local.held.images.num_classes))

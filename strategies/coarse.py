@@ -1,8 +1,8 @@
 """What every strategy of this project shares: only the coarse model is the server's business.
 
 A `CoarseStrategy` holds the coarse weights by name and their average over rounds (`ema`), decodes
-and checks every update, writes a checkpoint after each round and goes on from it. A strategy of
-a custom one is a subclass with one method, `merge`: a round's updates become new weights.
+and checks every update, writes a checkpoint after each round and goes on from it. A custom
+strategy is a subclass with one method, `merge`: a round's updates become new weights.
 
 Whatever a strategy does with updates is post-processing of what clients have released. How a round
 is asked for and taken in is in `strategies.exchange`, what is counted of it in `strategies.rounds`.

@@ -46,6 +46,7 @@ SCIENCE = (
     "fedpdm.rng",
     "fedpdm.storage.files",
     "fedpdm.storage.tensorfile",
+    "fedpdm.data.augment",
     "fedpdm.data.coloring",
     "fedpdm.data.imageset",
     "fedpdm.data.labelling",

@@ -24,7 +24,7 @@ examples:
   fedpdm experiment experiments/cifar10.yaml --method alone --seeds 0
   fedpdm experiment experiments/colored-mnist.yaml --profile cpu --ablation epsilon
   fedpdm experiment experiments/colored-mnist.yaml --profile cpu --ablation epsilon --variant 100
-What is done is not repeated; an interrupted experiment goes on where it was.
+Cells that have a result are skipped; an interrupted experiment goes on where it was.
 """
 
 

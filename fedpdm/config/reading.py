@@ -52,8 +52,10 @@ LONGEST_TEXT = 4096  # characters of a value; a path has no more
 _UNSEEN = ("Cc", "Zl", "Zp")  # control characters and line separators
 YOUNGER_KEYS = (
     ("privacy", "release", "images"),
+    ("fine", "augment", "none"),
     ("sampling", "handover", None),
     ("sampling", "fine_labels", None),
+    ("evaluation", "classifier_steps", 3000),
     *(("statistics", each.name, each.default) for each in dataclasses.fields(StatisticsConfig)),
 )
 

@@ -215,6 +215,11 @@ class FineConfig(_ModelConfig):
     clipped_fraction: float = key(
         0.1, "share of examples that are clipped and flagged so", low=0.0, below=1.0
     )
+    augment: str = key(
+        "none",
+        "affine: train on turned, stretched, sheared and moved images",
+        choices=("none", "affine"),
+    )
     checkpoint_every: int = key(500, "steps between checkpoints inside a round", low=1)
 
 
@@ -266,6 +271,9 @@ class EvaluationConfig:
         choices=("trained", "inception", "pixels"),
     )
     num_public: int = key(10_000, "images that no client holds, to train that network", low=20)
+    classifier_steps: int = key(
+        3000, "experiments: steps of a client's own classifier, with and without samples", low=1
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

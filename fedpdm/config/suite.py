@@ -30,26 +30,41 @@ PaperValues = dict[str, tuple[float, float, float]]
 class Profile:
     """A size of the same experiment.
 
-    `steps` are gradient steps of 32 images per client in a whole run, of all models together.
+    `steps` are gradient steps of 32 images per client in a whole run, of all models together. With
+    `shared_steps` they are those of the clients' own models alone, of which only the scored clients
+    train one, for all methods: these then differ in the shared model alone, and a shared model that
+    is trained takes `shared_steps`. `table` takes the place of the suite's.
     """
 
     rounds: int = key(5, "federated rounds", low=1)
     steps: int = key(100, "gradient steps of 32 images per client, all models together", low=1)
     seeds: int = key(1, "runs per method", low=1)
+    first_seed: int = key(0, "the seeds count from here", low=0)
     clients: int = key(1, "clients evaluated, from client 0 on", low=1)
+    shared_steps: int | None = key(
+        None, "steps of the shared model; own models are then shared by all methods", low=1
+    )
+    table: tuple[str, ...] = key((), "methods; default: the suite's")
     description: str = key("", "one line for people")
     set: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """A row of the table: `shared` is the share of the budget that trains the shared model."""
+    """A row of the table: `shared` is the share of the budget that trains the shared model.
+
+    Two kinds of rows need a profile with `shared_steps`: `stop: early` takes the own model as it
+    was when its loss on the client's held-out images was lowest, `above: others` puts real images
+    of other clients, noised to the hand-over, in the place of a perfect shared model.
+    """
 
     name: str = key("", "file name")
     title: str = key("", "in tables")
     trust: str = key("", "who sees what, and the guarantee")
     paper: str | None = key(None, "row of the paper's table that it reproduces")
     shared: float = key(0.0, "share of the budget for the shared model", low=0.0, high=1.0)
+    stop: str = key("last", "which of the own models: last, or early", choices=("last", "early"))
+    above: str = key("model", "above the hand-over", choices=("model", "others"))
     set: dict[str, Any] = field(default_factory=dict)
 
 
@@ -103,6 +118,10 @@ class Suite:
             raise ConfigError(f"profile: {self.name} has {known}, got {name!r}")
         return self.profiles[name]
 
+    def methods_of(self, profile: str) -> tuple[str, ...]:
+        """The rows of the table at this size."""
+        return self.profile(profile).table or self.table
+
     def compose(
         self,
         profile: str,
@@ -125,11 +144,19 @@ class Suite:
         config_from_mapping(mapping)  # refuses what the lines below could not read
         rounds = (mapping.get("run") or {}).get("rounds", size.rounds)
         mapping = merge(mapping, {"run": {"seed": seed, "rounds": rounds}})
-        for role, share in (("coarse", row.shared), ("fine", 1.0 - row.shared)):
+        budgets = {"coarse": row.shared * size.steps, "fine": (1.0 - row.shared) * size.steps}
+        if size.shared_steps is not None:
+            if row.shared == 1.0:
+                raise ConfigError(
+                    f"profiles.{profile}.shared_steps: {method} has no own models to share"
+                )
+            trained = row.shared > 0.0
+            budgets = {"coarse": size.shared_steps if trained else 0, "fine": size.steps}
+        for role, budget in budgets.items():
             section = mapping[role] = dict(mapping.get(role) or {})
             per_step = section.get("batch_size", BATCH) / BATCH
-            steps = round(share * size.steps / per_step / rounds)
-            if share > 0 and steps == 0:
+            steps = round(budget / per_step / rounds)
+            if budget > 0 and steps == 0:
                 raise ConfigError(
                     f"profiles.{profile}.steps: {size.steps} over {rounds} rounds leave no "
                     f"{role} step of {method}"
@@ -173,9 +200,13 @@ def load_suite(path: Path) -> Suite:
         own = _section({name: change}, name, path)
         methods[name] = dataclasses.replace(methods[name], set=merge(methods[name].set, own))
     table = tuple(str(name) for name in mapping["table"])
-    for name in table:
-        if name not in methods:
-            raise ConfigError(f"{path}: table: there is no {folder / name}.yaml")
+    for where, names in (
+        ("table", table),
+        *((f"profiles.{n}.table", p.table) for n, p in profiles.items()),
+    ):
+        for name in names:
+            if name not in methods:
+                raise ConfigError(f"{path}: {where}: there is no {folder / name}.yaml")
     name = str(mapping.get("name", path.stem))
     try:
         check_name(name)

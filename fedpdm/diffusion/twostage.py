@@ -239,11 +239,13 @@ def refine(
     labels: Tensor,
     generator: torch.Generator,
 ) -> Tensor:
-    """The fine stage by itself: x_t float32 (N, C, H, W) at level t in [0, T] down to 0.
+    """The fine stage by itself: x_t float32 (N, C, H, W) at level t in [0, T] down to 0, with
+    labels or without as under a coarse model.
 
     Of noised real images this is what the fine stage makes of a perfect coarse model's samples.
     """
     _, below = as_asked(None, fine, settings)
     assert below is not None
-    stage = Stage(denoiser=below, start=t, num_steps=settings.num_steps)
+    asked = below if settings.fine_labels else Unlabelled(below)
+    stage = Stage(denoiser=asked, start=t, num_steps=settings.num_steps)
     return run_stages([stage], x_t, settings, labels=labels, generator=generator)

@@ -25,7 +25,9 @@ from fedpdm.setup.run_setup import set_up
 from fedpdm.storage.client_store import ClientStore, store_label
 from fedpdm.storage.run_directory import RunDirectory
 
-__all__ = ["Synthesizer", "open_synthesizer"]
+__all__ = ["Synthesizer", "make_synthesizer", "open_synthesizer"]
+
+Weights = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -53,7 +55,7 @@ def open_synthesizer(
     client_id: int,
     *,
     images: ImageSet | None = None,
-    coarse: Mapping[str, torch.Tensor] | None = None,
+    coarse: Weights | None = None,
 ) -> Synthesizer:
     """Load a client's models of a finished run; `ValueError`, one line, if it has none.
 
@@ -65,7 +67,6 @@ def open_synthesizer(
         check_finished(run, config)
     images = load_split(config, "train") if images is None else images
     own = client_images(config, images, build_partitions(config, images), client_id)
-    setup, device = set_up(config, images), select_device(config.run.device)
     fine = None
     if not config.kind.has_shared_model:
         coarse = None
@@ -76,6 +77,14 @@ def open_synthesizer(
         fine = client_weights(store)
         if not fine:
             raise ValueError(f"{store.root}: client {client_id} has no fine model there")
+    return make_synthesizer(config, own, coarse=coarse, fine=fine)
+
+
+def make_synthesizer(
+    config: RunConfig, own: ClientImages, *, coarse: Weights | None, fine: Weights | None
+) -> Synthesizer:
+    """A client of this config with these models."""
+    setup, device = set_up(config, own.images), select_device(config.run.device)
     share = coarse_share(config, own.train_labels, num_classes=setup.spec.num_classes)
     pair = load_pair(setup, coarse=coarse, fine=fine, device=device, share=share)
     return Synthesizer(own=own, config=config, **vars(pair))

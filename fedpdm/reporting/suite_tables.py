@@ -8,6 +8,7 @@ from typing import Any
 
 from fedpdm.config import ConfigError, Suite, load_paper_values, load_suite
 from fedpdm.config.reading import read_mapping
+from fedpdm.evaluation.features import MapFeatures
 from fedpdm.reporting.method_samples import draw_method_samples
 from fedpdm.reporting.results import (
     Column,
@@ -18,6 +19,7 @@ from fedpdm.reporting.results import (
     load_variants,
     rows,
 )
+from fedpdm.reporting.use_table import draw_lengths, use_table
 from fedpdm.storage.files import write_atomic
 from fedpdm.text import markdown, visible
 
@@ -54,10 +56,18 @@ def write_results_page(experiments: Path, out: Path) -> list[str]:
             parts.append(suite_tables(suite, profile, folder, page=True))
             shown.append(f"{suite.name}-{profile}")
             picture = out.parent / "results" / f"{suite.name}-{profile}.png"
-            if draw_method_samples(suite, own, picture):
+            seed = draw_method_samples(suite, profile, own, picture)
+            if seed is not None:
                 parts.append(
-                    f"![samples](results/{picture.name})\n\nSamples of client 0, seed 0: majority "
-                    "and minority classes; last, real images.\n"
+                    f"![samples](results/{picture.name})\n\nSamples of client 0, seed {seed}: "
+                    "majority and minority classes; last, real images.\n"
+                )
+            curve = picture.with_name(f"{picture.stem}-lengths")
+            if draw_lengths(suite, suite.methods_of(profile), load_results(own), curve):
+                parts.append(
+                    f"![precision and recall](results/{curve.name}.png)\n\nMinority classes: "
+                    "precision and recall of each method, the own models trained for an eighth, a "
+                    "quarter, a half and all of their steps.\n"
                 )
     write_atomic(out, "\n".join(parts).encode())
     return shown
@@ -76,16 +86,24 @@ def _columns(results: Sequence[dict[str, Any]]) -> list[Column]:
     columns = []
     for group in ("majority", "minority"):
         at = ("clients", "groups", group, "scores")
-        columns += [
+        columns += [  # what copying cannot win stands first
+            Column(title=f"{group} recall", path=(*at, f"{group}_recall[{name}]")),
+            Column(title="coverage", path=(*at, f"{group}_coverage[{name}]")),
+            Column(title="copies %", path=(*at, f"{group}_near_copies"), scale=100, digits=1),
+            Column(title="fidelity", path=(*at, f"{group}_class_fidelity[{name}]")),
             Column(
                 title=f"{group} {'FID' if is_fid else 'distance'}",
                 path=(*at, f"{group}_{distance}"),
             ),
-            Column(title="recall", path=(*at, f"{group}_recall[{name}]")),
-            Column(title="coverage", path=(*at, f"{group}_coverage[{name}]")),
-            Column(title="copies %", path=(*at, f"{group}_near_copies"), scale=100, digits=1),
-            Column(title="fidelity", path=(*at, f"{group}_class_fidelity[{name}]")),
         ]
+        larger = f"{group}_frechet[{MapFeatures.name}]"
+        if any(
+            larger in g["scores"]
+            for r in results
+            for c in r["clients"]
+            for g in c["groups"].values()
+        ):
+            columns.append(Column(title=f"distance of {MapFeatures.width}", path=(*at, larger)))
     use = ("clients", "downstream")
     columns += [
         Column(title="accuracy", path=(*use, "synthetic_downstream_accuracy")),
@@ -103,7 +121,8 @@ def suite_tables(suite: Suite, profile: str, results: Path, *, page: bool = Fals
     folder = results / f"{suite.name}-{profile}"
     found = load_results(folder) if folder.is_dir() else []
     columns = _columns(found)
-    table = rows(found, suite.table, columns)
+    methods = suite.methods_of(profile)
+    table = rows(found, methods, columns)
     paper = load_paper_values(suite.folder / "expected" / "paper.yaml", suite.paper)
     head = ["method", "seeds", *[column.title for column in columns], "paper: FID maj / min / avg"]
     body = []
@@ -132,12 +151,15 @@ def suite_tables(suite: Suite, profile: str, results: Path, *, page: bool = Fals
     lines += _layout(head, body, page=page)
     compared = [
         (suite.method(method).title, method, [r for r in found if r["method"] == method])
-        for method in suite.table
+        for method in methods
     ]
     lines += ["", *map(write, _gaps(found, compared, columns)), ""]
+    if use := use_table(suite, methods, found):
+        title = "Accuracy of the client's own classifier"
+        lines += [f"### {title}" if page else title, "", *_layout(*use, page=page), ""]
     for name in suite.ablations:
         lines += _ablation(suite, name, folder, page=page)
-    seen = [(write(suite.method(m).title), write(suite.method(m).trust)) for m in suite.table]
+    seen = [(write(suite.method(m).title), write(suite.method(m).trust)) for m in methods]
     if page:
         lines += ["Trust: " + "; ".join(f"*{title}*: {words}" for title, words in seen) + ".", ""]
     return "\n".join(lines)

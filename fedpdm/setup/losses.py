@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from fedpdm.data import normalize
+from fedpdm.data.augment import random_affine
 from fedpdm.diffusion.denoisers import Denoiser
 from fedpdm.diffusion.objectives import denoising_loss, drop_labels
 from fedpdm.diffusion.training import BatchLoss
@@ -99,7 +100,8 @@ def fine_batch_loss(
     """The configured fine objective on raw images, as loss of a batch of indices.
 
     `images` uint8 (N, C, H, W) stay so on the device and are normalised there, `labels` int64 (N,).
-    A share of each batch is clipped and flagged so. Without a release t is drawn from [1, T].
+    Images are changed as `fine.augment` says, then a share of each batch is clipped and flagged
+    so. Without a release t is drawn from [1, T].
     """
     section, schedule, shift = setup.config.fine, setup.schedule, setup.spec.shift
     clip_norm, t_max = setup.config.privacy.clip_norm, schedule.num_steps
@@ -110,6 +112,8 @@ def fine_batch_loss(
 
     def loss(indices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         x_0 = normalize(pixels[indices], shift=shift)
+        if section.augment == "affine":
+            x_0 = random_affine(x_0, generator=generator)
         draw = torch.rand(len(indices), generator=generator, device=device)
         clipped = draw < section.clipped_fraction
         bounded = clip_l2(x_0, clip_norm=clip_norm)

@@ -20,8 +20,10 @@ import numpy as np
 from fedpdm.config import RunConfig, config_from_mapping, config_to_json
 from fedpdm.evaluation.assessment import assess_run
 from fedpdm.reporting.provenance import describe_machine
+from fedpdm.setup.pair import shared_weights
 from fedpdm.storage.files import StoreError, read_json, write_atomic, write_json
 from fedpdm.storage.run_directory import RunDirectory
+from fedpdm.suites.shared_own import score_with_own_models, shared_config
 from fedpdm.text import line
 
 __all__ = ["Cell", "finished", "public_config", "run_cell"]
@@ -29,7 +31,10 @@ __all__ = ["Cell", "finished", "public_config", "run_cell"]
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """What to run, and where its result goes."""
+    """What to run, and where its result goes.
+
+    `own_models`: own models are shared by all methods; `stop` and `above` as in a suite's method.
+    """
 
     suite: str
     profile: str
@@ -38,6 +43,9 @@ class Cell:
     ablation: str | None
     variant: str | None
     clients: int
+    own_models: bool
+    stop: str
+    above: str
     config: RunConfig
     runs: Path
     results: Path
@@ -54,13 +62,19 @@ class Cell:
         return self.folder / f"{self.method}-seed{self.seed}.json"
 
     @property
+    def scored(self) -> range:
+        """The clients whose samples are scored."""
+        return range(min(self.clients, self.config.partition.num_clients))
+
+    @property
     def title(self) -> str:
         variant = f" ({self.ablation} {self.variant})" if self.ablation else ""
         return f"{self.method}{variant} seed {self.seed}"
 
     @property
     def run_directory(self) -> Path:
-        digest = hashlib.sha256(config_to_json(self.config).encode()).hexdigest()[:10]
+        config = shared_config(self.config) if self.own_models else self.config
+        digest = hashlib.sha256(config_to_json(config).encode()).hexdigest()[:10]
         return self.runs / f"{self.config.name}-{digest}"
 
 
@@ -83,18 +97,7 @@ def finished(cell: Cell) -> bool:
 
 def run_cell(cell: Cell) -> dict[str, Any]:
     """Train the cell, or go on with it; score it and write the result, which is returned."""
-    run = RunDirectory(cell.run_directory)
-    done = (run.root / "privacy.json").exists()
-    if done and not (run.root / "clients").is_dir():
-        shutil.rmtree(run.root)  # scored before, and its models are gone
-        done = False
-    clients = range(min(cell.clients, cell.config.partition.num_clients))
-    if not done:
-        _train(cell, run)
-    history = run.read_json("metrics.json")
-    scores, pictures = assess_run(run, clients=clients)
-    privacy = run.read_json("privacy.json")
-    up, down = (sum(r[k] for r in history["rounds"]) for k in ("bytes_up", "bytes_down"))
+    trained, scores, pictures = (_with_own_models if cell.own_models else _whole_run)(cell)
     result = {
         "suite": cell.suite,
         "profile": cell.profile,
@@ -102,13 +105,8 @@ def run_cell(cell: Cell) -> dict[str, Any]:
         "seed": cell.seed,
         "ablation": cell.ablation,
         "variant": cell.variant,
-        "privacy": {key: privacy[key] for key in ("guarantee", "epsilon", "delta")},
-        "megabytes_per_client": (up + down) / 1e6 / cell.config.partition.num_clients,
-        "seconds": {
-            "training": sum(r["seconds"] for r in history["rounds"]),
-            "scoring": scores.pop("seconds"),
-        },
-        **{name: value for name, value in scores.items() if name != "method"},
+        **trained,
+        **scores,
         "finished": time.strftime("%Y-%m-%d"),
         **describe_machine(),
         "config": public_config(cell.config),
@@ -119,21 +117,73 @@ def run_cell(cell: Cell) -> dict[str, Any]:
     write_atomic(cell.result.with_suffix(".npz"), stream.getvalue())
     write_json(cell.result, result)
     if not cell.keep:
-        shutil.rmtree(run.root / "clients", ignore_errors=True)
-        shutil.rmtree(run.root / "server", ignore_errors=True)
+        shutil.rmtree(cell.run_directory / "clients", ignore_errors=True)
+        shutil.rmtree(cell.run_directory / "server", ignore_errors=True)
     return result
 
 
-def _train(cell: Cell, run: RunDirectory) -> None:
+Scored = tuple[dict[str, Any], dict[str, Any], dict[str, np.ndarray]]
+"""What training cost, the scores, and pictures by name."""
+
+
+def _whole_run(cell: Cell) -> Scored:
+    """The run as it is configured, every client with its own model."""
+    run = RunDirectory(cell.run_directory)
+    done = (run.root / "privacy.json").exists()
+    if done and not (run.root / "clients").is_dir():
+        shutil.rmtree(run.root)  # scored before, and its models are gone
+        done = False
+    if not done:
+        _train(cell.config, run, engine=cell.engine)
+    scores, pictures = assess_run(run, clients=cell.scored)
+    cost = _cost(run)
+    cost["seconds"]["scoring"] = scores.pop("seconds")
+    scores.pop("method")
+    return cost, scores, pictures
+
+
+def _with_own_models(cell: Cell) -> Scored:
+    """The shared model's run, if there is one, and the own models that all methods share."""
+    cost: dict[str, Any] = {
+        "privacy": {"guarantee": "none", "epsilon": None, "delta": None},
+        "megabytes_per_client": 0.0,
+        "seconds": {"training": 0.0},
+    }
+    weights = None
+    if cell.above == "model" and cell.config.kind.has_shared_model:
+        run = RunDirectory(cell.run_directory)
+        if not (run.root / "privacy.json").exists():
+            _train(shared_config(cell.config), run, engine=cell.engine)
+        weights, cost = shared_weights(run), _cost(run)
+    scores, pictures = score_with_own_models(
+        cell.config, weights=weights, clients=cell.scored, kept=cell.runs / "own-models",
+        early=cell.stop == "early", others=cell.above == "others",
+    )  # fmt: skip
+    cost["seconds"] |= {"own": scores.pop("own_seconds"), "scoring": scores.pop("seconds")}
+    return cost, scores, pictures
+
+
+def _cost(run: RunDirectory) -> dict[str, Any]:
+    """What a finished run promised, sent and took."""
+    privacy, history = run.read_json("privacy.json"), run.read_json("metrics.json")
+    up, down = (sum(r[k] for r in history["rounds"]) for k in ("bytes_up", "bytes_down"))
+    return {
+        "privacy": {key: privacy[key] for key in ("guarantee", "epsilon", "delta")},
+        "megabytes_per_client": (up + down) / 1e6 / run.config().partition.num_clients,
+        "seconds": {"training": sum(r["seconds"] for r in history["rounds"])},
+    }
+
+
+def _train(config: RunConfig, run: RunDirectory, *, engine: str) -> None:
     started = (run.root / "config.yaml").exists()
-    if cell.engine == "flower":
+    if engine == "flower":
         from fedpdm.engines.flower import run_with_flower
 
-        run_with_flower(cell.config, run.root, resume=started)
+        run_with_flower(config, run.root, resume=started)
     else:
         from fedpdm.engines.inprocess import run_in_process
 
-        run_in_process(cell.config, run.root, resume=started)
+        run_in_process(config, run.root, resume=started)
 
 
 def to_text(cell: Cell) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedpdm.config import Suite
+from fedpdm.config import ConfigError, Suite
 from fedpdm.suites.cell import Cell
 
 __all__ = ["plan_cells"]
@@ -41,18 +41,21 @@ def plan_cells(
     """
     size = suite.profile(profile)
     changes: list[tuple[str | None, dict[str, Any]]] = [(None, {})]
-    chosen: Sequence[str] = tuple(dict.fromkeys(methods)) or suite.table
+    chosen: Sequence[str] = tuple(dict.fromkeys(methods)) or suite.methods_of(profile)
     if ablation:
         study = suite.ablation(ablation)
         names = tuple(dict.fromkeys(variants)) or tuple(study.variants)
         changes = [(name, dict(study.variant(name))) for name in names]
         chosen = tuple(dict.fromkeys(methods)) or study.methods
     cells = []
-    for seed in range(size.seeds) if seeds is None else seeds:
+    for seed in range(size.first_seed, size.first_seed + size.seeds) if seeds is None else seeds:
         for variant, change in changes:
             if not change:
                 variant = None  # the table's own cell, which need not run twice
             for method in chosen:
+                row = suite.method(method)
+                if size.shared_steps is None and (row.stop, row.above) != ("last", "model"):
+                    raise ConfigError(f"method {method}: needs a profile with shared_steps")
                 config = suite.compose(
                     profile, method, seed=seed, overrides=[change, overrides],
                     label=f"{ablation}{variant}" if variant else "",
@@ -66,6 +69,9 @@ def plan_cells(
                         ablation=ablation if variant else None,
                         variant=variant,
                         clients=size.clients,
+                        own_models=size.shared_steps is not None,
+                        stop=row.stop,
+                        above=row.above,
                         config=config,
                         runs=runs,
                         results=results,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import itertools
 import re
 from pathlib import Path
 
@@ -20,7 +19,8 @@ CELLS = [
     (name, profile, method)
     for name in NAMES
     for suite in [load_suite(FOLDER / f"{name}.yaml")]
-    for profile, method in itertools.product(suite.profiles, suite.table)
+    for profile in suite.profiles
+    for method in suite.methods_of(profile)
 ]
 
 
@@ -51,8 +51,12 @@ def drawn_per_client(config: RunConfig) -> int:
 def test_profiles_and_methods(name: str) -> None:
     suite = suite_of(name)
     assert suite.name == name
-    sizes = ["smoke", "cpu", "long", "paper"]
-    assert list(suite.profiles) == (sizes if name == "colored-mnist" else sizes[:2] + sizes[3:])
+    sizes = {
+        "colored-mnist": ["smoke", "cpu", "long", "converged", "converged-smoke", "paper"],
+        "cifar10": ["smoke", "cpu", "converged", "converged-smoke", "paper"],
+        "celeba": ["smoke", "cpu", "paper"],
+    }
+    assert list(suite.profiles) == sizes[name]
     assert suite.profiles["cpu"].seeds >= 3
     assert {"centralised", "feddm", "alone", "pfdm", "ours", "ours-federated"} <= set(suite.table)
     if name != "celeba":
@@ -75,6 +79,9 @@ def test_cell(name: str, profile: str, method: str) -> None:
     assert not config.evaluation.image_metrics  # scored afterwards, on equal terms
     assert (config.coarse.steps_per_round > 0) == (suite.method(method).shared > 0)
     assert (config.fine.steps_per_round > 0) == (suite.method(method).shared < 1)
+    assert size.shared_steps or (suite.method(method).stop, suite.method(method).above) == (
+        "last", "model"
+    )  # fmt: skip
     for section in (config.coarse, config.fine):
         steps = section.steps_per_round * config.run.rounds
         assert steps == 0 or 1 <= section.warmup_steps <= max(1, steps // 10)
@@ -85,14 +92,29 @@ def test_cell(name: str, profile: str, method: str) -> None:
 def test_every_method_draws_as_many_images(name: str, profile: str) -> None:
     suite = suite_of(name)
     size = suite.profile(profile)
-    for method in suite.table:
+    for method in suite.methods_of(profile):
         config = suite.compose(profile, method, seed=0)
-        rounds = config.run.rounds
+        rounds, steps = config.run.rounds, size.steps
+        if size.shared_steps and suite.method(method).shared:
+            steps += size.shared_steps
         # Steps are whole per round and model: each is off by half a step at most.
         slack = rounds * (config.coarse.batch_size + config.fine.batch_size) / 2
-        assert abs(drawn_per_client(config) - size.steps * 32) <= slack, method
-        if profile != "smoke":
-            assert drawn_per_client(config) == pytest.approx(size.steps * 32, rel=0.01), method
+        assert abs(drawn_per_client(config) - steps * 32) <= slack, method
+        if "smoke" not in profile:
+            assert drawn_per_client(config) == pytest.approx(steps * 32, rel=0.01), method
+
+
+def test_where_own_models_are_shared_all_methods_train_the_same() -> None:
+    suite = suite_of("colored-mnist")
+    methods = suite.methods_of("converged")
+    plain = [m for m in methods if m != "alone-augmented"]
+    trained = {
+        dataclasses.replace(suite.compose("converged", m, seed=10).fine, t_range="all")
+        for m in plain
+    }
+    assert len(trained) == 1
+    with pytest.raises(ConfigError, match=r"converged\.shared_steps: feddm has no own models"):
+        suite.compose("converged", "feddm", seed=10)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -100,7 +122,9 @@ def test_methods_differ_in_nothing_but_what_they_say(name: str) -> None:
     """One network, one learning rate, one split and one sampler for all rows of a table."""
     suite = suite_of(name)
     for profile in suite.profiles:
-        configs = [suite.compose(profile, method, seed=0) for method in suite.table]
+        configs = [suite.compose(profile, m, seed=0) for m in suite.methods_of(profile)]
+        released = [c.privacy.clip_norm for c in configs if c.privacy.release == "images"]
+        assert len(set(released)) == 1
         for read in (
             lambda c: c.data,
             lambda c: c.partition,
@@ -109,7 +133,7 @@ def test_methods_differ_in_nothing_but_what_they_say(name: str) -> None:
             lambda c: (c.coarse.preset, c.fine.preset, c.coarse.prediction, c.fine.prediction),
             lambda c: (c.coarse.lr, c.fine.lr, c.coarse.ema_decay, c.fine.ema_decay),
             lambda c: (c.sampling.scheduler, c.sampling.guidance),
-            lambda c: (c.privacy.epsilon, c.privacy.delta, c.privacy.clip_norm),
+            lambda c: (c.privacy.epsilon, c.privacy.delta),
             lambda c: c.run.rounds,
         ):
             assert len({read(config) for config in configs}) == 1

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-import fedpdm.evaluation.assessment
+import fedpdm.evaluation.scoring
 from fedpdm.config import RunConfig, config_to_yaml
 from fedpdm.data import ImageSet
 from fedpdm.data.loading import build_partitions, load_split
@@ -159,7 +159,7 @@ def test_features_of_a_network_trained_on_images_that_no_client_holds(
         seen.append(images)
         return train_feature_network(images, **options, num_steps=300)
 
-    monkeypatch.setattr(fedpdm.evaluation.assessment, "train_feature_network", train)
+    monkeypatch.setattr(fedpdm.evaluation.scoring, "train_feature_network", train)
     said: list[str] = []
     result, _ = assess_run(other, cache=tmp_path / "cache", say=said.append)
     train_images = load_split(CONFIG, "train")

@@ -7,6 +7,7 @@
 
 from fedpdm.evaluation.features.extractor import FeatureExtractor, cache_directory
 from fedpdm.evaluation.features.inception import InceptionFeatures
+from fedpdm.evaluation.features.maps import MapFeatures
 from fedpdm.evaluation.features.network import FitReport, SmallClassifier, fit_classifier, predict
 from fedpdm.evaluation.features.pixel import PixelExtractor
 from fedpdm.evaluation.features.reference import ReferenceFeatures, reference_features
@@ -16,6 +17,7 @@ __all__ = [
     "FeatureExtractor",
     "FitReport",
     "InceptionFeatures",
+    "MapFeatures",
     "PixelExtractor",
     "ReferenceFeatures",
     "SmallClassifier",

@@ -16,12 +16,14 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from fedpdm.data.augment import random_affine
 from fedpdm.evaluation.features.extractor import check_images
 
 __all__ = ["FEATURES", "FitReport", "Progress", "SmallClassifier", "fit_classifier", "predict"]
 
 FEATURES: Final = 64
 BATCH_SIZE: Final = 64
+REDRAWN: Final = 64  # batches whose images are drawn at once
 _EVAL_BATCH: Final = 256
 
 Progress = Callable[[int, int, float], None]
@@ -96,6 +98,8 @@ def fit_classifier(
     seed: np.random.SeedSequence,
     device: torch.device | str = "cpu",
     lr: float = 3e-3,
+    chances: NDArray[np.float64] | None = None,
+    affine: bool = False,
     progress: Progress | None = None,
     what: str = "classifier",
 ) -> tuple[SmallClassifier, FitReport]:
@@ -111,6 +115,9 @@ def fit_classifier(
         num_steps: >= 1.
         seed: of initial weights, order and shifts; the same seed gives the same network on the
             same machine and number of threads.
+        chances: (N,) float, at least 0: images are drawn in proportion to these, with replacement,
+            instead of each in turn.
+        affine: images are turned, stretched and sheared too (`fedpdm.data.augment`).
         progress: called about every 20 steps.
         what: named in errors.
 
@@ -138,15 +145,24 @@ def fit_classifier(
         optimizer, max_lr=lr, total_steps=num_steps + 1, pct_start=0.2, cycle_momentum=False
     )
     model.train()
+    moves = torch.Generator(device).manual_seed(data_seed % 2**63)
     order = np.empty(0, dtype=np.int64)
+    share = None if chances is None else chances / chances.sum()
     losses: list[float] = []
     for step in range(1, num_steps + 1):
         if len(order) < batch_size:
-            order = rng.permutation(len(images))
+            order = (
+                rng.permutation(len(images))
+                if share is None
+                else rng.choice(len(images), size=REDRAWN * batch_size, p=share)
+            )
         index, order = order[:batch_size], order[batch_size:]
-        x = torch.from_numpy(_shifted(images[index], rng)).to(device)
+        chosen = images[index] if affine else _shifted(images[index], rng)
+        x = torch.from_numpy(chosen).to(device).float()
         y = torch.from_numpy(labels[index]).to(device)
-        x = x.float().contiguous(memory_format=torch.channels_last)
+        if affine:
+            x = random_affine(x, generator=moves)
+        x = x.contiguous(memory_format=torch.channels_last)
         loss = nn.functional.cross_entropy(model(x), y)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
