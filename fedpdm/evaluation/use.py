@@ -145,6 +145,6 @@ def gaussian_log_probabilities(
     The images are read at signal share `abar` in (0, 1], shrunk and not noised: what noise would
     hide counts less. A class without a Gaussian has -inf.
     """
-    x = abar**0.5 * normalize(torch.from_numpy(images), shift=shift)
+    x = abar**0.5 * normalize(images, shift=shift)
     joint = gaussians.log_class_joint(x, num_classes, abar, even=True)
     return joint.log_softmax(dim=1).numpy()
