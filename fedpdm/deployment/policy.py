@@ -84,7 +84,7 @@ def check_code(policy: NodePolicy, config: RunConfig) -> None:
     A release mechanism is named to the letter. A strategy is the coordinator's alone: clients
     never import it, and whatever it does with updates is post-processing.
     """
-    if config.kind.releases and config.privacy.release not in policy.mechanisms:
+    if config.privacy.release not in policy.mechanisms:
         raise PolicyError(
             f"privacy.release: {config.privacy.release!r} is not one of the mechanisms of this "
             f"node: {', '.join(policy.mechanisms)}"
