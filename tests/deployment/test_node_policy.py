@@ -280,13 +280,17 @@ def test_raw_metrics_where_both_allow_them(place: Place) -> None:
     assert "fine_loss" in federation.ask(0, "train", {"round": 1, "phase": "coarse"}).metrics
 
 
+def test_a_simulation_is_refused_by_every_policy() -> None:
+    with pytest.raises(PolicyError, match=r"^run\.simulation: true seeds the privacy noise"):
+        check_config(NodePolicy(), config_from_mapping({"name": "seeded"}))
+
+
 def test_a_mechanism_that_is_not_there_is_named(tmp_path: Path) -> None:
     path = tmp_path / "policy.yaml"
     path.write_text(policy_text("mechanisms: [images, sums]"))
     with pytest.raises(ConfigError, match=r"policy\.yaml: mechanisms: .*'sums'") as caught:
         load_policy(path)
     assert "\n" not in str(caught.value)
-
 
 
 def test_code_that_a_coordinator_names_is_not_imported(

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from fedpdm.config import ConfigError
+from fedpdm.deployment.registered import FILE, registered_clients
 from fedpdm.setup.flower_config import FEDERATION_VARIABLE
 from tests.support.deployments import deployment
 
@@ -37,3 +39,15 @@ def test_a_false_claim_leaves_the_honest_client_its_place(
     line = f"node {liar + 1} is client {liar} by its key and says that it is {honest}"
     assert capsys.readouterr().out.count(line) == 1
     assert f"{line}; it is left out" in (tmp_path / "server" / "log.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"nodes": 3}'], ids=["cut", "list", "empty", "number"]
+)
+def test_a_damaged_list_of_keys_is_not_an_empty_one(tmp_path: Path, text: str) -> None:
+    """Else a damaged file would let every key be every client."""
+    (tmp_path / FILE).write_text(text)
+    with pytest.raises(ConfigError, match=rf"{FILE}: cannot be read") as caught:
+        registered_clients({FEDERATION_VARIABLE: str(tmp_path)})
+    assert "\n" not in str(caught.value)
+    assert registered_clients({}) == {}
