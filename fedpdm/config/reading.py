@@ -54,6 +54,7 @@ YOUNGER_KEYS = (
     ("privacy", "release", "images"),
     ("sampling", "handover", None),
     ("sampling", "fine_labels", None),
+    ("sampling", "candidates", None),
     *(("statistics", each.name, each.default) for each in dataclasses.fields(StatisticsConfig)),
 )
 
