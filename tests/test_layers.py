@@ -72,6 +72,7 @@ SCIENCE = (
     "fedpdm.evaluation.features",
     "fedpdm.evaluation.measures",
     "fedpdm.reporting.pictures",
+    "fedpdm.publishing.class_gaussians",
     "fedpdm.publishing.pipeline",
     "fedpdm.deployment.certificates",
     "fedpdm.attacks.membership",
@@ -90,7 +91,7 @@ SCIENCE = (
     "fedpdm.attacks.roc",
 )
 # Copied into exports, so it stands alone.
-ALONE = ("fedpdm.publishing.pipeline",)
+ALONE = ("fedpdm.publishing.class_gaussians", "fedpdm.publishing.pipeline")
 
 # Libraries that are imported in these units alone.
 ONLY_IN = {
