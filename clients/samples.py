@@ -12,8 +12,11 @@ import torch
 from clients.local import LocalClient
 from fedpdm.data import denormalize
 from fedpdm.diffusion.denoisers import DenoisingFunction
+from fedpdm.diffusion.gaussian import GaussianDenoiser
+from fedpdm.evaluation.choosing import choose_sampling
 from fedpdm.evaluation.measures import ImageJudge, group_labels, merge_named
 from fedpdm.setup.build import coarse_share, sampler_settings
+from fedpdm.setup.choice import SamplingChoice, is_open, load_choice, save_choice
 from fedpdm.setup.pair import ModelPair
 
 __all__ = ["measure_images"]
@@ -33,12 +36,13 @@ def measure_images(
     client does not allow them.
     """
     config, setup, held = local.config, local.setup, local.held
+    choice = _choice(local, coarse, fine, device=generator.device)
     share = coarse_share(config, held.train_labels, num_classes=setup.spec.num_classes)
     pair = ModelPair(
         coarse=coarse,
         fine=fine,
         spec=setup.spec,
-        settings=sampler_settings(setup, share=share),
+        settings=sampler_settings(setup, share=share, choice=choice),
         device=generator.device,
     )
     methods: dict[str, ModelPair[Any]] = {}
@@ -63,6 +67,27 @@ def measure_images(
             own = held.images.images[rows], held.images.labels[rows]
             parts[f"{group}_own"] = judge.score(*own)
     return merge_named(parts)
+
+
+def _choice(
+    local: LocalClient,
+    coarse: DenoisingFunction | None,
+    fine: DenoisingFunction | None,
+    *,
+    device: torch.device,
+) -> SamplingChoice | None:
+    """How the client samples, as far as the config leaves it open: chosen once with the models of
+    its last round, and kept in its store. A deployed client's owner is told, nobody else."""
+    if not (is_open(local.setup) and isinstance(coarse, GaussianDenoiser) and fine is not None):
+        return None
+    last = local.store.last_round()
+    choice = load_choice(local.store, round=last)
+    if choice is None:
+        choice = choose_sampling(local.setup, local.held, coarse, fine, device=device)
+        save_choice(local.store, choice, round=last)
+        if not local.config.run.simulation:
+            print(f"client {local.client_id}: samples with {choice.words}", flush=True)
+    return choice
 
 
 def _store_pictures(

@@ -26,6 +26,7 @@ __all__ = [
     "calibrate",
     "configure",
     "export_client",
+    "gaussian_classifier",
     "load_images",
     "load_pipeline",
     "make_schedule",

@@ -34,6 +34,7 @@ class Purpose(IntEnum):
     ROUNDING = 12
     FEATURE_NETWORK = 13
     DOWNSTREAM = 14
+    CHOICE = 15
 
 
 def seed_sequence(

@@ -73,6 +73,7 @@ SCIENCE = (
     "fedpdm.evaluation.features",
     "fedpdm.evaluation.measures",
     "fedpdm.reporting.pictures",
+    "fedpdm.publishing.class_gaussians",
     "fedpdm.publishing.pipeline",
     "fedpdm.deployment.certificates",
     "fedpdm.attacks.membership",
@@ -91,7 +92,7 @@ SCIENCE = (
     "fedpdm.attacks.roc",
 )
 # Copied into exports, so it stands alone.
-ALONE = ("fedpdm.publishing.pipeline",)
+ALONE = ("fedpdm.publishing.class_gaussians", "fedpdm.publishing.pipeline")
 
 # Libraries that are imported in these units alone.
 ONLY_IN = {

@@ -10,6 +10,7 @@ Where `run.simulation` is true (the default), noise is seeded and protects from 
 seed: set it to false for real images of people.
 """
 
+from fedpdm.api.models import gaussian_classifier as gaussian_classifier
 from fedpdm.api.models import sample as sample
 from fedpdm.api.models import train_coarse as train_coarse
 from fedpdm.api.models import train_fine as train_fine

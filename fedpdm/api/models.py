@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,8 +15,10 @@ from fedpdm.config import ConfigError, RunConfig
 from fedpdm.data import ImageSet, data_set
 from fedpdm.data.spec import ImageSpec, build_image_spec
 from fedpdm.diffusion.denoisers import Denoiser
+from fedpdm.diffusion.gaussian import GaussianDenoiser
 from fedpdm.diffusion.training import BatchLoss, Progress, Trainer, class_weights, select_device
 from fedpdm.diffusion.weights import load_named
+from fedpdm.evaluation.gaussian_classifier import GaussianClassifier, as_classifier
 from fedpdm.privacy.events import same_release
 from fedpdm.privacy.mechanism import join
 from fedpdm.privacy.types import ReleasedDataset
@@ -25,10 +30,11 @@ from fedpdm.setup.build import (
     sampler_settings,
 )
 from fedpdm.setup.losses import coarse_batch_loss, fine_batch_loss
-from fedpdm.setup.pair import ModelPair
+from fedpdm.setup.pair import ModelPair, check_finished, shared_pair, shared_weights
 from fedpdm.setup.run_setup import RunSetup, set_up, set_up_for
+from fedpdm.storage.run_directory import RunDirectory
 
-__all__ = ["sample", "spec_of", "train_coarse", "train_fine"]
+__all__ = ["gaussian_classifier", "sample", "spec_of", "train_coarse", "train_fine"]
 
 
 def train_coarse(
@@ -114,7 +120,7 @@ def train_fine(
 
 def sample(
     config: RunConfig,
-    coarse: Denoiser | None,
+    coarse: Denoiser | GaussianDenoiser | None,
     fine: Denoiser | None,
     labels: Sequence[int] | np.ndarray,
     *,
@@ -124,29 +130,41 @@ def sample(
     """Images uint8 (N, C, H, W) for labels in [0, K - 1]: coarse down to t0, fine from there on.
 
     Args:
-        config: `config.sampling` says how.
-        coarse, fine: one of them may be None: the other one then does all.
+        config: `config.sampling` says how. What it leaves open with class statistics is the
+            fallback of docs/method.md section 5, for nobody chooses here.
+        coarse, fine: one of them may be None: the other one then does all. Class Gaussians are
+            `gaussian_classifier(run).denoiser`.
         labels: N whole numbers; -1 for no label.
         own: the client's training images; needed where `sampling.coarse_worth` mixes both models.
         seed: equal seeds give equal images.
     """
-    model = coarse or fine
-    if model is None:
+    network = coarse if isinstance(coarse, Denoiser) else fine
+    if network is None and coarse is None:
         raise ValueError("give a coarse model, a fine model, or both")
-    num_classes, classes = model.spec.num_classes, np.asarray(labels, dtype=np.int64)
+    spec = build_image_spec(config) if network is None else spec_of(config, network)
+    num_classes, classes = spec.num_classes, np.asarray(labels, dtype=np.int64)
     if (
         classes.ndim != 1
         or not len(classes)
         or not (-1 <= classes.min() <= classes.max() < num_classes)
     ):
         raise ValueError(f"labels must be whole numbers in [-1, {num_classes - 1}], got {labels}")
-    setup = set_up_for(config, spec_of(config, model))
-    share, device = None, next(model.parameters()).device
+    setup, share = set_up_for(config, spec), None
+    if isinstance(coarse, GaussianDenoiser):
+        device = coarse.gaussians.means.device
+        if not setup.has_gaussians or coarse.gaussians.means.shape[1] != math.prod(spec.shape):
+            raise ValueError(
+                f"class Gaussians of {coarse.gaussians.means.shape[1]} numbers do not belong to "
+                f"this config: privacy.release {config.privacy.release}, images {spec.shape}"
+            )
+    else:
+        assert network is not None
+        device = next(network.parameters()).device
     if coarse is not None and fine is not None and config.sampling.coarse_worth is not None:
         if own is None:
             raise ConfigError("sampling.coarse_worth: mixing needs the client's images (own)")
         share = coarse_share(config, own.labels, num_classes=num_classes)
-    pair = ModelPair(
+    pair: ModelPair[Any] = ModelPair(
         coarse=coarse,
         fine=fine,
         spec=setup.spec,
@@ -155,6 +173,27 @@ def sample(
     )
     generator = torch_generator(seed, Purpose.SAMPLING, device=device)
     return pair.draw_pixels(classes, generator=generator)
+
+
+def gaussian_classifier(run: RunDirectory | str | Path) -> GaussianClassifier:
+    """The class Gaussians of a finished run of class statistics, read as a classifier.
+
+    It is all that clients released, and the same for all of them. Its log-probabilities can be
+    added to those of a client's own classifier (docs/method.md section 5).
+
+    Raises:
+        ValueError: for a run that has not finished, or whose shared model is another.
+    """
+    directory = run if isinstance(run, RunDirectory) else RunDirectory(Path(run))
+    config = directory.config()
+    if not set_up(config).has_gaussians:
+        raise ValueError(
+            f"{directory.root}: its shared model is no class Gaussians; privacy.release must be "
+            f"statistics, got {config.privacy.release}"
+        )
+    check_finished(directory, config)
+    pair = shared_pair(config, shared_weights(directory))
+    return as_classifier(pair.coarse, pair.spec)
 
 
 def spec_of(config: RunConfig, model: Denoiser) -> ImageSpec:

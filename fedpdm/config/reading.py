@@ -56,6 +56,7 @@ YOUNGER_KEYS = (
     ("sampling", "handover", None),
     ("sampling", "fine_labels", None),
     ("evaluation", "classifier_steps", 3000),
+    ("sampling", "candidates", None),
     *(("statistics", each.name, each.default) for each in dataclasses.fields(StatisticsConfig)),
 )
 

@@ -8,6 +8,7 @@ from fedpdm.config.aggregation import AggregationConfig, check_aggregation
 from fedpdm.config.keys import ConfigError, check_name, key
 from fedpdm.config.kind import RunKind
 from fedpdm.config.names import CLASS_LABELS, COLORINGS, DATA_SETS, PARTITIONS
+from fedpdm.config.sampling import SamplingConfig, check_sampling
 from fedpdm.config.statistics import StatisticsConfig, check_statistics
 from fedpdm.diffusion.names import (
     DECAYS,
@@ -224,37 +225,6 @@ class FineConfig(_ModelConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingConfig:
-    """How samples are drawn."""
-
-    scheduler: str = key(
-        "dpm_solver",
-        "ddpm, ddim, dpm_solver or a diffusers scheduler class",
-        form=(r"[A-Za-z_]\w{0,99}", "a name"),
-    )
-    num_steps: int = key(25, "denoiser calls per sample", low=1)
-    guidance: float = key(1.0, "classifier-free guidance weight, 1: none", low=0.0)
-    coarse_worth: float | None = key(
-        None,
-        "mix above t0: as many raw images of a class as the coarse model is worth; default: the "
-        "coarse model alone",
-        above=0.0,
-    )
-    handover: int | None = key(
-        None,
-        "class statistics: t at which the fine model takes over; default: 0.15 T",
-        low=1,
-    )
-    fine_labels: bool | None = key(
-        None,
-        "whether the fine model is told the class under the hand-over; default: with released "
-        "images yes, with class statistics no",
-    )
-    batch_size: int = key(256, "images at a time", low=1)
-    per_class: int = key(8, "images per class in the picture", low=1)
-
-
-@dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     """What clients measure and report."""
 
@@ -290,7 +260,7 @@ class RunConfig:
     coarse: CoarseConfig = CoarseConfig()
     fine: FineConfig = FineConfig()
     aggregation: AggregationConfig = AggregationConfig()  # noqa: RUF009 (frozen)
-    sampling: SamplingConfig = SamplingConfig()
+    sampling: SamplingConfig = SamplingConfig()  # noqa: RUF009 (frozen)
     evaluation: EvaluationConfig = EvaluationConfig()
 
     def __post_init__(self) -> None:
@@ -314,11 +284,9 @@ class RunConfig:
         self._check_shared_model()
         if self.privacy.release == "statistics" and self.kind.releases:
             check_statistics(training=self.coarse.training, rounds=self.run.rounds)
-        if (self.sampling.handover or 0) > self.schedule.num_steps:
-            raise ConfigError(
-                f"sampling.handover: must be at most schedule.num_steps = "
-                f"{self.schedule.num_steps}, got {self.sampling.handover}"
-            )
+        check_sampling(
+            self.sampling, num_steps=self.schedule.num_steps, release=self.privacy.release
+        )
         section, clients = self.aggregation, self.partition.num_clients
         if not self.run.simulation:
             clients = section.min_clients or clients

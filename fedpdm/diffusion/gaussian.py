@@ -157,6 +157,13 @@ class ClassGaussians:
             total = torch.where(prior.isfinite(), total - prior, total)
         return total
 
+    def log_class_posterior(
+        self, x_t: Tensor, num_classes: int, abar: float | Tensor = 1.0, *, even: bool = False
+    ) -> Tensor:
+        """log p(class | x_t); arguments and result as of `log_class_joint`."""
+        joint = self.log_class_joint(x_t, num_classes, abar, even=even)
+        return joint - joint.logsumexp(dim=1, keepdim=True)
+
     def posterior_mean(self, x_t: Tensor, abar: Tensor, labels: Tensor) -> Tensor:
         """E[x_0 | x_t, class] float64 (B, d) of x_t (B, d) at abar (B,), labels int (B,).
 

@@ -32,6 +32,7 @@ __all__ = [
     "as_asked",
     "hand_over",
     "refine",
+    "refining",
     "run_stages",
     "sample_in_batches",
     "sample_two_stage",
@@ -56,6 +57,8 @@ class SamplerSettings:
             answer is this share of the coarse model's and the rest of the fine model's (which must
             know all t). Default: the coarse model's alone. `truncated` only.
         fine_labels: whether the fine model is told the labels below a coarse model.
+        candidates: with class Gaussians, images drawn for each one that is kept
+            (`fedpdm.diffusion.from_gaussians`).
         batch_size: images that are drawn at a time.
 
     Raises:
@@ -71,6 +74,7 @@ class SamplerSettings:
     guidance: float = 1.0
     coarse_share: Tensor | None = None
     fine_labels: bool = True
+    candidates: int = 1
     batch_size: int = 256
 
     def __post_init__(self) -> None:
@@ -79,6 +83,8 @@ class SamplerSettings:
             raise ValueError(f"t0 must be in [0, {T}], got {self.t0}")
         if self.num_steps < 1:
             raise ValueError(f"sampling.num_steps must be at least 1, got {self.num_steps}")
+        if self.candidates < 1:
+            raise ValueError(f"sampling.candidates must be at least 1, got {self.candidates}")
         if self.chain not in CHAINS:
             raise ValueError(f"chain must be one of {', '.join(CHAINS)}, got {self.chain!r}")
         if self.coarse_share is not None and self.chain != "truncated":
@@ -116,7 +122,12 @@ def hand_over(
     with labels or without."""
     share = settings.coarse_share
     above = coarse if share is None else Mixed(coarse, fine, share)
-    return HandOver(above, fine if settings.fine_labels else Unlabelled(fine), settings.t0)
+    return HandOver(above, _below(fine, settings), settings.t0)
+
+
+def _below(fine: DenoisingFunction, settings: SamplerSettings) -> DenoisingFunction:
+    """The fine model as it is asked below a coarse one."""
+    return fine if settings.fine_labels else Unlabelled(fine)
 
 
 def as_asked(
@@ -230,6 +241,14 @@ def sample_in_batches(
     )
 
 
+def refining(fine: DenoisingFunction | None, settings: SamplerSettings, *, t: int) -> Stage:
+    """The chain of the fine model alone, of one `as_asked`, from level t on: with labels or without
+    as below a coarse model."""
+    if fine is None:
+        raise ValueError("refining needs a fine denoiser")
+    return Stage(denoiser=_below(fine, settings), start=t, num_steps=settings.num_steps)
+
+
 def refine(
     fine: DenoisingFunction,
     x_t: Tensor,
@@ -239,13 +258,11 @@ def refine(
     labels: Tensor,
     generator: torch.Generator,
 ) -> Tensor:
-    """The fine stage by itself: x_t float32 (N, C, H, W) at level t in [0, T] down to 0, with
-    labels or without as under a coarse model.
+    """The fine stage by itself: x_t float32 (N, C, H, W) at level t in [0, T] down to 0, told the
+    labels as below a coarse model.
 
     Of noised real images this is what the fine stage makes of a perfect coarse model's samples.
     """
     _, below = as_asked(None, fine, settings)
-    assert below is not None
-    asked = below if settings.fine_labels else Unlabelled(below)
-    stage = Stage(denoiser=asked, start=t, num_steps=settings.num_steps)
+    stage = refining(below, settings, t=t)
     return run_stages([stage], x_t, settings, labels=labels, generator=generator)

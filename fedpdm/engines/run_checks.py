@@ -73,7 +73,7 @@ class RunModels:
             return [
                 _what_leaves(self.setup),
                 *warnings,
-                f"models: class Gaussians above t = {self.setup.handover}, fine {fine.preset} "
+                f"models: class Gaussians above {_handover(self.setup)}, fine {fine.preset} "
                 f"{self.sizes['fine'] / 1e6:.2f} M parameters{where}; {config.run.rounds} rounds "
                 f"of {fine.steps_per_round} fine steps",
             ]
@@ -85,6 +85,11 @@ class RunModels:
             f"{config.run.rounds} rounds of {coarse.steps_per_round} coarse and "
             f"{fine.steps_per_round} fine steps",
         ]
+
+
+def _handover(setup: RunSetup) -> str:
+    given = setup.config.sampling.handover
+    return f"t = {given}" if given else "a t that each client chooses"
 
 
 def check_models(setup: RunSetup) -> RunModels:
@@ -136,13 +141,13 @@ def _check_sampler(setup: RunSetup) -> None:
     ) -> torch.Tensor:
         return torch.zeros_like(x_t)
 
-    name = setup.config.sampling.scheduler
+    name, settings = setup.config.sampling.scheduler, sampler_settings(setup)
     try:
         output = sample_two_stage(
             black,
             black,
             torch.ones(1, 1, 1, 1),
-            sampler_settings(setup),
+            settings,
             labels=torch.zeros(1, dtype=torch.int64),
             generator=torch.Generator().manual_seed(0),
         )

@@ -18,8 +18,10 @@ from fedpdm.data.client_images import ClientImages, client_images
 from fedpdm.data.loading import build_partitions, load_split
 from fedpdm.diffusion.denoisers import Denoiser
 from fedpdm.diffusion.training import select_device
+from fedpdm.evaluation.gaussian_classifier import GaussianClassifier, as_classifier
 from fedpdm.rng import Purpose, torch_generator
 from fedpdm.setup.build import coarse_share
+from fedpdm.setup.choice import SamplingChoice, load_choice
 from fedpdm.setup.pair import ModelPair, check_finished, client_weights, load_pair, shared_weights
 from fedpdm.setup.run_setup import set_up
 from fedpdm.storage.client_store import ClientStore, store_label
@@ -42,6 +44,10 @@ class Synthesizer(ModelPair[Denoiser]):
         client = self.own.client_id
         generator = torch_generator(seed, Purpose.SAMPLING, client=client, device=self.device)
         return self.draw_pixels(labels, generator=generator)
+
+    def gaussian_classifier(self) -> GaussianClassifier:
+        """The shared model as a classifier; `ValueError` unless it is class Gaussians."""
+        return as_classifier(self.coarse, self.spec)
 
     def alone(self) -> Synthesizer:
         """The same client with its fine model at every t."""
@@ -67,7 +73,7 @@ def open_synthesizer(
         check_finished(run, config)
     images = load_split(config, "train") if images is None else images
     own = client_images(config, images, build_partitions(config, images), client_id)
-    fine = None
+    fine = choice = None
     if not config.kind.has_shared_model:
         coarse = None
     elif coarse is None:
@@ -77,14 +83,20 @@ def open_synthesizer(
         fine = client_weights(store)
         if not fine:
             raise ValueError(f"{store.root}: client {client_id} has no fine model there")
-    return make_synthesizer(config, own, coarse=coarse, fine=fine)
+        choice = load_choice(store, round=store.last_round())
+    return make_synthesizer(config, own, coarse=coarse, fine=fine, choice=choice)
 
 
 def make_synthesizer(
-    config: RunConfig, own: ClientImages, *, coarse: Weights | None, fine: Weights | None
+    config: RunConfig,
+    own: ClientImages,
+    *,
+    coarse: Weights | None,
+    fine: Weights | None,
+    choice: SamplingChoice | None = None,
 ) -> Synthesizer:
-    """A client of this config with these models."""
+    """A client of this config with these models, which samples as it chose."""
     setup, device = set_up(config, own.images), select_device(config.run.device)
     share = coarse_share(config, own.train_labels, num_classes=setup.spec.num_classes)
-    pair = load_pair(setup, coarse=coarse, fine=fine, device=device, share=share)
+    pair = load_pair(setup, coarse=coarse, fine=fine, device=device, share=share, choice=choice)
     return Synthesizer(own=own, config=config, **vars(pair))

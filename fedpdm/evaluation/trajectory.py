@@ -16,7 +16,9 @@ import torch
 from fedpdm.data import denormalize
 from fedpdm.diffusion.combined import Watched
 from fedpdm.diffusion.denoisers import DenoisingFunction
-from fedpdm.diffusion.twostage import Stage, as_asked, run_stages, stages
+from fedpdm.diffusion.from_gaussians import begin
+from fedpdm.diffusion.gaussian import GaussianDenoiser
+from fedpdm.diffusion.twostage import Stage, as_asked, refining, run_stages, stages
 from fedpdm.rng import Purpose, torch_generator
 from fedpdm.setup.pair import ModelPair
 
@@ -42,40 +44,59 @@ def record_states(
 ) -> tuple[State, ...]:
     """Sample an image for each label (int64 (N,)) and keep every state; equal seeds, equal noise.
 
-    `client` chooses the noise, as for that client's own samples.
+    `client` chooses the noise, as for that client's own samples. Class Gaussians take one step: a
+    draw, noised to the hand-over. Of several candidates these are the first ones.
     """
     settings, wanted = pair.settings, torch.from_numpy(labels).to(pair.device)
     generator = torch_generator(seed, Purpose.SAMPLING, client=client, device=pair.device)
-    x = torch.randn((len(wanted), *pair.spec.shape), generator=generator, device=pair.device)
     states: list[State] = []
     asked: list[str] = []  # about the state at hand
 
     def noting(role: str, denoiser: DenoisingFunction | None) -> DenoisingFunction | None:
         return None if denoiser is None else Watched(denoiser, lambda *_: asked.append(role))
 
-    def keeping(stage: Stage) -> Stage:
-        def keep(x_t: torch.Tensor, t: torch.Tensor, x0_hat: torch.Tensor) -> None:
-            level = int(t[0])
-            a = settings.schedule.alpha_bar(level) ** 0.5
-            states.append(
-                State(
-                    stage="both" if len(set(asked)) > 1 else asked[0],
-                    t=level,
-                    noisy=_shown(x_t, shift=stage.scale * a * pair.spec.shift),
-                    estimate=_shown(x0_hat / stage.scale, shift=pair.spec.shift),
-                )
+    def keep(stage: str, x_t: torch.Tensor, level: int, x0_hat: torch.Tensor, scale: float) -> None:
+        a = settings.schedule.alpha_bar(level) ** 0.5
+        states.append(
+            State(
+                stage=stage,
+                t=level,
+                noisy=_shown(x_t, shift=scale * a * pair.spec.shift),
+                estimate=_shown(x0_hat / scale, shift=pair.spec.shift),
             )
+        )
+
+    def keeping(stage: Stage) -> Stage:
+        def watch(x_t: torch.Tensor, t: torch.Tensor, x0_hat: torch.Tensor) -> None:
+            role = "both" if len(set(asked)) > 1 else asked[0]
+            keep(role, x_t, int(t[0]), x0_hat, stage.scale)
             asked.clear()
 
-        return replace(stage, denoiser=Watched(stage.denoiser, keep))
+        return replace(stage, denoiser=Watched(stage.denoiser, watch))
 
-    coarse, fine = as_asked(pair.coarse, pair.fine, settings)
-    chains = stages(noting("coarse", coarse), noting("fine", fine), settings)
+    if isinstance(pair.coarse, GaussianDenoiser) and settings.coarse_share is None:
+        x_0, x = begin(
+            pair.coarse.gaussians, settings, image_shape=pair.spec.shape, labels=wanted,
+            generator=generator,
+        )  # fmt: skip
+        keep("coarse", x, settings.t0, x_0, 1.0)
+        chains: tuple[Stage, ...] = ()
+        if pair.fine is None:
+            x = x_0
+        else:
+            _, fine = as_asked(None, pair.fine, settings)
+            chains = (refining(noting("fine", fine), settings, t=settings.t0),)
+    else:
+        shape = (len(wanted), *pair.spec.shape)
+        x = torch.randn(shape, generator=generator, device=pair.device)
+        coarse, fine = as_asked(pair.coarse, pair.fine, settings)
+        chains = stages(noting("coarse", coarse), noting("fine", fine), settings)
     x = run_stages(
         [keeping(stage) for stage in chains], x, settings, labels=wanted, generator=generator
     )
-    shift = chains[-1].scale * pair.spec.shift
-    return (*states, State(stage="image", t=0, noisy=_shown(x, shift=shift), estimate=None))
+    scale = chains[-1].scale if chains else 1.0
+    last = _shown(x, shift=scale * pair.spec.shift)
+    return (*states, State(stage="image", t=0, noisy=last, estimate=None))
 
 
 def _shown(x: torch.Tensor, *, shift: float) -> np.ndarray:

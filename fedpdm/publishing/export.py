@@ -7,7 +7,6 @@ model card with the client's ledger. It can be uploaded to the Hugging Face Hub 
 
 from __future__ import annotations
 
-import functools
 import inspect
 import math
 import os
@@ -26,21 +25,22 @@ from diffusers.utils import logging as diffusers_logging
 from fedpdm.config import RunConfig
 from fedpdm.data.loading import load_split
 from fedpdm.data.spec import ImageSpec
+from fedpdm.diffusion.gaussian import ClassGaussians, GaussianDenoiser
 from fedpdm.diffusion.sampling import make_scheduler
 from fedpdm.diffusion.training import select_device
-from fedpdm.privacy.counts import noised_counts
-from fedpdm.privacy.mechanism import ClassStatistics, mechanism_named
+from fedpdm.privacy.mechanism import mechanism_named
 from fedpdm.privacy.releases import ReleaseStore
 from fedpdm.privacy.statement import client_statement
+from fedpdm.publishing.class_counts import exported_share
+from fedpdm.publishing.class_gaussians import GaussianClasses
 from fedpdm.publishing.model_card import model_card
 from fedpdm.publishing.pipeline import PFDMPipeline
 from fedpdm.reporting.pictures import draw_image_grid
 from fedpdm.reporting.pictures.files import png_path
 from fedpdm.rng import Purpose, torch_generator
-from fedpdm.setup.build import coarse_share
-from fedpdm.setup.chosen import find_objective
+from fedpdm.setup.choice import load_choice
 from fedpdm.setup.pair import check_finished, client_weights, load_pair, shared_weights
-from fedpdm.setup.run_setup import set_up_for
+from fedpdm.setup.run_setup import RunSetup, set_up_for
 from fedpdm.storage.client_store import ClientStore, store_label
 from fedpdm.storage.files import StoreError, clear_leftovers
 from fedpdm.storage.run_directory import RunDirectory
@@ -49,6 +49,7 @@ from fedpdm.text import json_text
 __all__ = ["export_pipeline", "load_pipeline", "sample_grid"]
 
 BATCH_SIZE = 256
+COMPONENT = GaussianClasses.__module__  # as `model_index.json` names it
 # Of a run's statement: how many images paid what, and places on this machine.
 _KEPT_HERE = ("epsilon_distribution", "unreadable_stores")
 
@@ -85,44 +86,51 @@ def export_pipeline(
     config = run.config()
     if not config.kind.releases:
         raise ValueError(f"{run.root}: this run is a baseline, without a coarse and a fine model")
-    mechanism = mechanism_named(config.privacy.release)  # the ledger may name a custom one
-    if isinstance(mechanism, ClassStatistics):
-        raise ValueError(f"{run.root}: class Gaussians cannot be exported as a pipeline")
+    mechanism_named(config.privacy.release)  # the ledger may name a custom one
     check_finished(run, config)
     privacy, shared = run.read_json("privacy.json"), shared_weights(run)
     folder = Path(store or run.client_path(client_id))
     client_store = ClientStore(folder, store_label(config, client_id))
     own, ledger = _client(run, client_store, privacy, client_id=client_id)
-    shape = ledger["image_shape"]
-    t0, shift = int(privacy["t0"]), float(privacy["shift"])
-    num_classes = len(shared.get("class_embedding.weight", ())) - 1  # the last is "no label"
+    shape, shift = ledger["image_shape"], float(privacy["shift"])
+    num_classes = _num_classes(own)
     spec = ImageSpec(channels=shape[0], resolution=shape[1], num_classes=num_classes, shift=shift)
-    setup, who = set_up_for(config, spec), f" for client {client_id}"
+    setup, who = set_up_for(config, spec), f"client {client_id}"
+    _check_release(setup, privacy, ledger.pop("known_releases"), where=f"{folder}: {who}")
     schedule = setup.schedule
-    pair = load_pair(setup, coarse=shared, fine=own, device=torch.device("cpu"), who=who)
-    coarse, fine = pair.coarse, pair.fine
-    assert coarse is not None
+    pair = load_pair(
+        setup,
+        coarse=shared,
+        fine=own,
+        device=torch.device("cpu"),
+        choice=load_choice(client_store, round=client_store.last_round()),
+        who=f" for {who}",
+    )
+    settings, fine = pair.settings, pair.fine
     assert fine is not None
-    unets: tuple[Any, Any] = coarse.network, fine.network
     scheduler = make_scheduler(config.sampling.scheduler, schedule.betas)
     # In float64, as trained: schedulers round them to float32, the pipeline's x0_hat does not.
     scheduler.register_to_config(trained_betas=schedule.betas.tolist())
+    fine_unet: Any = fine.network
     pipeline = PFDMPipeline(
-        *unets,
-        scheduler,
-        t0=t0,
-        chain=find_objective(config).chain,
-        coarse_prediction=coarse.spec.prediction,
+        fine_unet=fine_unet,
+        scheduler=scheduler,
+        t0=settings.t0,
+        chain=settings.chain,
         fine_prediction=fine.spec.prediction,
         num_classes=num_classes,
         resolution=spec.resolution,
-        coarse_patch=coarse.spec.preset.patch,
         fine_patch=fine.spec.preset.patch,
         shift=shift,
-        guidance_scale=config.sampling.guidance,
-        coarse_share=_share(config, client_store, num_classes, counts_epsilon),
-        fine_t_max=schedule.num_steps if config.fine.t_range == "all" else t0,
+        guidance_scale=settings.guidance,
+        coarse_share=exported_share(
+            config, client_store, num_classes=num_classes, epsilon=counts_epsilon
+        ),
+        fine_t_max=schedule.num_steps if config.fine.t_range == "all" else setup.handover,
         id2label=_class_names(config, num_classes=num_classes),
+        fine_labels=settings.fine_labels,
+        candidates=settings.candidates,
+        **_shared_part(pair.coarse),
     )
     card = model_card(
         pipeline, name=config.name, run=privacy, client=ledger, counts_epsilon=counts_epsilon
@@ -130,6 +138,33 @@ def export_pipeline(
     statement = {key: value for key, value in privacy.items() if key not in _KEPT_HERE}
     _write(pipeline, statement, card, out)
     return out
+
+
+def _num_classes(fine: Mapping[str, torch.Tensor]) -> int:
+    """Of the fine model's weights: it embeds every class and no label, for whole images and for
+    clipped ones."""
+    return len(fine.get("class_embedding.weight", ())) // 2 - 1
+
+
+def gaussian_component(gaussians: ClassGaussians) -> GaussianClasses:
+    """The Gaussians as a component of a pipeline."""
+    tensors = gaussians.tensors()
+    classes, tensors["frames"] = tensors.pop("classes").tolist(), tensors.pop("directions")
+    count, dimensions = tensors["frames"].shape[1:]
+    made = GaussianClasses(dimensions=dimensions, directions=count, classes=classes)
+    made.load_state_dict(tensors)
+    return made.eval()
+
+
+def _shared_part(coarse: Any) -> dict[str, Any]:
+    """What the pipeline takes of the shared model: its U-Net, or its Gaussians."""
+    if isinstance(coarse, GaussianDenoiser):
+        return {"coarse_unet": None, "gaussians": gaussian_component(coarse.gaussians)}
+    return {
+        "coarse_unet": coarse.network,
+        "coarse_prediction": coarse.spec.prediction,
+        "coarse_patch": coarse.spec.preset.patch,
+    }
 
 
 def load_pipeline(path: Path) -> PFDMPipeline:
@@ -142,9 +177,12 @@ def load_pipeline(path: Path) -> PFDMPipeline:
     shows_bars = diffusers_logging.is_progress_bar_enabled()
     diffusers_logging.disable_progress_bar()
     try:
-        return PFDMPipeline.from_pretrained(
-            str(path), local_files_only=True, low_cpu_mem_usage=False
-        )
+        options: dict[str, Any] = {"local_files_only": True, "low_cpu_mem_usage": False}
+        if (Path(path) / "gaussians").is_dir():
+            options["gaussians"] = GaussianClasses.from_pretrained(
+                str(Path(path) / "gaussians"), **options
+            )
+        return PFDMPipeline.from_pretrained(str(path), **options)
     except (OSError, ValueError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
         line = " ".join(str(error).split())[:300]
         raise ValueError(f"{path}: cannot be loaded: {line}") from None
@@ -194,8 +232,9 @@ def sample_grid(
     wanted = np.repeat(classes, counts)
     options: Any = {"num_inference_steps": num_steps, "guidance_scale": guidance, "method": method}
     images = []
-    for start in range(0, num, BATCH_SIZE):
-        part = wanted[start : start + BATCH_SIZE].tolist()
+    size = max(1, BATCH_SIZE // pipeline.config["candidates"])
+    for start in range(0, num, size):
+        part = wanted[start : start + size].tolist()
         title = f"images {start + 1} to {start + len(part)} of {num}"
         pipeline.set_progress_bar_config(desc=title, leave=False, disable=None)
         drawn: Any = pipeline(part, generator=generator, output_type="pt", **options).images
@@ -223,40 +262,27 @@ def _client(
             f"{folder}: client {client_id} has no fine model there; clients that have one: "
             f"{', '.join(map(str, known)) or 'none'}"
         )
-    wanted = {key: privacy[key] for key in ("t0", "clip_norm", "shift")}
-    if not any(wanted.items() <= r.items() for r in known_releases or [released["latest_release"]]):
-        other = released["latest_release"]
-        key = next((key for key in wanted if other[key] != wanted[key]), "t0")
-        raise StoreError(
-            f"{folder}: client {client_id} released with {key} = {other[key]:g}, this run has "
-            f"{wanted[key]:g}; the store belongs to another run"
-        )
-    return weights, released
+    return weights, {**released, "known_releases": known_releases or [released["latest_release"]]}
 
 
-def _share(
-    config: RunConfig, store: ClientStore, num_classes: int, epsilon: float | None
-) -> list[float] | None:
-    """`coarse_share` of the client, by class and for no label; with `epsilon` of noised counts."""
-    if config.sampling.coarse_worth is None:
-        if epsilon is not None:
-            raise ValueError(
-                "counts_epsilon: sampling.coarse_worth is not set, so the export holds no counts"
-            )
-        return None
-    counts = store.load_class_counts()
-    if counts is None or len(counts) != num_classes:
+def _check_release(setup: RunSetup, privacy: Mapping[str, Any], known: Any, *, where: str) -> None:
+    """`StoreError` unless one of the client's releases was made as the run's."""
+    planned = [asdict(parameters) for parameters in setup.release_plan.rounds]
+    if "t0" in privacy:
+        planned = [{**each, "t0": int(privacy["t0"])} for each in planned]
+    names = ("t0", "stage", "clip_norm", "shift", "dimensions")
+
+    def differs(record: Mapping[str, Any], plan: Mapping[str, Any]) -> list[str]:
+        return [name for name in names if name in plan and record.get(name) != plan[name]]
+
+    if all(differs(record, plan) for record in known for plan in planned):
+        record = known[-1]
+        plan = min(planned, key=lambda each: len(differs(record, each)))
+        name = differs(record, plan)[0]
         raise StoreError(
-            f"{store.root / 'classes.json'}: sampling.coarse_worth needs {num_classes} counts of "
-            f"images, found {'no file' if counts is None else len(counts)}"
+            f"{where} released with {name} = {record.get(name)}, this run has {plan[name]}; the "
+            "store belongs to another run"
         )
-    if epsilon is not None:
-        drawn = functools.partial(noised_counts, counts.tolist(), epsilon=epsilon)
-        with store.lock():
-            counts = store.noised_class_counts(counts, epsilon, drawn)
-    labels = np.repeat(np.arange(num_classes), counts)
-    share = coarse_share(config, labels, num_classes=num_classes)
-    return None if share is None else share.tolist()
 
 
 def _class_names(config: RunConfig, *, num_classes: int) -> dict[str, str] | None:
@@ -277,8 +303,9 @@ def _write(pipeline: PFDMPipeline, privacy: Mapping[str, Any], card: str, out: P
     try:
         temporary.mkdir(parents=True)
         pipeline.save_pretrained(temporary, safe_serialization=True)
-        source = inspect.getsource(sys.modules[PFDMPipeline.__module__])
-        (temporary / "pipeline.py").write_text(source, encoding="utf-8")
+        _copy_source(PFDMPipeline, temporary / "pipeline.py")
+        if pipeline.gaussians is not None:  # diffusers finds a component's code by its module
+            _copy_source(GaussianClasses, temporary / "gaussians" / f"{COMPONENT}.py")
         (temporary / "privacy.json").write_text(json_text(privacy) + "\n")
         (temporary / "README.md").write_text(card, encoding="utf-8")
         os.replace(temporary, target)
@@ -287,6 +314,10 @@ def _write(pipeline: PFDMPipeline, privacy: Mapping[str, Any], card: str, out: P
         raise StoreError(f"{out}: cannot be written: {reason}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _copy_source(kind: type, path: Path) -> None:
+    path.write_text(inspect.getsource(sys.modules[kind.__module__]), encoding="utf-8")
 
 
 def _draw(images: np.ndarray, names: Sequence[str], counts: Sequence[int], target: Path) -> None:

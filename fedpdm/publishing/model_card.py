@@ -32,9 +32,7 @@ tags:
 
 # {name}: personalised diffusion model of client {client_id}
 
-Two U-Nets for {resolution}x{resolution} images of {num_classes} classes, from personalised
-federated diffusion (arXiv 2504.00952). `coarse_unet` is shared by all clients and takes pure noise
-down to noising step t0; `fine_unet` is client {client_id}'s and goes on to a clean image.
+{parts}
 
 ## Use
 
@@ -54,7 +52,8 @@ From the Hub, give the repository's name in both places. Labels: {labels}; -1 fo
 `method="coarse"` samples with the shared model only{alone}.
 
 Any diffusers scheduler that is defined on betas can take the place of the exported one, and given
-images are refined: noised to `strength` (default t0 / T = {strength:g}) and taken down from there.
+images are refined: noised to `strength` (default t0 / T = {strength:g}{most}) and taken down from
+there.
 
 ```python
 from diffusers import UniPCMultistepScheduler
@@ -66,12 +65,7 @@ refined = pipe([0, {last_label}], image=coarse, strength={strength:g}).images
 
 ## Privacy
 
-What clients sent in training, and so `coarse_unet`, is locally differentially private per image
-(one image replaced by any other, {releases}):
-
-| epsilon | delta | t0 | clip norm C |
-|---|---|---|---|
-| {epsilon:.4g} | {delta:g} | {t0} of {num_steps} | {clip_norm:g} around {shift:g} |
+{guarantee}
 
 By the ledger of client {client_id}, all its releases together (head `{ledger_head}`):
 
@@ -83,7 +77,7 @@ The noise of the release was {noise_source}.{simulation}
 
 **`fine_unet` is not covered.** It was trained on client {client_id}'s raw images, with no noise.
 Publishing it, or images sampled with it, exposes that client's own images: that is for the client
-alone to decide. `coarse_unet` may be shared without it.{counts} Not covered either:
+alone to decide. `{shared}` may be shared without it.{counts} Not covered either:
 
 {uncovered}
 
@@ -96,6 +90,42 @@ This directory is laid out as a model repository (safetensors only). It names no
 hf upload NAME/REPOSITORY .
 ```
 """
+
+NETWORKS = """\
+Two U-Nets for {resolution}x{resolution} images of {num_classes} classes, from personalised
+federated diffusion (arXiv 2504.00952). `coarse_unet` is shared by all clients and takes pure noise
+down to noising step t0; `fine_unet` is client {client_id}'s and goes on to a clean image."""
+
+NETWORKS_GUARANTEE = """\
+What clients sent in training, and so `coarse_unet`, is locally differentially private per image
+(one image replaced by any other, {releases}):
+
+| epsilon | delta | t0 | clip norm C |
+|---|---|---|---|
+| {epsilon:.4g} | {delta:g} | {t0} of {num_steps} | {clip_norm:g} around {shift:g} |"""
+
+# With class statistics as the release.
+GAUSSIANS = """\
+A U-Net for {resolution}x{resolution} images of {num_classes} classes and a Gaussian for each class,
+from personalised federated diffusion (arXiv 2504.00952) with class statistics. `gaussians` is
+shared by all clients: it is computed from noised sums over their images. An image begins with a
+draw of its class's Gaussian, noised to t0 = {t0} of {num_steps}. `fine_unet`, client {client_id}'s,
+takes it from there to a clean image, {told} the class.{best} t0, the labels and the number of
+candidates are the run's settings or what the client chose on its own held-out images."""
+
+BEST = " Of {drawn} candidates the one is kept whose class the Gaussians find most likely."
+
+GAUSSIANS_GUARANTEE = """\
+What clients sent in training, and so `gaussians`, is locally differentially private per image (one
+image replaced by any other of its class; each image is in {count} sums at most, and the epsilon is
+that of all of them):
+
+| epsilon | delta | clip norm C |
+|---|---|---|
+| {epsilon:.4g} | {delta:g} | {clip_norm:g} around {shift:g} |
+
+{released} `gaussians` also holds how many images of each class all clients have together: these
+numbers are public in this kind of release."""
 
 SIMULATION = (
     "\nThis is a **simulation**: whoever knows the seed can remove the noise, and nothing here"
@@ -136,6 +166,12 @@ def model_card(
         counts_epsilon: of the noise on the counts that `coarse_share` follows from; None for none.
     """
     settings, num_steps = pipeline.config, len(pipeline.betas)
+    drawn = settings["candidates"]
+    parts, guarantee = (
+        (NETWORKS, NETWORKS_GUARANTEE)
+        if pipeline.gaussians is None
+        else (GAUSSIANS, GAUSSIANS_GUARANTEE)
+    )
     names, last = settings["id2label"] or {}, settings["num_classes"] - 1
     has_alone = settings["fine_t_max"] == num_steps
     groups = client["group_epsilon"]
@@ -144,6 +180,12 @@ def model_card(
     own = {"client_id": client["client_id"], "counts_epsilon": counts_epsilon}
     words = {
         "name": markdown(name),
+        "shared": "coarse_unet" if pipeline.gaussians is None else "gaussians",
+        "most": "" if pipeline.gaussians is None else ", which is also the most",
+        "told": "told" if settings["fine_labels"] else "without being told",
+        "best": BEST.format(drawn=drawn) if drawn > 1 else "",
+        "count": count,
+        "released": markdown(run.get("released", ""), limit=4000),
         "noise_source": markdown(run["noise_source"]),
         **own,
         "counts": f"{counts.format_map(own)}\n" if counts else "",
@@ -162,4 +204,6 @@ def model_card(
         "simulation": SIMULATION if run["simulation"] else "",
         "uncovered": "\n".join(f"- {markdown(what)}" for what in run["does_not_protect"]),
     }
-    return CARD.format_map({**settings, **run, **words})
+    known = {**settings, **run, **words}
+    known |= {"parts": parts.format_map(known), "guarantee": guarantee.format_map(known)}
+    return CARD.format_map(known)

@@ -1,5 +1,8 @@
 """A diffusers pipeline for a coarse and a fine denoiser: noise, coarse to t0, fine to 0.
 
+The coarse one is a U-Net, or Gaussians of classes (`gaussians`): then an image begins with a draw,
+noised to t0, and of several candidates the one is kept whose class the Gaussians find likeliest.
+
 An export (`fedpdm.publishing.export`) carries a copy of this file as `pipeline.py`, so that whoever
 has diffusers can load the models without this project. The file therefore imports diffusers, numpy
 and torch alone, and repeats two formulas of `fedpdm`; a test holds both copies together by asking
@@ -34,13 +37,22 @@ __all__ = ["METHODS", "PFDMPipeline"]
 
 METHODS = ("pfdm", "alone", "coarse")
 NO_LABEL = -1
+READ_AT = 0.15  # of T: where the classes of candidates are read
+
+
+def _side(coarse: Any, coarse_patch: int, fine: Any, fine_patch: int) -> int:
+    """Pixels per side of what the U-Nets take: the coarse one's where there is one."""
+    unet, patch = (fine, fine_patch) if coarse is None else (coarse, coarse_patch)
+    side: int = unet.config["sample_size"] * patch
+    return side
 
 
 class PFDMPipeline(DiffusionPipeline):
     """Two-stage, class-conditional sampling of one client's personalised model.
 
     Args:
-        coarse_unet: shared denoiser, K + 1 class embeddings (the last means "no label").
+        coarse_unet: shared denoiser, K + 1 class embeddings (the last means "no label"); None with
+            `gaussians`.
         fine_unet: one client's denoiser, at least K + 1 class embeddings in the same order.
         scheduler: any diffusers scheduler on betas; its `trained_betas` are the chain that the
             models were trained on. To swap another in, give its class this one's config:
@@ -60,6 +72,10 @@ class PFDMPipeline(DiffusionPipeline):
             answer is this share of the coarse model's and the rest of the fine model's. Default:
             the coarse model's alone. "truncated" only, with a fine model for every t.
         id2label: class names by label (as text: JSON has no other keys), if they are known.
+        gaussians: the shared model where it is Gaussians of classes (`GaussianClasses`). Then the
+            chain is "truncated", without `coarse_share`.
+        fine_labels: whether the fine model is told the labels at and below t0.
+        candidates: with `gaussians`, images that are drawn for each one that is kept.
 
     `betas` is the models' chain, float64 (T,).
 
@@ -67,9 +83,11 @@ class PFDMPipeline(DiffusionPipeline):
         ValueError: if an argument is out of range, or `scheduler` has no `trained_betas`.
     """
 
+    _optional_components = ["coarse_unet", "gaussians"]  # noqa: RUF012 (as diffusers declares it)
+
     def __init__(
         self,
-        coarse_unet: UNet2DModel,
+        coarse_unet: UNet2DModel | None,
         fine_unet: UNet2DModel,
         scheduler: Any,
         t0: int = 0,
@@ -85,6 +103,9 @@ class PFDMPipeline(DiffusionPipeline):
         fine_t_max: int | None = None,
         coarse_share: list[float] | None = None,
         id2label: dict | None = None,
+        gaussians: Any = None,
+        fine_labels: bool = True,
+        candidates: int = 1,
     ) -> None:
         super().__init__()
         betas = scheduler.config.get("trained_betas")
@@ -104,6 +125,17 @@ class PFDMPipeline(DiffusionPipeline):
         ):
             if value not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        if (coarse_unet is None) == (gaussians is None):
+            raise ValueError("give coarse_unet or gaussians, one of them")
+        if gaussians is not None and (chain != "truncated" or coarse_share is not None):
+            raise ValueError(
+                "gaussians need the chain truncated and no coarse_share, "
+                f"got {chain!r} and {coarse_share}"
+            )
+        if candidates < 1 or (candidates > 1 and gaussians is None):
+            raise ValueError(
+                f"candidates must be at least 1, and 1 without gaussians, got {candidates}"
+            )
         if coarse_share is not None:
             if len(coarse_share) != num_classes + 1 or not all(0 <= w <= 1 for w in coarse_share):
                 raise ValueError(
@@ -115,7 +147,10 @@ class PFDMPipeline(DiffusionPipeline):
                     f"got {chain!r} and fine_t_max {fine_t_max}"
                 )
         self.register_modules(
-            coarse_unet=coarse_unet.eval(), fine_unet=fine_unet.eval(), scheduler=scheduler
+            coarse_unet=None if coarse_unet is None else coarse_unet.eval(),
+            fine_unet=fine_unet.eval(),
+            scheduler=scheduler,
+            gaussians=gaussians,
         )
         self.register_to_config(
             t0=t0,
@@ -123,7 +158,7 @@ class PFDMPipeline(DiffusionPipeline):
             coarse_prediction=coarse_prediction,
             fine_prediction=fine_prediction,
             num_classes=num_classes,
-            resolution=resolution or coarse_unet.config["sample_size"] * coarse_patch,
+            resolution=resolution or _side(coarse_unet, coarse_patch, fine_unet, fine_patch),
             coarse_patch=coarse_patch,
             fine_patch=fine_patch,
             shift=shift,
@@ -131,6 +166,8 @@ class PFDMPipeline(DiffusionPipeline):
             fine_t_max=len(self.betas) if fine_t_max is None else fine_t_max,
             coarse_share=coarse_share,
             id2label=id2label,
+            fine_labels=fine_labels,
+            candidates=candidates,
         )
 
     @torch.no_grad()
@@ -172,7 +209,7 @@ class PFDMPipeline(DiffusionPipeline):
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"output_type must be pil, np or pt, got {output_type!r}")
         resolution, start = self.config["resolution"], None
-        channels = self.coarse_unet.config["in_channels"] // self.config["coarse_patch"] ** 2
+        channels = self.fine_unet.config["out_channels"] // self.config["fine_patch"] ** 2
         shape = (self._check_labels(labels).numel(), channels, resolution, resolution)
         given: torch.Tensor | None = None
         if image is not None:
@@ -185,21 +222,19 @@ class PFDMPipeline(DiffusionPipeline):
                 num_inference_steps = max(1, round(num_inference_steps * share))
         elif strength is not None:
             raise ValueError(f"strength needs an image to start from, got {strength} and none")
-        x = randn_tensor(
-            shape, generator=generator, device=self._execution_device, dtype=torch.float32
-        )
-        if given is not None and start is not None:
-            abar = float(self._alphas_cumprod[start])
-            x = abar**0.5 * given.to(x.device) + (1.0 - abar) ** 0.5 * x
-        x_0 = self.generate(
-            x,
-            labels,
-            num_inference_steps=num_inference_steps,
-            generator=generator,
-            guidance_scale=guidance_scale,
-            method=method,
-            start=start,
-        )
+        options: dict[str, Any] = {
+            "num_inference_steps": num_inference_steps,
+            "generator": generator,
+            "guidance_scale": guidance_scale,
+            "method": method,
+        }
+        if self.gaussians is not None and given is None and method != "alone":
+            x_0 = self._from_gaussians(labels, shape, **options)
+        else:
+            x = self._noise(shape, generator)
+            if given is not None and start is not None:
+                x = self._noised(given.to(x.device), x, start)
+            x_0 = self.generate(x, labels, start=start, **options)
         if not bool(torch.isfinite(x_0).all()):
             raise ValueError("the models gave values that are not finite")
         pixels = ((x_0 + (1.0 + self.config["shift"])) * 127.5).clamp(0.0, 255.0).cpu()
@@ -209,6 +244,66 @@ class PFDMPipeline(DiffusionPipeline):
         if output_type == "np":
             return ImagePipelineOutput(images=(channels_last / 255.0).numpy())
         return ImagePipelineOutput(images=self.numpy_to_pil(channels_last.round().numpy() / 255.0))
+
+    def _noise(
+        self, shape: tuple[int, int, int, int], generator: torch.Generator | None
+    ) -> torch.Tensor:
+        device = self._execution_device
+        noise: torch.Tensor = randn_tensor(
+            shape, generator=generator, device=device, dtype=torch.float32
+        )
+        return noise
+
+    def _noised(self, x_0: torch.Tensor, noise: torch.Tensor, t: int) -> torch.Tensor:
+        abar = float(self._alphas_cumprod[t])
+        return abar**0.5 * x_0 + (1.0 - abar) ** 0.5 * noise
+
+    def _from_gaussians(
+        self,
+        labels: int | Sequence[int] | torch.Tensor,
+        shape: tuple[int, int, int, int],
+        *,
+        num_inference_steps: int,
+        generator: torch.Generator | None,
+        guidance_scale: float | None,
+        method: str,
+    ) -> torch.Tensor:
+        """As a call, in model scale: draws, noised to t0 and refined, the best of `candidates`.
+
+        The same as `fedpdm.diffusion.from_gaussians.sample_from_gaussians` for one batch.
+        """
+        self._check_options(method, num_inference_steps, guidance_scale)
+        asked = self._check_labels(labels, indexed=False)
+        count = self.config["candidates"] if method == "pfdm" else 1
+        wanted = asked.repeat_interleave(count)
+        shape = (len(wanted), *shape[1:])
+        x_0 = self.gaussians.draw(wanted, generator).view(shape)
+        if method == "coarse":
+            return x_0
+        t0 = self.config["t0"]
+        images = self.generate(
+            self._noised(x_0, self._noise(shape, generator), t0),
+            wanted,
+            num_inference_steps=num_inference_steps,
+            generator=generator,
+            guidance_scale=guidance_scale,
+            start=t0,
+        )
+        abar = float(self._alphas_cumprod[max(1, round(READ_AT * len(self.betas)))])
+        found = self.gaussians.log_posterior(images.flatten(1), wanted, abar).view(-1, count)
+        best = torch.where(found.isnan().any(dim=1), 0, found.argmax(dim=1))
+        return images[torch.arange(len(asked), device=best.device) * count + best]
+
+    def _check_options(self, method: str, num_steps: int, guidance: float | None) -> float:
+        """The guidance to use."""
+        used: float = self.config["guidance_scale"] if guidance is None else guidance
+        if method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+        if num_steps < 1:
+            raise ValueError(f"num_inference_steps must be at least 1, got {num_steps}")
+        if not (math.isfinite(used) and used >= 0.0):
+            raise ValueError(f"guidance_scale must be finite and at least 0, got {used}")
+        return used
 
     @torch.no_grad()
     def generate(
@@ -226,14 +321,11 @@ class PFDMPipeline(DiffusionPipeline):
 
         The same as `fedpdm.diffusion.twostage.sample_two_stage` for the same `x_T` and `generator`;
         with `start`, in [0, t0], as `fedpdm.diffusion.twostage.refine` from that level. With
-        noise_to_noise, method "coarse" gives noisy images: the coarse model's own data.
+        noise_to_noise, method "coarse" gives noisy images: the coarse model's own data. With
+        `gaussians` only the fine model can go on from given noise.
         """
         index = self._check_labels(labels).to(x_T.device)
-        guidance = self.config["guidance_scale"] if guidance_scale is None else guidance_scale
-        if num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
-        if not (math.isfinite(guidance) and guidance >= 0.0):
-            raise ValueError(f"guidance_scale must be finite and at least 0, got {guidance}")
+        guidance = self._check_options(method, num_inference_steps, guidance_scale)
         stages = [
             (*self._new_scheduler(num_betas, num_steps), floor)
             for num_betas, num_steps, floor in self._stages(method, num_inference_steps, start)
@@ -265,7 +357,10 @@ class PFDMPipeline(DiffusionPipeline):
         method: str,
         floor: int,
     ) -> torch.Tensor:
-        """x0_hat: above `floor` the coarse model's, mixed by `coarse_share`; else the fine's."""
+        """x0_hat: above `floor` the coarse model's, mixed by `coarse_share`; else the fine's, which
+        is told the labels if `fine_labels` says so."""
+        if method == "pfdm" and t <= floor and not self.config["fine_labels"]:
+            index = torch.full_like(index, self.config["num_classes"])
         answer = self._guided(x_t, t, index, guidance, use_coarse=t > floor)
         shares = self.config["coarse_share"]
         if method != "pfdm" or t <= floor or shares is None:
@@ -281,8 +376,6 @@ class PFDMPipeline(DiffusionPipeline):
         """
         T, t0 = len(self.betas), self.config["t0"]
         first = T if start is None else start
-        if method not in METHODS:
-            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
         if method == "alone":
             if (trained := self.config["fine_t_max"]) < first:
                 raise ValueError(
@@ -291,6 +384,11 @@ class PFDMPipeline(DiffusionPipeline):
                 )
             return [(first, num_steps, T)] if first else []
         fine_only = start is not None and method == "pfdm" and start <= t0
+        if self.gaussians is not None and not fine_only:
+            raise ValueError(
+                f"with class Gaussians given images and noise are refined by the fine model alone: "
+                f"method pfdm and at most t0 = {t0} of {T} steps of noise, got {method} and {first}"
+            )
         if self.config["chain"] == "truncated" or fine_only:
             return [(first, num_steps, t0 if method == "pfdm" else 0)] if first else []
         if start is not None:

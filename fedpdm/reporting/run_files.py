@@ -20,6 +20,7 @@ from fedpdm.privacy.releases import ReleaseStore
 from fedpdm.privacy.statement import baseline_statement, plain_text, run_statement
 from fedpdm.reporting.pictures import draw_image_grid, draw_partition
 from fedpdm.reporting.provenance import software_versions
+from fedpdm.setup.choice import kept_choices
 from fedpdm.setup.run_setup import RunSetup
 from fedpdm.storage.client_store import ClientStore
 from fedpdm.storage.run_directory import RunDirectory
@@ -132,6 +133,8 @@ def finish_run(
     run.write_json("versions.json", software_versions())
     if config.run.simulation:
         draw_samples(run, config)
+        for client, choice in kept_choices(run, config).items():
+            log.say(f"client {client} samples with {choice.words}")
     log.say(summarise(run))
 
 

@@ -10,12 +10,14 @@ import numpy as np
 import torch
 
 from fedpdm.config import CoarseConfig, ConfigError, FineConfig, RunConfig
+from fedpdm.config.sampling import check_candidates
 from fedpdm.diffusion.denoisers import Denoiser, DenoiserSpec
 from fedpdm.diffusion.gaussian import ClassGaussians, GaussianDenoiser
 from fedpdm.diffusion.training import OptimizerSettings
 from fedpdm.diffusion.twostage import SamplerSettings
 from fedpdm.privacy.dpsgd import DpSgdSettings, dp_sgd_noise_multiplier
 from fedpdm.rng import Purpose, seed_sequence
+from fedpdm.setup.choice import SamplingChoice, fallback
 from fedpdm.setup.chosen import find_objective, find_preset
 from fedpdm.setup.run_setup import RunSetup
 
@@ -131,22 +133,33 @@ def build_dp_sgd(config: RunConfig, *, num_images: int) -> DpSgdSettings:
     )
 
 
-def sampler_settings(setup: RunSetup, *, share: torch.Tensor | None = None) -> SamplerSettings:
-    """How the run samples; `share` is the client's `coarse_share`.
+def sampler_settings(
+    setup: RunSetup,
+    *,
+    share: torch.Tensor | None = None,
+    choice: SamplingChoice | None = None,
+) -> SamplerSettings:
+    """How the run samples; `share` is the client's `coarse_share`, `choice` its own choice.
 
-    Without a release the fine model, where there is one, answers at all t: hand-over at T.
+    Without a release the fine model, where there is one, answers at all t: hand-over at T. With
+    class statistics and no choice the fallback stands. What the config says stands before both;
+    `ConfigError` for candidates without class statistics.
     """
     config, section = setup.config, setup.config.sampling
+    if setup.plan is not None and not setup.has_gaussians:
+        check_candidates(section, release=config.privacy.release)
     trained = config.kind.releases and not setup.has_gaussians
-    labels = section.fine_labels
+    chosen = choice or fallback(setup) if setup.has_gaussians else None
+    labels = chosen is None or chosen.fine_labels
     return SamplerSettings(
         schedule=setup.schedule,
-        t0=setup.handover,
+        t0=(section.handover or chosen.handover) if chosen else setup.handover,
         scheduler=section.scheduler,
         num_steps=section.num_steps,
         guidance=section.guidance,
         chain=find_objective(config).chain if trained else "truncated",
-        fine_labels=not setup.has_gaussians if labels is None else labels,
+        fine_labels=labels if section.fine_labels is None else section.fine_labels,
+        candidates=(section.candidates or chosen.candidates) if chosen else 1,
         coarse_share=share,
         batch_size=section.batch_size,
     )

@@ -17,10 +17,13 @@ from fedpdm.config import RunConfig
 from fedpdm.data import denormalize
 from fedpdm.data.spec import ImageSpec
 from fedpdm.diffusion.denoisers import Denoiser, DenoisingFunction
+from fedpdm.diffusion.from_gaussians import sample_from_gaussians
+from fedpdm.diffusion.gaussian import GaussianDenoiser
 from fedpdm.diffusion.training import select_device
 from fedpdm.diffusion.twostage import SamplerOutput, SamplerSettings, sample_in_batches
 from fedpdm.diffusion.weights import ema_weights, load_named
 from fedpdm.setup.build import build_denoiser, build_gaussians, sampler_settings
+from fedpdm.setup.choice import SamplingChoice
 from fedpdm.setup.run_setup import RunSetup, set_up
 from fedpdm.storage.client_store import ClientStore
 from fedpdm.storage.run_directory import RunDirectory
@@ -50,14 +53,14 @@ class ModelPair(Generic[D_co]):
 
     def draw(self, labels: np.ndarray, *, generator: torch.Generator) -> SamplerOutput:
         """One sample for each label, int64 (N,), -1 for none, in the models' scale."""
-        return sample_in_batches(
-            self.coarse,
-            self.fine,
-            self.settings,
-            image_shape=self.spec.shape,
-            labels=torch.from_numpy(labels).to(self.device),
-            generator=generator,
-        )
+        options: dict[str, Any] = {
+            "image_shape": self.spec.shape,
+            "labels": torch.from_numpy(labels).to(self.device),
+            "generator": generator,
+        }
+        if isinstance(self.coarse, GaussianDenoiser):
+            return sample_from_gaussians(self.coarse, self.fine, self.settings, **options)
+        return sample_in_batches(self.coarse, self.fine, self.settings, **options)
 
     def draw_pixels(self, labels: np.ndarray, *, generator: torch.Generator) -> np.ndarray:
         """As `draw`; the images as uint8 (N, C, H, W)."""
@@ -90,13 +93,14 @@ def load_pair(
     fine: Weights | None,
     device: torch.device,
     share: torch.Tensor | None = None,
+    choice: SamplingChoice | None = None,
     who: str = "",
 ) -> ModelPair[Denoiser]:
     """The run's denoisers with these weights, in `eval()`; None for none. The coarse one is a
     `GaussianDenoiser` in a run of class statistics.
 
-    `share` is the client's `coarse_share`. `ValueError` if the weights are not this run's; `who` is
-    added to what they are called.
+    `share` is the client's `coarse_share`, `choice` how it chose to sample. `ValueError` if the
+    weights are not this run's; `who` is added to what they are called.
     """
 
     def load(role: str, weights: Weights | None) -> Any:
@@ -113,7 +117,7 @@ def load_pair(
         coarse=load("coarse", coarse),
         fine=load("fine", fine),
         spec=setup.spec,
-        settings=sampler_settings(setup, share=share),
+        settings=sampler_settings(setup, share=share, choice=choice),
         device=device,
     )
 

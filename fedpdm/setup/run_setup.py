@@ -51,7 +51,7 @@ class RunSetup:
     @property
     def handover(self) -> int:
         """The t at and under which the fine model answers: T without a release, t0 of released
-        images, else as configured."""
+        images; with class statistics as configured, 0.15 T where each client chooses."""
         T = self.schedule.num_steps
         if self.plan is None:
             return T

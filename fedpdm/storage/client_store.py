@@ -11,6 +11,7 @@
     samples.npz               pictures drawn with the finished models
     failures.txt              what failed and was kept at home, a line each, with the time
     classes.json              images per class; classes-noised.json: with noise, for exports
+    sampling.json             how it chose to sample (`fedpdm.setup.choice`)
     partial/                  fine-model checkpoints inside a round
 
 Every file is written under a temporary name, flushed to disk and renamed, so a crash leaves the
@@ -28,7 +29,7 @@ import os
 import shutil
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,7 @@ class ClientStore:
         self.load_partial(last + 1)
         self.load_class_counts()
         self.load_statement()
+        self.load_record("sampling")
         if (members := self.root / "members.json").exists():
             read_json(members)
 
@@ -116,20 +118,27 @@ class ClientStore:
         records = (self._read_reply(int(folder.name)) for folder in self._finished())
         return [str(record["ledger"]) for record in records if record.get("ledger")]
 
+    def save_record(self, name: str, record: Mapping[str, Any], *, part: str = "") -> None:
+        """Write `name`.json, plain data; `part` is what its label says it is, default its name."""
+        write_json(self.root / f"{name}.json", record, self._named(part or name))
+
+    def load_record(self, name: str, *, part: str = "") -> dict[str, Any] | None:
+        """What `save_record` wrote, or None; `StoreError` if it is damaged or another's."""
+        path = self.root / f"{name}.json"
+        return read_json(path, self._named(part or name)) if path.exists() else None
+
     def save_statement(self, statement: Mapping[str, Any], words: str) -> None:
         """Write what this client has released, in numbers and in words."""
-        write_json(self.root / "privacy.json", statement, self._named("privacy"))
+        self.save_record("privacy", statement)
         write_atomic(self.root / "privacy.txt", words.encode())
 
     def load_statement(self) -> dict[str, Any] | None:
         """The numbers of `save_statement`, or None."""
-        path = self.root / "privacy.json"
-        return read_json(path, self._named("privacy")) if path.exists() else None
+        return self.load_record("privacy")
 
     def save_class_counts(self, counts: np.ndarray) -> None:
         """Write how many images of each class train the fine model, int64 (K,). They stay here."""
-        record = {"counts": counts.tolist()}
-        write_json(self.root / "classes.json", record, self._named("classes"))
+        self.save_record("classes", {"counts": counts.tolist()})
 
     def load_class_counts(self) -> np.ndarray | None:
         """What `save_class_counts` wrote, or None; `StoreError` if it is damaged."""
@@ -138,7 +147,8 @@ class ClientStore:
             return None
         try:
             old = path.read_bytes().startswith(b"[")  # of earlier versions, without a digest
-            found = json.loads(path.read_bytes()) if old else self._read_classes()
+            known = None if old else self.load_record("classes")
+            found = json.loads(path.read_bytes()) if known is None else known.get("counts")
             counts = np.array(found, dtype=np.int64)
         except StoreError:
             raise
@@ -154,26 +164,6 @@ class ClientStore:
         before = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         new = f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line[:2000]}"
         write_atomic(path, "".join(f"{each}\n" for each in [*before[-999:], new]).encode())
-
-    def noised_class_counts(
-        self, counts: np.ndarray, epsilon: float, draw: Callable[[], Sequence[int]]
-    ) -> np.ndarray:
-        """Counts with noise, int64 (K,): drawn once for these counts and this epsilon, and kept.
-
-        Were they drawn anew each time, their mean would give the counts away. Use under the lock.
-        """
-        path, label = self.root / "classes-noised.json", self._named("noised classes")
-        draws = read_json(path, label).get("draws", []) if path.exists() else []
-        made_for = {"counts": counts.tolist(), "epsilon": epsilon}
-        for known in draws:
-            if made_for.items() <= known.items():
-                return np.array(known["noised"], dtype=np.int64)
-        noised = [int(count) for count in draw()]
-        write_json(path, {"draws": [*draws, {**made_for, "noised": noised}]}, label)
-        return np.array(noised, dtype=np.int64)
-
-    def _read_classes(self) -> Any:
-        return read_json(self.root / "classes.json", self._named("classes")).get("counts")
 
     def _named(self, part: str, **more: object) -> dict[str, str]:
         """The label of a file of this store; none where the store has none."""

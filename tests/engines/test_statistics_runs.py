@@ -23,7 +23,6 @@ from fedpdm.engines.inprocess import run_in_process
 from fedpdm.evaluation.synthesis import open_synthesizer
 from fedpdm.privacy.mechanism import ReleasedStatistics, StatisticsParameters
 from fedpdm.privacy.releases import ReleaseStore
-from fedpdm.publishing.export import export_pipeline
 from fedpdm.setup.build import build_gaussians, sampler_settings
 from fedpdm.setup.run_setup import set_up
 from fedpdm.storage.files import read_tensors
@@ -143,12 +142,6 @@ def test_what_is_no_shared_model_of_this_run_is_refused(
     change(weights)
     with pytest.raises(ValueError, match=words):
         build_gaussians(set_up(config_of()), weights)
-
-
-def test_what_is_not_built_says_so(finished: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="class Gaussians cannot be exported as a pipeline"):
-        export_pipeline(RunDirectory(finished), client_id=0, out=tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 
 # --- Crashes and clients that leave ------------------------------------------------------------
@@ -308,6 +301,13 @@ def test_what_the_server_says_to_clients_is_checked_by_them(finished: Path, tmp_
         ({"coarse": {"training": "federated"}}, r"^coarse\.training: must be server with"),
         ({"run": {"rounds": 2}}, r"^run\.rounds: must be at least 3 with privacy\.release"),
         ({"sampling": {"handover": 1001}}, r"^sampling\.handover: must be at most"),
+        ({"sampling": {"candidates": 0}}, r"^sampling\.candidates: must be at least 1, got 0"),
+        ({"sampling": {"candidates": 65}}, r"^sampling\.candidates: must be at most 64, got 65"),
+        (
+            {"privacy": {"release": "images"}, "sampling": {"candidates": 4}},
+            r"^sampling\.candidates: must be 1 without privacy\.release: statistics, .* got 4 with "
+            "images$",
+        ),
         ({"aggregation": {"secure": True}}, r"^aggregation\.secure"),
         ({"aggregation": {"method": "median"}}, r"^aggregation\.method: median"),
     ],
@@ -322,16 +322,19 @@ def test_settings_that_class_statistics_cannot_keep_are_refused(
 def test_the_hand_over_is_chosen_and_the_fine_model_is_not_told_the_class() -> None:
     settings = sampler_settings(set_up(config_of()))
     assert (settings.t0, settings.fine_labels, settings.chain) == (150, False, "truncated")
-    other = config_of(sampling={"handover": 200, "fine_labels": True})
+    assert settings.candidates == 4
+    other = config_of(sampling={"handover": 200, "fine_labels": True, "candidates": 2})
     settings = sampler_settings(set_up(other))
-    assert (settings.t0, settings.fine_labels) == (200, True)
+    assert (settings.t0, settings.fine_labels, settings.candidates) == (200, True, 2)
     assert config_from_json(config_to_json(other)) == other
     images = sampler_settings(set_up(small_config()))
-    assert images.fine_labels
+    assert (images.fine_labels, images.candidates) == (True, 1)
+    assert small_config(sampling={"candidates": 1}).sampling.candidates == 1
     short = config_of(schedule={"num_steps": 100})
     assert sampler_settings(set_up(short)).t0 == 15
     assert "handover" not in config_to_json(small_config())
     assert "fine_labels" not in config_to_json(small_config())
+    assert "candidates" not in config_to_json(small_config())
 
 
 def test_without_labels_the_fine_model_is_asked_without() -> None:

@@ -57,7 +57,7 @@ def make_pair(
 
 def wrap(
     schedule: NoiseSchedule,
-    coarse: Denoiser,
+    coarse: Denoiser | None,
     fine: Denoiser,
     *,
     scheduler: str = "ddim",
@@ -65,16 +65,16 @@ def wrap(
 ) -> PFDMPipeline:
     made = make_scheduler(scheduler, schedule.betas)
     made.register_to_config(trained_betas=schedule.betas.tolist())
-    first: Any = coarse.network
+    first: Any = None if coarse is None else coarse.network
     second: Any = fine.network
     pipeline = PFDMPipeline(
         first,
         second,
         made,
-        coarse_prediction=coarse.spec.prediction,
+        coarse_prediction="sample" if coarse is None else coarse.spec.prediction,
         fine_prediction=fine.spec.prediction,
         num_classes=3,
-        resolution=coarse.spec.resolution,
+        resolution=fine.spec.resolution,
         **{"t0": T0, "shift": SHIFT, **options},
     )
     pipeline.set_progress_bar_config(disable=True)

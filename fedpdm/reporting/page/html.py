@@ -57,6 +57,7 @@ class RunSection:
     samples_left_out: int
     samples_picture: Picture | None
     samples_problem: str
+    choices: Any
     film: Any
     film_problem: str
     attacks: Sequence[Any]
@@ -188,6 +189,7 @@ def _section(
             alt=f"{label}: samples of each class, rows by client and method",
         ),
         samples_problem=problem,
+        choices=tables.choice_table(facts),
         film=None if isinstance(film, str) else film,
         film_problem=film if isinstance(film, str) else "",
         attacks=attack_groups(facts.attacks or {}),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from fedpdm.config import ConfigError, RunConfig, config_to_json
 from fedpdm.privacy.mechanism import mechanism_named
 from fedpdm.privacy.releases import ReleaseStore
 from fedpdm.privacy.statement import plain_text
+from fedpdm.setup.choice import SamplingChoice, kept_choices
 from fedpdm.storage.files import StoreError, read_json
 from fedpdm.storage.run_directory import RunDirectory
 
@@ -37,7 +38,8 @@ class LedgerLine:
 
 @dataclass(frozen=True, kw_only=True)
 class RunFacts:
-    """One run. `attacks` is `attacks.json`, found in `attacks_folder`."""
+    """One run. `attacks` is `attacks.json`, found in `attacks_folder`; `choices` are those of the
+    clients whose stores are here."""
 
     run: RunDirectory
     config: RunConfig
@@ -48,6 +50,7 @@ class RunFacts:
     ledgers: Sequence[LedgerLine]
     attacks: Mapping[str, Any] | None
     attacks_folder: Path | None
+    choices: Mapping[int, SamplingChoice] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -103,6 +106,7 @@ def read_run(root: Path, *, attacks: Path | None = None) -> RunFacts:
         ledgers=_ledgers(run, config, privacy or {}),
         attacks=_read(folder / ATTACKS) if folder else None,
         attacks_folder=folder,
+        choices=kept_choices(run, config),
     )
 
 
@@ -166,8 +170,8 @@ def flat_config(config: RunConfig) -> dict[str, Any]:
     data = dataclasses.replace(config.data, root=None)
     nested = json.loads(config_to_json(dataclasses.replace(config, data=data)))
     flat: dict[str, Any] = {"name": nested["name"]}
-    for field in dataclasses.fields(config):
-        if isinstance(section := nested.get(field.name), dict):
-            order = [f.name for f in dataclasses.fields(getattr(config, field.name))]
-            flat |= {f"{field.name}.{key}": section[key] for key in order if key in section}
+    for section_field in dataclasses.fields(config):
+        if isinstance(section := nested.get(section_field.name), dict):
+            order = [f.name for f in dataclasses.fields(getattr(config, section_field.name))]
+            flat |= {f"{section_field.name}.{key}": section[key] for key in order if key in section}
     return flat

@@ -14,6 +14,7 @@ from fedpdm.reporting.run_files import ROW_NAMES
 
 __all__ = [
     "Split",
+    "choice_table",
     "comparison_charts",
     "comparison_table",
     "differing_settings",
@@ -238,6 +239,26 @@ def distance_table(facts: RunFacts) -> Table | None:
     words = {"frechet": "distance", "class_fidelity": "fidelity"}
     heads = [f"{words[metric]}, {METHODS[method]}" for method, metric in columns]
     return Table(columns=["", *heads], rows=rows)
+
+
+def choice_table(facts: RunFacts) -> Table | None:
+    """How each client samples, as it chose on its own images; None where none has."""
+    if not facts.choices:
+        return None
+    rows = [
+        [
+            f"client {client}",
+            number(one.handover),
+            "with" if one.fine_labels else "without",
+            number(one.candidates),
+            number(one.scores.get("distance")),
+            number(one.scores.get("near_copies")),
+            one.why,
+        ]
+        for client, one in sorted(facts.choices.items())
+    ]
+    columns = ["hand-over t", "labels under it", "candidates", "distance", "near-copies", "basis"]
+    return Table(columns=["", *columns], rows=rows)
 
 
 # The split.

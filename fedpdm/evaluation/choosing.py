@@ -1,0 +1,252 @@
+"""A client of class statistics chooses how to sample, on its own held-out images.
+
+What is open in the config (hand-over, labels under it, candidates) is tried in all combinations. A
+combination is judged twice (docs/method.md section 5):
+
+* On the classes of which the client holds out enough images, by the kernel distance between what is
+  drawn for a class and the held-out images of that class, as a mean over these classes. Features
+  are those of a small classifier that the client trains on its own training images. Pixels would
+  not do: their first two moments are those of the Gaussians before any refining.
+* On the classes of which it has few images, by the share of near-copies of its training images.
+  More than `COPIES` and a standard error above what is there without copying is not accepted: that
+  of held-out images, or of the Gaussians' draws of these classes that nothing has refined,
+  whichever is more.
+
+Of what is accepted the smallest distance wins. All combinations begin with the same draws and the
+same noise, which come from the run's seed. Nothing of this leaves the client.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+import numpy as np
+import torch
+
+from fedpdm.data import denormalize
+from fedpdm.data.client_images import ClientImages
+from fedpdm.diffusion.denoisers import DenoisingFunction
+from fedpdm.diffusion.from_gaussians import begin, likeliest, read_level
+from fedpdm.diffusion.gaussian import GaussianDenoiser
+from fedpdm.diffusion.twostage import refine
+from fedpdm.evaluation.features import SmallClassifier, fit_classifier, predict
+from fedpdm.evaluation.measures import group_labels
+from fedpdm.evaluation.metrics import kernel_distance, near_copy_fraction
+from fedpdm.rng import Purpose, seed_sequence, torch_generator
+from fedpdm.setup.build import sampler_settings
+from fedpdm.setup.choice import CANDIDATES, SamplingChoice, fallback
+from fedpdm.setup.run_setup import RunSetup
+
+__all__ = ["choose_sampling", "most_calls"]
+
+LEVELS: Final = (0.10, 0.15, 0.20, 0.25, 0.30)  # of T
+LEAST_OF_CLASS: Final = 5  # held-out images, for a class to be judged on
+LEAST: Final = 20  # of these in all, of at least two classes
+MOST_CLASSES: Final = 16
+IMAGES: Final = 64  # drawn for the classes that are judged by distance
+FEW: Final = 64  # and for those judged by near-copies
+NUM_STEPS: Final = 10  # calls of the fine model for an image, at most
+CLASSIFIER_STEPS: Final = 300  # of 64 images
+COPIES: Final = 0.08
+NEIGHBORS: Final = 50
+
+
+def most_calls() -> int:
+    """The most that a choice asks of the fine model, in images that it denoises once."""
+    return len(LEVELS) * 2 * CANDIDATES * (IMAGES + FEW) * NUM_STEPS
+
+
+def choose_sampling(
+    setup: RunSetup,
+    held: ClientImages,
+    coarse: GaussianDenoiser,
+    fine: DenoisingFunction,
+    *,
+    device: torch.device,
+) -> SamplingChoice:
+    """The choice of a client that holds these images, with its finished models.
+
+    Where that cannot be done (few images are held out, or they are too large for the classifier),
+    `fallback`, which says so.
+    """
+    if setup.config.sampling.coarse_worth is not None:
+        return fallback(setup, "sampling.coarse_worth mixes both models")
+    if not 4 <= setup.spec.resolution <= 128:
+        return fallback(setup, "nothing is chosen on images of this size")
+    there = _judged_classes(held, coarse)
+    judged = there[:MOST_CLASSES]
+    heldout = held.heldout[np.isin(held.images.labels[held.heldout], judged)]
+    if len(judged) < 2 or len(heldout) < LEAST:
+        return fallback(
+            setup,
+            f"too few held-out images to choose on: {len(heldout)} of {len(judged)} classes, "
+            f"needed {LEAST} of 2, {LEAST_OF_CLASS} of each",
+        )
+    rare = sorted(set(held.train_labels.tolist()) - set(there)) or judged
+    judge = _Judge.of(setup, held, coarse, judged, rare, heldout, device=device)
+    levels, told, counts = _options(setup)
+    without = {count: judge.copies_without(count) for count in counts}
+    tried = []
+    for level, labels in itertools.product(levels, told):
+        images = judge.drawn(fine, level=level, fine_labels=labels, count=max(counts))
+        for count in counts:
+            distance, copies = judge.scores(images, count=count, of=max(counts))
+            choice = SamplingChoice(
+                handover=level,
+                fine_labels=labels,
+                candidates=count,
+                why="",
+                scores={
+                    "distance": distance,
+                    "near_copies": copies,
+                    "near_copies_without_copying": without[count],
+                },
+            )
+            tried.append((choice, copies - _accepted(without[count]), distance))
+    most = max(0.0, min(over for _, over, _ in tried))
+    best, *_ = min((one for one in tried if one[1] <= most), key=lambda one: one[2])
+    why = f"chosen among {len(tried)} on {len(heldout)} held-out images of {len(judged)} classes"
+    return replace(best, why=why)
+
+
+def _options(setup: RunSetup) -> tuple[list[int], list[bool], list[int]]:
+    """Hand-overs, labels under them and candidates to try: what the config leaves open.
+
+    A fine model that was trained up to the hand-over alone is not asked above it.
+    """
+    section, T = setup.config.sampling, setup.schedule.num_steps
+    reach = T if setup.config.fine.t_range == "all" else setup.handover
+    levels = sorted({min(max(1, round(level * T)), reach) for level in LEVELS})
+    return (
+        [section.handover] if section.handover else levels,
+        [False, True] if section.fine_labels is None else [section.fine_labels],
+        [section.candidates] if section.candidates else [1, CANDIDATES],
+    )
+
+
+def _judged_classes(held: ClientImages, coarse: GaussianDenoiser) -> list[int]:
+    """Classes of the client's majority with enough held-out images, and with a Gaussian."""
+    labels = held.images.labels[held.heldout]
+    counts = np.bincount(labels, minlength=held.images.num_classes)
+    gaussians = coarse.gaussians
+    known = set(gaussians.classes[gaussians.weights > 0].tolist())
+    found = [k for k in held.majority if counts[k] >= LEAST_OF_CLASS and k in known]
+    return sorted(found, key=lambda k: (-counts[k], k))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Judge:
+    """`labels` int64 (N,) of the images that are drawn: those of `classes` first, then the rare
+    ones. `real` are features of held-out images by class."""
+
+    setup: RunSetup
+    coarse: GaussianDenoiser
+    device: torch.device
+    seed: tuple[int, int]
+    classes: Sequence[int]
+    labels: np.ndarray
+    num_judged: int
+    training: np.ndarray
+    classifier: SmallClassifier
+    real: dict[int, np.ndarray]
+    copies_of_real: float
+
+    @classmethod
+    def of(
+        cls,
+        setup: RunSetup,
+        held: ClientImages,
+        coarse: GaussianDenoiser,
+        classes: Sequence[int],
+        rare: Sequence[int],
+        heldout: np.ndarray,
+        *,
+        device: torch.device,
+    ) -> _Judge:
+        images, seed = held.images, (setup.config.run.seed, held.client_id)
+        training, own = images.images[held.train], held.train_labels
+        classifier, _ = fit_classifier(
+            training, own, num_classes=images.num_classes, num_steps=CLASSIFIER_STEPS,
+            seed=seed_sequence(seed[0], Purpose.CHOICE, client=seed[1]), device=device,
+            what="classifier of the choice",
+        )  # fmt: skip
+        features = predict(classifier, images.images[heldout], features=True).astype(np.float64)
+        labels = [group_labels(classes, IMAGES), group_labels(rare, FEW)]
+        return cls(
+            setup=setup,
+            coarse=coarse,
+            device=device,
+            seed=seed,
+            classes=classes,
+            labels=np.concatenate(labels),
+            num_judged=IMAGES,
+            training=training,
+            classifier=classifier,
+            real={k: features[images.labels[heldout] == k] for k in classes},
+            copies_of_real=_copies(images.images[heldout[:IMAGES]], training),
+        )
+
+    def copies_without(self, count: int) -> float:
+        """The share of near-copies without copying: of held-out images, or of draws of
+        the rare classes that nothing has refined, the best of `count`; whichever is more."""
+        labels = torch.from_numpy(self.labels[self.num_judged :]).to(self.device)
+        gaussians, generator = self.coarse.gaussians, self._generator()
+        x_0 = gaussians.draw(labels.repeat_interleave(count), generator=generator)
+        kept = x_0[self._best(x_0, labels, count)].view(-1, *self.setup.spec.shape)
+        return max(self.copies_of_real, _copies(self._pixels(kept), self.training))
+
+    def _best(self, images: torch.Tensor, labels: torch.Tensor, count: int) -> torch.Tensor:
+        abar = read_level(self.setup.schedule)
+        return likeliest(self.coarse.gaussians, images, labels, count=count, abar=abar)
+
+    def _pixels(self, x: torch.Tensor) -> np.ndarray:
+        return denormalize(x.cpu(), shift=self.setup.spec.shift).numpy()
+
+    def _generator(self) -> torch.Generator:
+        """The same at every call: all combinations begin with the same noise."""
+        seed, client = self.seed
+        return torch_generator(seed, Purpose.CHOICE, client=client, device=self.device)
+
+    def drawn(
+        self, fine: DenoisingFunction, *, level: int, fine_labels: bool, count: int
+    ) -> torch.Tensor:
+        """`count` images for each label, one after another: float32 (N count, C, H, W)."""
+        choice = SamplingChoice(handover=level, fine_labels=fine_labels, candidates=count, why="")
+        settings = sampler_settings(self.setup, choice=choice)
+        settings = replace(settings, num_steps=min(settings.num_steps, NUM_STEPS))
+        generator = self._generator()
+        wanted = torch.from_numpy(self.labels).to(self.device).repeat_interleave(count)
+        _, x = begin(
+            self.coarse.gaussians, settings, image_shape=self.setup.spec.shape, labels=wanted,
+            generator=generator,
+        )  # fmt: skip
+        parts = zip(x.split(settings.batch_size), wanted.split(settings.batch_size), strict=True)
+        return torch.cat(
+            [
+                refine(fine, part, settings, t=level, labels=labels, generator=generator)
+                for part, labels in parts
+            ]
+        )
+
+    def scores(self, images: torch.Tensor, *, count: int, of: int) -> tuple[float, float]:
+        """(distance, share of near-copies) of the best of the first `count` images of each `of`."""
+        first = images.view(len(self.labels), of, *images.shape[1:])[:, :count].flatten(0, 1)
+        labels = torch.from_numpy(self.labels).to(self.device)
+        pixels = self._pixels(first[self._best(first, labels, count)])
+        judged, of_class = pixels[: self.num_judged], self.labels[: self.num_judged]
+        features = predict(self.classifier, judged, features=True).astype(np.float64)
+        distances = [kernel_distance(features[of_class == k], self.real[k]) for k in self.classes]
+        return float(np.mean(distances)), _copies(pixels[self.num_judged :], self.training)
+
+
+def _accepted(without: float) -> float:
+    """The largest share of near-copies that may be, where so many are there without copying."""
+    error = (2.0 * without * (1.0 - without) / FEW) ** 0.5  # of the difference of two such shares
+    return without + COPIES + error
+
+
+def _copies(images: np.ndarray, training: np.ndarray) -> float:
+    return near_copy_fraction(images, training, n=min(NEIGHBORS, len(training)))

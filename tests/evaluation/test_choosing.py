@@ -1,0 +1,203 @@
+"""A client's own choice of how to sample, with fine models whose faults are known."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedpdm.config import config_from_mapping
+from fedpdm.data import normalize
+from fedpdm.data.client_images import ClientImages
+from fedpdm.data.spec import ImageSpec
+from fedpdm.diffusion.gaussian import GaussianDenoiser
+from fedpdm.evaluation import choosing
+from fedpdm.evaluation.choosing import choose_sampling, most_calls
+from fedpdm.setup.choice import SamplingChoice, fallback
+from fedpdm.setup.run_setup import RunSetup, set_up_for
+from tests.support.gaussian_toys import PIXELS, SIDE, client_with, gaussians_of
+
+GAUSSIANS = gaussians_of(3)
+RARE = 2
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three clusters need no long training of the classifier."""
+    monkeypatch.setattr(choosing, "CLASSIFIER_STEPS", 60)
+
+
+def setup_of(**sections: Any) -> RunSetup:
+    given: dict[str, Any] = {
+        "run": {"rounds": 3, "seed": 5},
+        "privacy": {"release": "statistics", "clip_norm": 2.0},
+        "coarse": {"training": "server"},
+    }
+    for name, section in sections.items():
+        given[name] = {**given.get(name, {}), **section}
+    spec = ImageSpec(channels=1, resolution=SIDE, num_classes=3, shift=0.0)
+    return set_up_for(config_from_mapping(given), spec)
+
+
+def pixels_of(x: torch.Tensor) -> np.ndarray:
+    shaped = ((x.view(-1, 1, SIDE, SIDE) + 1.0) * 127.5).round().clamp(0, 255)
+    return shaped.to(torch.uint8).numpy()
+
+
+def client(*, majority: int = 100, rare: int = 10, heldout: int = 20) -> ClientImages:
+    """Images that the Gaussians draw: `majority` of classes 0 and 1, of which `heldout` each are
+    held out, and `rare` of class 2."""
+    labels = torch.tensor([0, 1]).repeat_interleave(majority)
+    labels = torch.cat([labels, torch.full((rare,), RARE)])
+    drawn = GAUSSIANS.draw(labels, generator=torch.Generator().manual_seed(11))
+    held = np.concatenate([np.arange(heldout), majority + np.arange(heldout)])
+    return client_with(pixels_of(drawn), labels.numpy(), held, majority=(0, 1))
+
+
+class Fine:
+    """The right answer for class Gaussians, and a fault: `fault` names it.
+
+    "copies": told the rare class, it answers with the nearest training image of that class.
+    "above": taken from above 0.2 T, it answers with a chessboard.
+    """
+
+    def __init__(self, setup: RunSetup, held: ClientImages, fault: str = "") -> None:
+        self.exact = GaussianDenoiser(GAUSSIANS, setup.schedule)
+        self.fault, self.calls = fault, 0
+        self.start = self.last = 0
+        self.too_high = False
+        own = held.images.images[held.train][held.train_labels == RARE]
+        self.own = normalize(own, shift=0.0).flatten(1)
+
+    def __call__(
+        self, x_t: torch.Tensor, t: torch.Tensor, *, labels: torch.Tensor, clipped: Any = None
+    ) -> torch.Tensor:
+        self.calls += len(x_t)
+        level = int(t[0])
+        self.start = max(self.start, level)
+        answer = self.exact(x_t, t, labels=labels)
+        if self.fault == "copies" and bool((labels == RARE).any()):
+            nearest = torch.cdist(answer.flatten(1), self.own).argmin(dim=1)
+            copied = self.own[nearest].view_as(answer)
+            answer = torch.where((labels == RARE)[:, None, None, None], copied, answer)
+        if level > self.last:  # a chain begins
+            self.too_high = level > 200
+        self.last = level
+        if self.fault == "above" and self.too_high:
+            answer = (torch.arange(PIXELS) % 2 * 2.0 - 1.0).view(1, 1, SIDE, SIDE).expand_as(answer)
+        return answer
+
+
+def choice_of(
+    fault: str = "", *, held: ClientImages | None = None, **sections: Any
+) -> tuple[SamplingChoice, Fine]:
+    setup, held = setup_of(**sections), held or client()
+    fine = Fine(setup, held, fault)
+    coarse = GaussianDenoiser(GAUSSIANS, setup.schedule)
+    return choose_sampling(setup, held, coarse, fine, device=torch.device("cpu")), fine
+
+
+def test_a_fine_model_that_copies_when_told_is_not_told() -> None:
+    """On the classes with held-out images labels do no harm: copies of the rare class decide."""
+    honest, _ = choice_of(sampling={"handover": 300, "candidates": 1})
+    copying, _ = choice_of("copies", sampling={"handover": 300, "candidates": 1})
+    assert honest.fine_labels  # else this class drifts to others
+    assert not copying.fine_labels
+    assert copying.scores["near_copies"] <= 0.08 + copying.scores["near_copies_without_copying"]
+    forced, _ = choice_of(
+        "copies", sampling={"handover": 300, "candidates": 1, "fine_labels": True}
+    )
+    assert forced.fine_labels  # the config stands
+    assert forced.scores["near_copies"] > 0.9
+
+
+def test_a_hand_over_where_the_fine_model_fails_is_not_chosen() -> None:
+    bad, _ = choice_of("above", sampling={"fine_labels": True, "candidates": 1})
+    assert bad.handover <= 200
+    told, _ = choice_of(sampling={"fine_labels": True, "candidates": 1, "handover": 300})
+    worse, _ = choice_of("above", sampling={"fine_labels": True, "candidates": 1, "handover": 300})
+    assert worse.scores["distance"] > told.scores["distance"] + 0.05
+    assert bad.scores["distance"] < worse.scores["distance"]
+
+
+def test_candidates_help_where_classes_drift() -> None:
+    """Not told the class, at a high hand-over: draws go over to the other class."""
+    sampling, held = {"handover": 300, "fine_labels": False}, client(majority=400)
+    best, _ = choice_of(held=held, sampling=sampling)
+    assert best.candidates == 4
+    one, _ = choice_of(held=held, sampling={**sampling, "candidates": 1})
+    assert best.scores["distance"] < one.scores["distance"]
+
+
+def test_the_cost_is_bounded_and_equal_seeds_choose_alike() -> None:
+    choice, fine = choice_of()
+    assert most_calls() == 51_200
+    assert 0 < fine.calls <= most_calls()
+    assert fine.calls == 5 * 2 * 4 * 128 * 10
+    assert fine.start == 300
+    assert choice.handover in (100, 150, 200, 250, 300)
+    assert choice.candidates in (1, 4)
+    assert "chosen among 20 on 40 held-out images of 2 classes" in choice.words
+    fixed = {"sampling": {"fine_labels": False, "candidates": 1}, "schedule": {"num_steps": 500}}
+    half, fine = choice_of(**fixed)
+    assert half.handover in (50, 75, 100, 125, 150)
+    assert fine.calls == 5 * 128 * 10
+    assert choice_of(**fixed)[0] == half
+    other, _ = choice_of(run={"seed": 6}, **fixed)
+    assert other.scores != half.scores
+
+
+def test_a_fine_model_is_not_asked_where_it_was_not_trained() -> None:
+    choice, fine = choice_of(fine={"t_range": "below_t0"})
+    assert fine.start == 150
+    assert choice.handover in (100, 150)
+    assert fine.calls == 2 * 2 * 4 * 128 * 10
+
+
+@pytest.mark.parametrize(
+    ("held", "words"),
+    [
+        (client(heldout=4), "too few held-out images to choose on: 0 of 0 classes"),
+        (client(heldout=9), "too few held-out images to choose on: 18 of 2 classes, needed 20"),
+        (client(heldout=0), "0 of 0 classes, needed 20 of 2, 5 of each"),
+        (
+            dataclasses.replace(client(), majority=(0,)),
+            "too few held-out images to choose on: 20 of 1 classes",
+        ),
+    ],
+)
+def test_with_too_few_images_stands_the_fallback(held: ClientImages, words: str) -> None:
+    choice, fine = choice_of(held=held)
+    assert (choice.handover, choice.fine_labels, choice.candidates) == (150, False, 4)
+    assert words in choice.why
+    assert fine.calls == 0
+    some, _ = choice_of(held=held, sampling={"handover": 200, "candidates": 2})
+    assert (some.handover, some.fine_labels, some.candidates) == (200, False, 2)
+
+
+def test_what_cannot_be_compared_has_the_fallback() -> None:
+    setup = setup_of(sampling={"coarse_worth": 10.0})
+    coarse = GaussianDenoiser(GAUSSIANS, setup.schedule)
+    held = client()
+    choice = choose_sampling(setup, held, coarse, Fine(setup, held), device=torch.device("cpu"))
+    assert choice == fallback(setup, "sampling.coarse_worth mixes both models")
+    spec = ImageSpec(channels=1, resolution=160, num_classes=3, shift=0.0)
+    large = set_up_for(setup_of().config, spec)
+    choice = choose_sampling(large, held, coarse, Fine(setup, held), device=torch.device("cpu"))
+    assert choice.why == "nothing is chosen on images of this size"
+
+
+def test_held_out_images_decide_and_not_one_of_training() -> None:
+    """Other held-out images, another distance; they are in no near-copy and in no classifier."""
+    held = client()
+    images = held.images.images.copy()
+    images[held.heldout] = 255 - images[held.heldout]
+    other = dataclasses.replace(held, images=dataclasses.replace(held.images, images=images))
+    sampling = {"handover": 150, "fine_labels": True, "candidates": 1}
+    choice, _ = choice_of(held=held, sampling=sampling)
+    turned, _ = choice_of(held=other, sampling=sampling)
+    assert turned.scores["distance"] > choice.scores["distance"] + 0.5
+    assert turned.scores["near_copies"] == choice.scores["near_copies"]
