@@ -14,12 +14,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedpdm.data import ImageSet, normalize
-from fedpdm.diffusion.gaussian import ClassGaussians
+from fedpdm.data import ImageSet
 from fedpdm.evaluation.features.network import Progress, fit_classifier, predict
 from fedpdm.rng import Purpose, seed_sequence
 
-__all__ = ["Recipe", "Use", "gaussian_log_probabilities", "own_log_probabilities", "use_of"]
+__all__ = ["Recipe", "Use", "own_log_probabilities", "use_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,21 +129,3 @@ def _mixed(
             if part.any():
                 chances[part] = share / part.sum()
     return images, labels, chances
-
-
-def gaussian_log_probabilities(
-    gaussians: ClassGaussians,
-    images: NDArray[np.uint8],
-    *,
-    num_classes: int,
-    shift: float,
-    abar: float = 1.0,
-) -> NDArray[np.float64]:
-    """Log-probabilities (N, K) of uint8 images (N, C, H, W), classes equally likely.
-
-    The images are read at signal share `abar` in (0, 1], shrunk and not noised: what noise would
-    hide counts less. A class without a Gaussian has -inf.
-    """
-    x = abar**0.5 * normalize(images, shift=shift)
-    joint = gaussians.log_class_joint(x, num_classes, abar, even=True)
-    return joint.log_softmax(dim=1).numpy()

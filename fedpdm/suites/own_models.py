@@ -82,7 +82,7 @@ def _train(own: RunConfig, client_id: int, folder: Path, paths: list[Path]) -> N
     for number in range(max(1, local.store.last_round()), own.run.rounds + 1):
         _, _, metrics = client.fit([], {"round": number, "phase": str(Phase.FINE)})
         if "error" in metrics:
-            raise RuntimeError(f"client {client_id}: {metrics['error']}")
+            raise RuntimeError(f"client {client_id}: {metrics['error']!s}")
         write_tensors(paths[number - 1], ema_weights(local.store.load_state(number, "fine")))
     shutil.rmtree(folder / "run")
 

@@ -11,6 +11,7 @@ The shared model comes from a run in which nobody trains an own model, the own m
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,16 +25,17 @@ from fedpdm.data.client_images import client_images
 from fedpdm.data.loading import build_partitions, load_split
 from fedpdm.diffusion.gaussian import GaussianDenoiser
 from fedpdm.evaluation.assessment import assess, refined
+from fedpdm.evaluation.choosing import choose_sampling
 from fedpdm.evaluation.measures import group_labels
 from fedpdm.evaluation.scoring import Labelled, Scorer, real_images_of_others
 from fedpdm.evaluation.synthesis import Synthesizer, make_synthesizer
 from fedpdm.evaluation.use import (
     Recipe,
-    gaussian_log_probabilities,
     own_log_probabilities,
     use_of,
 )
 from fedpdm.jobs.progress import work_progress
+from fedpdm.setup.choice import SamplingChoice, is_open
 from fedpdm.setup.run_setup import set_up
 from fedpdm.suites.own_models import heldout_loss, own_models
 
@@ -48,7 +50,7 @@ def shared_config(config: RunConfig) -> RunConfig:
     plain = RunConfig().sampling
     if config.privacy.release == "statistics":
         handover = set_up(config).handover
-        plain = dataclasses.replace(plain, handover=handover, fine_labels=False)
+        plain = dataclasses.replace(plain, handover=handover, fine_labels=False, candidates=1)
     return dataclasses.replace(
         config,
         fine=dataclasses.replace(config.fine, steps_per_round=0),
@@ -102,22 +104,39 @@ def score_with_own_models(
         losses = [heldout_loss(config, client, w) for w in stages] if early else []
         chosen[client] = 1 + int(np.argmin(losses)) if early else len(stages)
 
+    choices: dict[int, SamplingChoice] = {}
+
     def synthesizer(client: int, rounds: int | None = None) -> Synthesizer:
         fine = trained[client][(rounds or chosen[client]) - 1]
-        made = make_synthesizer(config, held[client], coarse=weights, fine=fine)
+        made = make_synthesizer(
+            config, held[client], coarse=weights, fine=fine, choice=choices.get(client)
+        )
         return OthersRefined(**vars(made)) if others else made
 
+    for client in clients if is_open(set_up(config, scorer.train)) and weights else ():
+        choices[client] = _choose(synthesizer(client))
+        print(f"client {client}: {choices[client].words}")
     scores, pictures = assess(scorer, synthesizer, clients=clients, say=print)
     for record in scores["clients"]:
         client = record["client_id"]
         source = synthesizer(client)
         record["own_model_rounds"] = chosen[client]
-        record["lengths"] = _lengths(
-            scorer, lambda n, c=client: synthesizer(c, n), config.run.rounds
-        )
-        record["use"] = _use(scorer, source, alone=weights is None and not others and not early)
+        if client in choices:
+            record["choice"] = dataclasses.asdict(choices[client])
+        after = functools.partial(synthesizer, client)
+        record["lengths"] = _lengths(scorer, after, config.run.rounds)
+        plain = weights is None and not others and not early and config.fine.augment == "none"
+        record["use"] = _use(scorer, source, alone=plain)
         pictures |= _own_pictures(source) if client == clients[0] else {}
     return {**scores, "own_seconds": training_seconds}, pictures
+
+
+def _choose(source: Synthesizer) -> SamplingChoice:
+    """How the client samples, by its held-out images."""
+    assert isinstance(source.coarse, GaussianDenoiser)
+    assert source.fine is not None
+    setup = set_up(source.config, source.own.images)
+    return choose_sampling(setup, source.own, source.coarse, source.fine, device=source.device)
 
 
 def _lengths(
@@ -161,10 +180,7 @@ def _use(scorer: Scorer, source: Synthesizer, *, alone: bool) -> dict[str, Any]:
         answers["own"] = network("own", None)
         answers["others"] = network("others", scorer.others(client, minority))
     if isinstance(source.coarse, GaussianDenoiser):
-        read = gaussian_log_probabilities(
-            source.coarse.gaussians, test.images,
-            num_classes=test.num_classes, shift=source.spec.shift,
-        )  # fmt: skip
+        read = source.gaussian_classifier().log_probabilities(test.images)
         answers["gaussians"] = [read]
         answers["together"] = [
             scores + recipe.gaussian_weight * np.maximum(read, -1e3)

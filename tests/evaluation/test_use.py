@@ -6,14 +6,11 @@ import dataclasses
 
 import numpy as np
 import pytest
-import torch
 
 from fedpdm.data import ImageSet
-from fedpdm.diffusion.gaussian import ClassGaussians
 from fedpdm.evaluation.use import (
     Recipe,
     _mixed,
-    gaussian_log_probabilities,
     own_log_probabilities,
     use_of,
 )
@@ -84,28 +81,3 @@ def test_real_images_of_a_rare_class_help_and_wrong_ones_hurt() -> None:
     )
     assert np.allclose(good[0], again[0])
     assert np.allclose(np.exp(good[0]).sum(axis=1), 1.0)
-
-
-def test_gaussians_read_as_bayes_rule_does() -> None:
-    """Against the densities of scipy, with priors that are equal whatever the weights say."""
-    stats = pytest.importorskip("scipy.stats")
-    rng = np.random.default_rng(0)
-    means = torch.tensor(rng.normal(size=(2, 4)) * 0.2)
-    gaussians = ClassGaussians(
-        means=means, directions=torch.zeros((2, 0, 4)), variances=torch.zeros((2, 0)),
-        rest=torch.tensor([0.3, 0.5]), weights=torch.tensor([9.0, 1.0]),
-        classes=torch.tensor([0, 2]),
-    )  # fmt: skip
-    images = rng.integers(0, 256, (6, 1, 2, 2), dtype=np.uint8)
-    x = images.reshape(6, 4) / 127.5 - 1.0 - 0.1
-    density = np.stack(
-        [
-            stats.multivariate_normal(means[j], v * np.eye(4)).logpdf(x)
-            for j, v in ((0, 0.3), (1, 0.5))
-        ],
-        axis=1,
-    )
-    expected = density - np.logaddexp.reduce(density, axis=1, keepdims=True)
-    read = gaussian_log_probabilities(gaussians, images, num_classes=3, shift=0.1)
-    assert np.allclose(read[:, [0, 2]], expected, atol=1e-6)
-    assert np.isneginf(read[:, 1]).all()
