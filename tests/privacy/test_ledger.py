@@ -325,3 +325,9 @@ def test_a_directory_in_its_place_is_refused(path: Path, tmp_path: Path) -> None
     (tmp_path / "file").touch()
     with pytest.raises(StoreError, match=r"ledger\.jsonl: cannot be read: Not a directory"):
         read_ledger(tmp_path / "file" / "ledger.jsonl")
+
+
+def test_a_ledger_without_records_is_one(tmp_path: Path) -> None:
+    empty = Ledger(path=tmp_path / "ledger.jsonl")
+    empty.path.write_text(empty.text())
+    assert read_ledger(empty.path) == empty
