@@ -61,7 +61,7 @@ def likeliest(
     posterior = gaussians.log_class_posterior(scaled, num_classes, abar, even=True)
     inside = (labels >= 0) & (labels < num_classes)
     own = posterior.view(len(labels), count, num_classes)[
-        torch.arange(len(labels)), :, torch.where(inside, labels, 0)
+        torch.arange(len(labels), device=labels.device), :, torch.where(inside, labels, 0)
     ]
     known = inside & own.isfinite().all(dim=1)
     return first + torch.where(known, own.argmax(dim=1), 0)

@@ -194,6 +194,18 @@ def test_a_denoiser_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.slow
+def test_gaussians_help_a_clients_own_classifier(tmp_path: Path) -> None:
+    """With a few images of each minority class, what all clients released adds to its own."""
+    source = (EXAMPLES / "gaussian_classifier.py").read_text()
+    assert len(source.splitlines()) <= 40
+    assert "alone + 0.3 * gaussians" in source  # as docs/method.md says
+    lines = run_example(tmp_path, "gaussian_classifier.py", "made").splitlines()[-3:]
+    shares = {name: float(share) for name, share in (one.split(": right in ") for one in lines)}
+    assert shares.keys() == {"own", "Gaussians", "together"}
+    assert shares["together"] > max(shares["own"], 0.8)
+
+
+@pytest.mark.slow
 def test_custom_strategy(tmp_path: Path) -> None:
     printed = run_example(tmp_path, "custom_strategy.py", "made")
     assert printed.count("clients disagree by") == 3

@@ -142,6 +142,28 @@ def test_a_choice_is_made_once(
     assert choice_of(tmp_path / "run") == choice_of(finished)
 
 
+def test_a_deployed_clients_owner_is_told(
+    finished: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On its own terminal, once; in a simulation the run's log says it."""
+    one, local = (
+        open_synthesizer(RunDirectory(finished), 0),
+        client_of(config_of(), finished, 0).local,
+    )
+    run = dataclasses.replace(config_of().run, simulation=False)
+    setup = dataclasses.replace(local.setup, config=dataclasses.replace(config_of(), run=run))
+    chosen = SamplingChoice(handover=100, fine_labels=False, candidates=4, why="a test")
+    monkeypatch.setattr(samples, "choose_sampling", lambda *_, **__: chosen)
+    monkeypatch.setattr(samples, "load_choice", lambda *_, **__: None)
+    monkeypatch.setattr(samples, "save_choice", lambda *_, **__: None)
+    for config, lines in ((setup, [f"client 0: samples with {chosen.words}"]), (local.setup, [])):
+        made = samples._choice(
+            dataclasses.replace(local, setup=config), one.coarse, one.fine, device=one.device
+        )
+        assert made == chosen
+        assert capsys.readouterr().out.splitlines() == lines
+
+
 def test_a_resumed_run_keeps_the_choice(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

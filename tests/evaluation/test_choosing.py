@@ -134,9 +134,9 @@ def test_candidates_help_where_classes_drift() -> None:
 
 def test_the_cost_is_bounded_and_equal_seeds_choose_alike() -> None:
     choice, fine = choice_of()
-    assert most_calls() == 51_200
+    assert most_calls() == 30_720
     assert 0 < fine.calls <= most_calls()
-    assert fine.calls == 5 * 2 * 4 * 128 * 10
+    assert fine.calls == 5 * 2 * 4 * 96 * 8
     assert fine.start == 300
     assert choice.handover in (100, 150, 200, 250, 300)
     assert choice.candidates in (1, 4)
@@ -144,7 +144,7 @@ def test_the_cost_is_bounded_and_equal_seeds_choose_alike() -> None:
     fixed = {"sampling": {"fine_labels": False, "candidates": 1}, "schedule": {"num_steps": 500}}
     half, fine = choice_of(**fixed)
     assert half.handover in (50, 75, 100, 125, 150)
-    assert fine.calls == 5 * 128 * 10
+    assert fine.calls == 5 * 96 * 8
     assert choice_of(**fixed)[0] == half
     other, _ = choice_of(run={"seed": 6}, **fixed)
     assert other.scores != half.scores
@@ -154,7 +154,7 @@ def test_a_fine_model_is_not_asked_where_it_was_not_trained() -> None:
     choice, fine = choice_of(fine={"t_range": "below_t0"})
     assert fine.start == 150
     assert choice.handover in (100, 150)
-    assert fine.calls == 2 * 2 * 4 * 128 * 10
+    assert fine.calls == 2 * 2 * 4 * 96 * 8
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,9 @@ RULES: tuple[Rule, ...] = (
     Elsewhere(r"python examples/quickstart.py", "tests/docs/test_examples.py", '"quickstart.py"'),
     Elsewhere(r"python examples/bring_", "tests/docs/test_examples.py", 'your_own_images.py"'),
     Elsewhere(r"python examples/custom_", "tests/docs/test_examples.py", '"custom_strategy.py"'),
+    Elsewhere(
+        r"python examples/gaussian_", "tests/docs/test_examples.py", '"gaussian_classifier.py"'
+    ),
     Elsewhere(r"python examples/own_", "tests/docs/test_examples.py", '"own_data_set.py"'),
     # Make.
     Ci(r"make (install|demo|test|lint|licences|docs|experiment-gmm|deploy-test)$"),
