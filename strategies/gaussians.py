@@ -22,14 +22,13 @@ from fedpdm.privacy.mechanism import (
     restore_release,
 )
 from fedpdm.setup.run_setup import RunSetup
+from fedpdm.wire.totals import MOST_SUMS
 from fedpdm.wire.types import Phase
 from strategies.answers import ClientAnswer, encode_arrays
 from strategies.coarse import CoarseStrategy, Weights
 from strategies.server_training import keep_release
 
 __all__ = ["CoarseGaussians"]
-
-MOST_SUMS = 64  # that a client may have made in one round, as new images came
 
 
 class CoarseGaussians(CoarseStrategy):

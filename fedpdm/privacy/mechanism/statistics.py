@@ -229,19 +229,18 @@ class ClassStatistics(ReleaseMechanism[StatisticsParameters]):
         seeded: bool,
         check_values: bool,
     ) -> ReleasedStatistics:
-        counts, sums, directions = (tensors[name] for name in self.names)
-        check_shapes(counts, sums, directions, parameters)
-        if check_values:
-            check_sums(counts, sums, directions, parameters)
-        return ReleasedStatistics(
-            counts=counts,
-            sums=sums,
-            directions=directions,
+        released = ReleasedStatistics(
+            **{name: tensors[name] for name in self.names},
+            totalled=tensors.get("totalled"),  # of a total; a client's message has no such name
             parameters=parameters,
             event=event,
             noise_source=noise_source,
             seeded=seeded,
         )
+        check_shapes(released)
+        if check_values:
+            check_sums(released)
+        return released
 
     def describe(self, parameters: StatisticsParameters) -> str:
         return (
