@@ -32,7 +32,7 @@ examples:
   fedpdm attack audit --data cifar10 --epsilon 10 --clip-norm 10 --canaries 10000
   fedpdm attack audit --epsilon 10 --clip-norm 10 --seeded 0 --known-seed 0     (must fail)
   fedpdm attack audit --release statistics --epsilon 10
-  fedpdm attack linkage --release statistics --data mnist --epsilon 3
+  fedpdm attack linkage --release statistics --epsilon 3
 """
 LINKAGE = """\
 The server's best test: from which of two known images was an upload made? Images of a data set go

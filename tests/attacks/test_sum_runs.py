@@ -70,6 +70,8 @@ def test_the_command_attacks_the_gaussians_and_the_sums(finished: Path, tmp_path
         [read_run(finished, attacks=out)], tmp_path / "page.html", say=lambda _: None
     ).read_text()
     assert "linkage of sums" in page
+    assert page.count("An attacker who knows all images of a client but one asks") == 1
+    assert page.count("an upload is what a noised class sum says of one of its images") == 3
     assert "class Gaussians, computed by the server from noised sums (each client&#39;s)" in page
     assert "down to t = 150, then the fine model" in page
     assert "Then one table is sent for all images together" in page
