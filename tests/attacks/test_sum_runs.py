@@ -26,7 +26,10 @@ from fedpdm.reporting.page import read_run, write_report
 from fedpdm.storage.run_directory import RunDirectory
 from tests.engines.test_statistics_runs import config_of
 
-HALVES: dict[str, dict[str, Any]] = {"data": {"holdout_fraction": 0.5, "max_images": 200}}
+HALVES: dict[str, dict[str, Any]] = {
+    "data": {"holdout_fraction": 0.5, "max_images": 200},
+    "sampling": {"handover": 150, "fine_labels": False, "candidates": 1},
+}
 
 
 @pytest.fixture(scope="module")
