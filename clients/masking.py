@@ -2,8 +2,8 @@
 
 Flower's `secaggplus_mod` speaks the protocol. Around it: what a server asks for is held against the
 run's config (Flower's mod takes any number of clients and any threshold, down to one, which would
-undo the masks); and between it and the client, the coarse update, decoded from our wire type and
-checked as a server would, becomes the arrays that are masked.
+undo the masks); and between it and the client, the coarse update or the sums of class statistics,
+decoded from our wire type and checked as a server would, become the arrays that are masked.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import numpy as np
 from flwr.app import ArrayRecord, Context, Message
 from flwr.client.mod import secaggplus_mod
 from flwr.clientapp.typing import ClientAppCallable
@@ -24,9 +25,13 @@ from flwr.common.secure_aggregation.secaggplus_constants import (
 from clients.failures import ClientError, Refusal, failure_line
 from clients.local import is_deployed
 from fedpdm import wire
-from fedpdm.config import AggregationConfig, RunConfig
+from fedpdm.config import RunConfig
+from fedpdm.privacy.estimation import total_of
+from fedpdm.privacy.mechanism import ReleasedStatistics
 from fedpdm.setup.flower_config import run_config_of
-from fedpdm.wire.summands import MODULUS, levels, summands, threshold
+from fedpdm.wire.summands import MODULUS, summands, threshold, update_terms
+from fedpdm.wire.totals import sum_terms, total_summands
+from fedpdm.wire.types import Phase
 
 __all__ = ["secure_mod"]
 
@@ -46,7 +51,9 @@ def secure_mod(message: Message, context: Context, call_next: ClientAppCallable)
     node = dict(context.node_config)
     who = f"client {node.get('partition-id', 'without a partition-id')}"
     try:
-        check_request(message, context, config.aggregation, who=who)
+        if sends_nothing(message, config):
+            return _empty(call_next(message, context), who=who)
+        check_request(message, context, config, who=who)
         masked = functools.partial(_as_summands, config=config, call_next=call_next, who=who)
         return secaggplus_mod(message, context, masked)
     except ClientError:
@@ -56,9 +63,22 @@ def secure_mod(message: Message, context: Context, call_next: ClientAppCallable)
         raise ClientError(line) from None
 
 
-def check_request(
-    message: Message, context: Context, section: AggregationConfig, *, who: str
-) -> None:
+def sends_nothing(message: Message, config: RunConfig) -> bool:
+    """Whether a plain request is for fine training alone, after the rounds of class statistics."""
+    asked = message.content.config_records.get("fitins.config", {})
+    plain = RECORD_KEY_CONFIGS not in message.content.config_records
+    return plain and config.has_statistics and asked.get("phase") == Phase.FINE
+
+
+def _empty(answer: Message, *, who: str) -> Message:
+    """An answer without arrays; `Refusal` where there are some: a round of sums, asked again."""
+    record = answer.content.array_records.get("fitres.parameters")
+    if record is not None and any(array.data for array in record.values()):
+        raise Refusal(f"aggregation.secure: true, but the server asks for plain sums ({who})")
+    return answer
+
+
+def check_request(message: Message, context: Context, config: RunConfig, *, who: str) -> None:
     """`Refusal` of a request that would show a single update, or belongs to no secure round."""
     request = message.content.config_records.get(RECORD_KEY_CONFIGS)
     if request is None or Key.STAGE not in request:
@@ -67,7 +87,7 @@ def check_request(
         )
     stage = request[Key.STAGE]
     if stage == Stage.SETUP:
-        _check_setup(request, section, who=who)
+        _check_setup(request, config, who=who)
     elif stage == Stage.SHARE_KEYS:
         num_keys, wanted = len(request) - 1, _state(context, "sample_num")
         if num_keys < 3 or num_keys > wanted:
@@ -81,17 +101,19 @@ def check_request(
             raise Refusal(f"secure round: the server asks for both keys of a client ({who})")
 
 
-def _check_setup(request: Any, section: AggregationConfig, *, who: str) -> None:
+def _check_setup(request: Any, config: RunConfig, *, who: str) -> None:
     num_clients = request.get(Key.SAMPLE_NUMBER)
     if type(num_clients) is not int or num_clients < 3:
         raise Refusal(f"secure round: needs at least 3 clients, got {num_clients!r} ({who})")
+    section = config.aggregation
+    terms = sum_terms(num_clients) if config.has_statistics else update_terms(section, num_clients)
     for name, wanted in (
         (Key.SHARE_NUMBER, num_clients),
         (Key.THRESHOLD, threshold(section, num_clients)),
-        (Key.CLIPPING_RANGE, section.secure_range),
-        (Key.TARGET_RANGE, levels(num_clients)),
+        (Key.CLIPPING_RANGE, terms.clipping_range),
+        (Key.TARGET_RANGE, terms.target_range),
         (Key.MOD_RANGE, MODULUS),
-        (Key.MAX_WEIGHT, float(section.max_examples or 0)),
+        (Key.MAX_WEIGHT, terms.max_weight),
     ):
         if request.get(name) != wanted:
             raise Refusal(
@@ -115,27 +137,44 @@ def _ints(request: Any, name: str) -> list[int]:
 def _as_summands(
     message: Message, context: Context, *, config: RunConfig, call_next: ClientAppCallable, who: str
 ) -> Message:
-    """The client's answer with its update as float64 arrays instead of our message."""
+    """The client's answer with float64 arrays to be masked instead of our message."""
     answer = call_next(message, context)
     content = answer.content
     if error := content.config_records["fitres.metrics"].get(
         "error"
     ):  # a client without an update leaves the sum
         raise ClientError(str(error))
-    asked = message.content
-    received = wire.decode_model(_arrays(asked.array_records["fitins.parameters"]))
-    update = wire.decode_update(
-        _arrays(content.array_records["fitres.parameters"]),
-        like=received,
-        round=int(str(asked.config_records["fitins.config"]["round"])),
-        who=who,
-        encoding=config.aggregation.encoding,
-        basis=config.kind.basis,
-    )
-    content.array_records["fitres.parameters"] = ArrayRecord(
-        summands(update, received, config.aggregation)
-    )
+    asked = _arrays(message.content.array_records["fitins.parameters"])
+    sent = _arrays(content.array_records["fitres.parameters"])
+    if config.has_statistics:
+        num_clients = _state(context, "sample_num")
+        arrays = _statistics(sent, asked, config, num_clients=num_clients, who=who)
+        content.metric_records["fitres.num_examples"]["num_examples"] = 1  # which Flower weighs by
+    else:
+        received = wire.decode_model(asked)
+        update = wire.decode_update(
+            sent,
+            like=received,
+            round=int(str(message.content.config_records["fitins.config"]["round"])),
+            who=who,
+            encoding=config.aggregation.encoding,
+            basis=config.kind.basis,
+        )
+        arrays = summands(update, received, config.aggregation)
+    content.array_records["fitres.parameters"] = ArrayRecord(arrays)
     return answer
+
+
+def _statistics(
+    sent: wire.Message, asked: wire.Message, config: RunConfig, *, num_clients: int, who: str
+) -> list[np.ndarray]:
+    """The sums that a client answers with, all its times together, as summands."""
+    released = wire.decode_release(sent, who=who, mechanism=config.privacy.release)
+    if not isinstance(released, ReleasedStatistics):
+        raise wire.WireError(f"release of {who}: expected class statistics")
+    public = wire.decode_model(asked) if asked else {}
+    total = total_of(released, public.get("directions"))
+    return total_summands(total, config.aggregation, num_clients=num_clients, who=who)
 
 
 def _arrays(record: ArrayRecord) -> wire.Message:

@@ -22,14 +22,13 @@ from fedpdm.privacy.mechanism import (
     restore_release,
 )
 from fedpdm.setup.run_setup import RunSetup
+from fedpdm.wire.totals import MOST_SUMS
 from fedpdm.wire.types import Phase
 from strategies.answers import ClientAnswer, encode_arrays
 from strategies.coarse import CoarseStrategy, Weights
 from strategies.server_training import keep_release
 
 __all__ = ["CoarseGaussians"]
-
-MOST_SUMS = 64  # that a client may have made in one round, as new images came
 
 
 class CoarseGaussians(CoarseStrategy):
@@ -81,10 +80,7 @@ class CoarseGaussians(CoarseStrategy):
         if self._asked is None:
             return 0
         mechanism = mechanism_of(self._asked)
-        layout = mechanism.layout(self._asked, num_examples, self._setup.spec.shape)
-        size = sum(
-            (8 if kind == "I64" else 4) * math.prod(shape) for kind, shape in layout.values()
-        )
+        size: int = mechanism.num_bytes(self._asked, num_examples, self._setup.spec.shape)
         return size * max(0, min(num_examples, MOST_SUMS))
 
     def accept(self, round: int, answer: ClientAnswer, message: NDArrays) -> None:

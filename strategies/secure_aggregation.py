@@ -1,4 +1,5 @@
-"""Secure aggregation: the server learns the weighted mean of a round's updates and no single one.
+"""Secure aggregation: the server learns the weighted mean of a round's updates and no single one,
+or the total of class statistics.
 
 Flower's `SecAggPlusWorkflow` runs each round in place of plain requests: keys are exchanged, shares
 of them handed round, the model sent and masked updates collected, shares of the masks' seeds asked
@@ -8,6 +9,7 @@ number of images of each client come with it in the clear.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, cast
 
@@ -26,13 +28,21 @@ from flwr.superlink.grid import InMemoryGrid
 from fedpdm import wire
 from fedpdm.config import AggregationConfig
 from fedpdm.text import line
-from fedpdm.wire.summands import MODULUS, SumError, levels, mean_update, summand_shapes
+from fedpdm.wire.summands import (
+    MODULUS,
+    SumError,
+    SumTerms,
+    mean_update,
+    summand_shapes,
+    update_terms,
+)
 from strategies.answers import ClientAnswer, decode_arrays
+from strategies.coarse import CoarseStrategy
 from strategies.fedavg import CoarseFedAvg
 from strategies.roster import ClientFailure
 from strategies.streaming import Failures, FitResult, StreamingServer
 
-__all__ = ["SecureFedAvg", "SecureServer", "WatchedGrid"]
+__all__ = ["SecureFedAvg", "SecureRounds", "SecureServer", "WatchedGrid"]
 
 # What a client's answer to each stage must hold, in equally long lists where they are lists.
 _ANSWERS: Mapping[str, Mapping[str, type | tuple[type]]] = {
@@ -43,50 +53,64 @@ _ANSWERS: Mapping[str, Mapping[str, type | tuple[type]]] = {
 }
 
 
-class SecureFedAvg(CoarseFedAvg):
-    """Takes the mean of a round's updates from a `SecureServer`."""
+class SecureRounds(CoarseStrategy):
+    """A strategy whose rounds a `SecureServer` runs: it is given the same sum with each answer."""
 
-    def __init__(self, *, aggregation: AggregationConfig, **options: Any) -> None:
-        super().__init__(aggregation=aggregation, **options)
-        self._counts: list[int] = []
-        self._sum: NDArrays = []
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.num_asked = 0
+        self.counts: list[int] = []  # what those in the sum weigh
+        self.sum: NDArrays = []
+        self._adds_up = False
+
+    @property
+    @abstractmethod
+    def section(self) -> AggregationConfig:
+        """How updates are aggregated."""
+
+    @abstractmethod
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Of the arrays that a client sends in this round, Flower's weight first."""
+
+    @abstractmethod
+    def terms(self, num_clients: int) -> SumTerms:
+        """What Flower's protocol is told."""
+
+    def is_secure(self, round: int) -> bool:
+        """Whether there is something to add up in a round."""
+        return True
 
     def begin(self, round: int, clients: Collection[int]) -> None:
-        if len(clients) < 3:
+        self._adds_up = self.is_secure(round)
+        if self._adds_up and len(clients) < 3:
             raise ClientFailure(
                 f"round {round}: secure aggregation needs at least 3 clients, "
                 f"{len(clients)} take part"
             )
-        self._counts, self._sum = [], []
+        super().begin(round, clients)
+        self.counts, self.sum, self.num_asked = [], [], len(clients)
 
     def dismiss(self, client_id: int) -> None:
         """Its update is in the sum all the same."""
 
     def abandon(self) -> None:
-        self._sum = []
+        super().abandon()
+        self.sum = []
 
     def largest_message(self, num_examples: int) -> int:
         """Of what the workflow hands over, float64, with a frame around each array."""
-        shapes = summand_shapes(self.weights)
-        return sum(8 * int(np.prod(shape)) + 256 for shape in shapes)
+        if not self._adds_up:
+            return super().largest_message(num_examples)
+        return sum(8 * int(np.prod(shape)) + 256 for shape in self.shapes())
 
     def accept(self, round: int, answer: ClientAnswer, message: NDArrays) -> None:
+        if not self._adds_up:
+            super().accept(round, answer, message)
+            return
         if answer.num_examples < 1:
             raise wire.WireError(f"num_examples must be at least 1, got {answer.num_examples}")
-        self._counts.append(answer.num_examples)
-        self._sum = message  # the same for all
-
-    def merge(self, round: int) -> dict[str, float]:
-        try:
-            if not self._sum:
-                raise SumError("no update to average")
-            change = mean_update(self._sum, self.weights, self._aggregation, self._counts)
-        except SumError as error:
-            raise wire.WireError(f"round {round}: {error}") from None
-        self._sum = []
-        mean = {name: (self.weights[name] + change[name]).float() for name in self.weights}
-        self._step(round, mean)
-        return {}
+        self.counts.append(answer.num_examples)
+        self.sum = message  # the same for all
 
     def conclude_secure(
         self, server_round: int, results: list[FitResult], grid: WatchedGrid
@@ -112,6 +136,32 @@ class SecureFedAvg(CoarseFedAvg):
         self.book.report(self.book.number(server_round), "fit", why, num_good=0)
 
 
+class SecureFedAvg(SecureRounds, CoarseFedAvg):
+    """Takes the mean of a round's updates from a `SecureServer`."""
+
+    @property
+    def section(self) -> AggregationConfig:
+        return self._aggregation
+
+    def shapes(self) -> list[tuple[int, ...]]:
+        return summand_shapes(self.weights)
+
+    def terms(self, num_clients: int) -> SumTerms:
+        return update_terms(self.section, num_clients)
+
+    def merge(self, round: int) -> dict[str, float]:
+        try:
+            if not self.sum:
+                raise SumError("no update to average")
+            change = mean_update(self.sum, self.weights, self.section, self.counts)
+        except SumError as error:
+            raise wire.WireError(f"round {round}: {error}") from None
+        self.sum = []
+        mean = {name: (self.weights[name] + change[name]).float() for name in self.weights}
+        self._step(round, mean)
+        return {}
+
+
 class WatchedGrid:
     """Flower's grid, with a look at every answer: what is malformed becomes an error of its node.
 
@@ -119,9 +169,9 @@ class WatchedGrid:
     and arrays as sent.
     """
 
-    def __init__(self, grid: Any, strategy: SecureFedAvg) -> None:
+    def __init__(self, grid: Any, strategy: SecureRounds) -> None:
         self._grid, self._strategy = grid, strategy
-        self._shapes = summand_shapes(strategy.weights)
+        self._shapes = strategy.shapes()
         self.problems: list[str] = []
         self.sent = self.received = 0
 
@@ -195,7 +245,7 @@ class WatchedGrid:
 class SecureServer(StreamingServer):
     """A `StreamingServer` whose rounds of training are Flower's SecAgg+ workflow."""
 
-    def __init__(self, *, client_manager: ClientManager, strategy: SecureFedAvg) -> None:
+    def __init__(self, *, client_manager: ClientManager, strategy: SecureRounds) -> None:
         super().__init__(client_manager=client_manager, strategy=strategy)
         self._secure = strategy
 
@@ -203,6 +253,8 @@ class SecureServer(StreamingServer):
         self, server_round: int, timeout: float | None
     ) -> tuple[Parameters | None, dict[str, Scalar], tuple[list[FitResult], Failures]] | None:
         """One round, to the end or with `ClientFailure`."""
+        if not self._secure.is_secure(self._secure.book.number(server_round)):
+            return super().fit_round(server_round, timeout)
         requests = self._secure.configure_fit(server_round, self.parameters, self._client_manager)
         if not requests:
             return None
@@ -213,13 +265,13 @@ class SecureServer(StreamingServer):
             inner.pull_interval = 0.02
         grid = WatchedGrid(inner, self._secure)
         handed = _Handover(requests)
-        section, num_clients = self._secure.section, len(requests)
+        section, terms = self._secure.section, self._secure.terms(len(requests))
         workflow = SecAggPlusWorkflow(
             num_shares=1.0,  # everyone's neighbour is everyone
             reconstruction_threshold=section.secure_threshold,
-            max_weight=float(section.max_examples or 0),
-            clipping_range=section.secure_range,
-            quantization_range=levels(num_clients),
+            max_weight=terms.max_weight,
+            clipping_range=terms.clipping_range,
+            quantization_range=terms.target_range,
             modulus_range=MODULUS,
             timeout=timeout,
         )

@@ -32,7 +32,8 @@ from strategies.fedavg import CoarseFedAvg
 from strategies.gaussians import CoarseGaussians
 from strategies.own import own_strategy
 from strategies.roster import ServerSettings
-from strategies.secure_aggregation import SecureFedAvg, SecureServer
+from strategies.secure_aggregation import SecureFedAvg, SecureRounds, SecureServer
+from strategies.secure_statistics import SecureGaussians
 from strategies.server_training import CoarseServerTraining
 from strategies.streaming import StreamingServer
 
@@ -96,7 +97,8 @@ def build_strategy(
     elif config.kind is RunKind.CENTRALISED:
         strategy = CentralisedTraining(setup=setup, **options)
     elif setup.has_gaussians:
-        strategy = CoarseGaussians(setup=setup, **options)
+        gaussians = SecureGaussians if section.secure else CoarseGaussians
+        strategy = gaussians(setup=setup, **options)
     elif config.kind is RunKind.SERVER:
         strategy = CoarseServerTraining(setup=setup, **options)
     elif section.secure:
@@ -126,7 +128,7 @@ def server_components(
     manager = SimpleClientManager()
     server = (
         SecureServer(client_manager=manager, strategy=made)
-        if isinstance(made, SecureFedAvg)
+        if isinstance(made, SecureRounds)
         else StreamingServer(client_manager=manager, strategy=made)
     )
     # A thread waits for each answer: with Flower's default only a few clients would work at once.

@@ -90,6 +90,9 @@ SCIENCE = (
     "fedpdm.attacks.reconstruction",
     "fedpdm.attacks.recovery",
     "fedpdm.attacks.roc",
+    "fedpdm.attacks.sum_auditing",
+    "fedpdm.attacks.sum_canaries",
+    "fedpdm.attacks.sum_linkage",
 )
 # Copied into exports, so it stands alone.
 ALONE = ("fedpdm.publishing.class_gaussians", "fedpdm.publishing.pipeline")

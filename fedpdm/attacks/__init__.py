@@ -2,7 +2,8 @@
 
 `linkage_attack` measures the server's best guess on real images, `audit` judges a release
 path with canaries (`draw_game`), `bounds` turns right guesses into lower bounds on epsilon, `roc`
-into rates. They see images and releases, never a run config.
+into rates. `sum_linkage` and `sum_auditing` do the same with class statistics. They see images and
+releases, never a run config.
 
 It imports `data`, `diffusion` and `privacy`; `jobs` runs the attacks on a finished run and may also
 import `setup`, `evaluation`, `reporting` and `clients`. `api` and `commands` import this room.

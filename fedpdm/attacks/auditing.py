@@ -7,9 +7,10 @@ the auditor can see as she knows the images (`noisechecks`), and the books:
     claim     the claimed epsilon pays for mu^2 = sum over distinct uploads of (2 C / sigma)^2
     ledger    no image has more distinct uploads than there are recorded releases
 
-An audit can refute a claim; that it passes does not prove one. The chance that a correct path
-fails is below 1e-5: `SIGNIFICANCE` for each check of the noise and for the guesses, and far less
-than their 5% for the two one-run bounds, which allow for mechanisms that are not this one.
+`audit` is for released images, `fedpdm.attacks.sum_auditing` for noised sums. An audit can refute a
+claim; that it passes does not prove one. The chance that a correct path fails is below 1e-5:
+`SIGNIFICANCE` for each check of the noise and for the guesses, and far less than their 5% for the
+two one-run bounds, which allow for mechanisms that are not this one.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from numpy.typing import NDArray
 from fedpdm.attacks.bounds import epsilon_of_mu, independent_p_value, mu_of_epsilon
 from fedpdm.attacks.canaries import (
     CanaryGame,
+    GameScores,
     Guesses,
     expected_accuracy,
     guess,
@@ -50,7 +52,7 @@ from fedpdm.privacy.mechanism import event_of
 from fedpdm.privacy.noise import NoiseSource
 from fedpdm.privacy.types import ReleasedDataset
 
-__all__ = ["AuditReport", "audit", "residuals"]
+__all__ = ["AuditReport", "audit", "judge", "residuals"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,18 +116,47 @@ def audit(
     Raises:
         ValueError: uploads that do not fit the game, or numbers out of range.
     """
+    played = score_game(game, uploads)
+    masks = new_rows(uploads)
+    return judge(
+        game,
+        played,
+        noise=_noise_findings(game.images, uploads, masks, suspects),
+        num_uploads=len(uploads),
+        implied_epsilon=_implied_epsilon(uploads, masks, delta=delta),
+        claimed_epsilon=claimed_epsilon,
+        delta=delta,
+        recorded=recorded,
+        confidence=confidence,
+    )
+
+
+def judge(
+    game: CanaryGame,
+    played: GameScores,
+    *,
+    noise: Sequence[Finding],
+    num_uploads: int,
+    implied_epsilon: float,
+    claimed_epsilon: float,
+    delta: float,
+    recorded: int,
+    confidence: float = 0.95,
+) -> AuditReport:
+    """The report on a game that was played: guesses, books, and the findings on the `noise`.
+
+    `implied_epsilon` is what the parameters of what left cost the image that paid most. Raises
+    `ValueError` for numbers out of range.
+    """
     if recorded < 0:
         raise ValueError(f"recorded must be at least 0, got {recorded}")
     claimed_mu = mu_of_epsilon(claimed_epsilon, delta=delta)
-    played = score_game(game, uploads)
     ratio = float(np.median(played.distance_ratio))
     made = guess(game, played, mu=claimed_mu * ratio, delta=delta, confidence=confidence)
-    masks = new_rows(uploads)
-    implied = _implied_epsilon(uploads, masks, delta=delta)
     epsilon_gaussian = epsilon_of_mu(made.gaussian_mu, delta=delta)
     num_distinct = int(played.num_distinct.max())
     books = [
-        _check_claim(claimed_epsilon, implied),
+        _check_claim(claimed_epsilon, implied_epsilon),
         _check_ledger(num_distinct, recorded),
         _check_bound(
             "Steinke", made.steinke_epsilon, claimed_epsilon, most=made.most_steinke_epsilon
@@ -138,16 +169,16 @@ def audit(
         ),
         _check_guesses(made, claimed_mu),
     ]
-    findings = (*books, *_noise_findings(game.images, uploads, masks, suspects))
+    findings = (*books, *noise)
     _, channels, height, width = game.images.images.shape
     return AuditReport(
         image_shape=(channels, height, width),
-        num_uploads=len(uploads),
+        num_uploads=num_uploads,
         num_distinct=num_distinct,
         recorded=recorded,
         claimed_epsilon=claimed_epsilon,
         delta=delta,
-        implied_epsilon=implied,
+        implied_epsilon=implied_epsilon,
         claimed_mu=claimed_mu,
         reached_mu=float(np.median(played.mu)),
         distance_ratio=ratio,

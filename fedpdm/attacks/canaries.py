@@ -55,7 +55,8 @@ class CanaryGame:
     """What the auditor knows. All 2 m canaries have distinct pixels.
 
     Attributes:
-        first, second: (m, C, H, W) uint8, the two canaries of each pair, inverse to each other.
+        first, second: (m, C, H, W) uint8, the two canaries of each pair: inverse to each other, or
+            orthogonal (`fedpdm.attacks.sum_canaries`).
         secret: (m,) bool, whether the client holds `second`.
         images: the m canaries that the client holds, in order; give it to the release path.
     """
@@ -74,7 +75,8 @@ class GameScores:
         scores: float64, log-likelihood ratio of `first` against `second`, in nats.
         mu: float64, distance of the two in units of the noise: scores are N(+-mu^2 / 2, mu^2).
         num_distinct: int64, uploads of this canary that are no replays.
-        distance_ratio: float64, distance of the clipped pair over 2 C, in the first upload.
+        distance_ratio: float64, distance of the clipped pair over the largest possible one, in the
+            first upload (2 C), or of the three sums together.
     """
 
     scores: Array

@@ -89,14 +89,14 @@ def check_energy(z: Rows) -> Finding:
     return _judged("noise energy", seen, float(_two_sided(np.array([energy]), z.size)[0]))
 
 
-def check_each_energy(z: Rows) -> Finding:
-    """The image whose noise is least like the declared one."""
+def check_each_energy(z: Rows, *, what: str = "image") -> Finding:
+    """The image (or what else a row is of) whose noise is least like the declared one."""
     energies = _row_energies(z)
     p = _two_sided(energies, z.shape[1])
     at = int(np.argmin(p))
     deviation = math.sqrt(energies[at] / z.shape[1])
-    seen = f"oddest image: standard deviation {deviation:.3f} of the one declared (row {at})"
-    return _judged("noise energy of each image", seen, float(p[at]), comparisons=len(z))
+    seen = f"oddest {what}: standard deviation {deviation:.3f} of the one declared (row {at})"
+    return _judged(f"noise energy of each {what}", seen, float(p[at]), comparisons=len(z))
 
 
 def check_signal(projections: NDArray[np.float64]) -> Finding:
@@ -154,10 +154,10 @@ def largest_correlation(rows: Rows, others: Rows | None = None) -> tuple[float, 
     return best
 
 
-def check_reuse(z: Rows) -> Finding:
+def check_reuse(z: Rows, *, what: str = "image") -> Finding:
     """Two rows, of any images and uploads, with the same noise, its negative or a part of it."""
     r, i, j = largest_correlation(z)
-    seen = f"largest correlation of two images' noise is {r:+.4f} (rows {i} and {j})"
+    seen = f"largest correlation of two {what}s' noise is {r:+.4f} (rows {i} and {j})"
     pairs = len(z) * (len(z) - 1) // 2
     return _judged(
         "noise reused", seen, _correlation_p_value(r, z.shape[1]), comparisons=max(1, pairs)

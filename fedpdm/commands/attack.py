@@ -7,17 +7,19 @@ import dataclasses
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fedpdm.commands.attack_controls import add_controls
 from fedpdm.commands.attack_models import add_model_attacks
-from fedpdm.commands.terminal import say, show
-from fedpdm.config.schema import ScheduleConfig
-from fedpdm.text import json_text
-
-if TYPE_CHECKING:
-    from fedpdm.config import RunConfig
-    from fedpdm.data import ImageSet
+from fedpdm.commands.attack_options import (
+    add_release_options,
+    given_shape,
+    public_images,
+    release_config,
+    tell,
+)
+from fedpdm.commands.attack_sums import run_sum_audit, run_sum_linkage
+from fedpdm.commands.terminal import say
 
 __all__ = ["add_attack_parser"]
 
@@ -29,17 +31,23 @@ examples:
   fedpdm attack linkage --data mnist --epsilon 10 --clip-norm 10 --out linkage
   fedpdm attack audit --data cifar10 --epsilon 10 --clip-norm 10 --canaries 10000
   fedpdm attack audit --epsilon 10 --clip-norm 10 --seeded 0 --known-seed 0     (must fail)
+  fedpdm attack audit --release statistics --epsilon 10
+  fedpdm attack linkage --release statistics --epsilon 3
 """
 LINKAGE = """\
 The server's best test: from which of two known images was an upload made? Images of a data set go
 through a client's real release path; the likelihood ratio's ROC curve is compared with the one that
 follows from the noise. Exit code 1 if the two disagree.
+With --release statistics: which of two images is in a client's sums? Two sets that differ in one
+image, the worst pair, are released again and again.
 """
 AUDIT = """\
 One-run audit: a client is given one of each of many pairs of canaries, by a secret coin; everything
 it uploads in two rounds, with a restart between them, is used to guess the coins. What the right
 guesses prove about epsilon, and checks of the noise itself, are held against the client's ledger.
 Exit code 1 if the release leaks more than the ledger says.
+With --release statistics: everything it uploads in the three rounds of a run and of another run
+with the same releases; the auditor plays the server as well.
 """
 
 
@@ -64,6 +72,14 @@ def add_attack_parser(commands: Any) -> None:
         "default: %(default)s",
     )  # fmt: skip
     linkage.add_argument("--pairs", type=int, help="default: as many as there are, at most 10,000")
+    linkage.add_argument(
+        "--repeats", type=int, default=100, metavar="N",
+        help="statistics: releases of each of the two sets; default: %(default)s",
+    )  # fmt: skip
+    linkage.add_argument(
+        "--images", type=int, default=64, metavar="N",
+        help="statistics: images in a set; default: %(default)s",
+    )  # fmt: skip
     linkage.set_defaults(action=run_linkage)
     audit = kinds.add_parser(
         "audit",
@@ -76,7 +92,10 @@ def add_attack_parser(commands: Any) -> None:
         "--data", metavar="IMAGES",
         help="canaries in the shape of these images, around their background; as for linkage",
     )  # fmt: skip
-    audit.add_argument("--shape", metavar="CxHxW", help="default: that of --data, else 3x32x32")
+    audit.add_argument(
+        "--shape", metavar="CxHxW",
+        help="default: that of --data, else 3x32x32 (statistics: 3x16x16)",
+    )  # fmt: skip
     audit.add_argument(
         "--known-seed", type=int, action="append", default=[], metavar="SEED",
         help="a seed that somebody else may know (repeatable)",
@@ -86,50 +105,7 @@ def add_attack_parser(commands: Any) -> None:
     add_controls(kinds)
     for parser in (linkage, audit):
         parser.add_argument("--resolution", type=int, help="pixels; default: as they are")
-        _add_release_options(parser)
-
-
-def _add_release_options(parser: argparse.ArgumentParser) -> None:
-    kind = next(f for f in dataclasses.fields(ScheduleConfig) if f.name == "kind")
-    parser.add_argument("--epsilon", type=float, help="give it or --t0; default: 10")
-    parser.add_argument("--t0", type=int, help="noising steps")
-    parser.add_argument("--clip-norm", type=float, default=10.0, help="default: %(default)s")
-    parser.add_argument("--delta", type=float, default=1e-5, help="default: %(default)s")
-    parser.add_argument("--shift", type=float, help="default: the set's background")
-    parser.add_argument("--schedule", choices=kind.metadata["choices"], default=kind.default)
-    parser.add_argument("--steps", type=int, default=1000, help="T; default: %(default)s")
-    parser.add_argument("--seed", type=int, help="of pairs and coins; default: drawn and reported")
-    parser.add_argument(
-        "--seeded", type=int, metavar="SEED", help="seeded noise, as in a simulation with this seed"
-    )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write figures in JSON, pictures")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-
-
-def _config(options: argparse.Namespace) -> RunConfig:
-    """The client's run; checks every option of the release."""
-    from fedpdm.engines.one_client import attack_config
-
-    if options.epsilon is not None and options.t0 is not None:
-        raise ValueError("give --epsilon or --t0, not both")
-    epsilon = 10.0 if options.epsilon is None and options.t0 is None else options.epsilon
-    for name in ("seed", "seeded"):
-        if (value := getattr(options, name)) is not None and value < 0:
-            raise ValueError(f"--{name}: must be at least 0, got {value}")
-    if options.seed is None:
-        import secrets
-
-        options.seed = secrets.randbits(32)
-    return attack_config(
-        epsilon=epsilon,
-        t0=options.t0,
-        delta=options.delta,
-        clip_norm=options.clip_norm,
-        shift=options.shift,
-        schedule=options.schedule,
-        num_steps=options.steps,
-        seed=options.seeded,
-    )
+        add_release_options(parser)
 
 
 def run_linkage(options: argparse.Namespace) -> int:
@@ -140,7 +116,9 @@ def run_linkage(options: argparse.Namespace) -> int:
     from fedpdm.attacks.jobs.release_report import draw_linkage, linkage_text
     from fedpdm.engines.one_client import upload_releases
 
-    config, images = _config(options), _images(options)
+    if options.release == "statistics":
+        return run_sum_linkage(options)
+    config, images = release_config(options), public_images(options)
     most = len(images.distinct()) // 2
     pairs = min(10_000, most) if options.pairs is None else options.pairs
     say(f"linkage: {pairs:,} pairs of {options.data}, through a client's release path ...")
@@ -163,23 +141,8 @@ def run_linkage(options: argparse.Namespace) -> int:
     }
     if options.out is not None:
         draw_linkage(result, options.out / "linkage.png", facts)
-    _tell(options, "linkage.json", facts, linkage_text(facts))
+    tell(options, "linkage.json", facts, linkage_text(facts))
     return 0 if summary.agrees else 1
-
-
-def _images(options: argparse.Namespace) -> ImageSet:
-    import numpy as np
-
-    from fedpdm.data import ImageSet
-    from fedpdm.data.open_images import open_public_images
-
-    source = open_public_images(options.data, option="--data", resolution=options.resolution)
-    return ImageSet(
-        images=source.read(np.arange(len(source))),
-        labels=source.labels,
-        class_names=source.class_names,
-        background=source.background,
-    )
 
 
 def run_audit(options: argparse.Namespace) -> int:
@@ -191,13 +154,15 @@ def run_audit(options: argparse.Namespace) -> int:
     from fedpdm.engines.one_client import upload_releases
     from fedpdm.privacy.planning import build_noise
 
-    config = _config(options)
+    if options.release == "statistics":
+        return run_sum_audit(options)
+    config = release_config(options)
     shape, background = (3, 32, 32), 0.0
     if options.data is not None:
-        images = _images(options)
+        images = public_images(options)
         shape, background = images.images.shape[1:], images.background
     if options.shape is not None:
-        shape = _shape(options.shape)
+        shape = given_shape(options.shape)
     options.shape = "x".join(map(str, shape))
     game = draw_game(
         options.canaries,
@@ -224,22 +189,5 @@ def run_audit(options: argparse.Namespace) -> int:
         )
     say(f"audit: done in {time.perf_counter() - started:.1f} s")
     facts = {"seed": options.seed, **dataclasses.asdict(report)}
-    _tell(options, "audit.json", facts, audit_text(report, seed=options.seed))
+    tell(options, "audit.json", facts, audit_text(report, seed=options.seed))
     return 0 if report.passed else 1
-
-
-def _shape(text: str) -> tuple[int, int, int]:
-    try:
-        channels, height, width = (int(part) for part in text.split("x"))
-    except ValueError:
-        raise ValueError(f"--shape: must be like 3x32x32, got {text!r}") from None
-    return channels, height, width
-
-
-def _tell(options: argparse.Namespace, name: str, facts: dict[str, Any], text: str) -> None:
-    """Print the result as text or JSON, and write it where asked."""
-    from fedpdm.storage.files import write_atomic
-
-    if options.out is not None:
-        write_atomic(options.out / name, (json_text(facts) + "\n").encode())
-    show(json_text(facts) if options.json else text)

@@ -43,11 +43,15 @@ class AggregationConfig:
     max_examples: int | None = key(
         None, "images that a client may say it has; an answer with more is refused", low=1
     )
-    secure: bool = key(False, "the server sees the sum of updates alone (SecAgg+)")
+    secure: bool = key(
+        False, "the server sees the sum of updates, or of class statistics, alone (SecAgg+)"
+    )
     secure_range: float = key(
-        1.0, "secure: largest change of a weight in a round; a client with a larger one fails",
+        1.0,
+        "secure: largest change of a weight in a round; a client with a larger one fails; class "
+        "statistics need none",
         above=0.0,
-    )  # fmt: skip
+    )
     secure_threshold: float = key(
         0.67, "secure: share of a round's clients that must stay to its end", above=0.5, high=1.0
     )
@@ -62,18 +66,25 @@ class AggregationConfig:
     )
 
 
-def check_aggregation(section: AggregationConfig, *, training: str, num_clients: int) -> None:
+def check_aggregation(
+    section: AggregationConfig, *, training: str, num_clients: int, statistics: bool = False
+) -> None:
     """`ConfigError` for keys that contradict each other or the number of clients.
 
     `training` is `coarse.training`; `num_clients` are connected, of which a share takes part in
-    each round.
+    each round. `statistics`: clients release class statistics, whose sums can be added up securely.
     """
     needing = (
-        ("secure", section.secure),
+        ("secure", section.secure and not statistics),
         ("max_update_norm", section.max_update_norm is not None),
         (f"method: {section.method}", section.method in ROBUST or is_named(section.method)),
     )
     what = next((name for name, on in needing if on), None)
+    if what is not None and statistics:
+        raise ConfigError(
+            f"aggregation.{what}: does not apply with privacy.release: statistics, whose sums are "
+            "added up; each is held against the most that its images can give"
+        )
     if what is not None and training != "federated":
         raise ConfigError(
             f"aggregation.{what}: needs coarse.training: federated, got {training}, which "

@@ -282,7 +282,7 @@ class RunConfig:
                 "partition.kind: own has one client in simulation; set num_clients: 1"
             )
         self._check_shared_model()
-        if self.privacy.release == "statistics" and self.kind.releases:
+        if self.has_statistics:
             check_statistics(training=self.coarse.training, rounds=self.run.rounds)
         check_sampling(
             self.sampling, num_steps=self.schedule.num_steps, release=self.privacy.release
@@ -290,7 +290,12 @@ class RunConfig:
         section, clients = self.aggregation, self.partition.num_clients
         if not self.run.simulation:
             clients = section.min_clients or clients
-        check_aggregation(section, training=self.coarse.training, num_clients=clients)
+        check_aggregation(
+            section,
+            training=self.coarse.training,
+            num_clients=clients,
+            statistics=self.has_statistics,
+        )
         check_name(self.name)
 
     def _check_shared_model(self) -> None:
@@ -324,3 +329,8 @@ class RunConfig:
     def kind(self) -> RunKind:
         """Where and on what the shared model is trained."""
         return RunKind((self.coarse.training, self.coarse.images))
+
+    @property
+    def has_statistics(self) -> bool:
+        """Whether clients release class statistics, of which the server computes the model."""
+        return self.privacy.release == "statistics" and self.kind.releases

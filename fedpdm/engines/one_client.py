@@ -6,23 +6,28 @@ uploads its release, through the client's store and ledger, and out through the 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from clients.local import LocalClient
 from clients.pfdm_client import PFDMClient
+from clients.training import LocalTraining
 from fedpdm import wire
 from fedpdm.config import RunConfig, config_from_mapping
 from fedpdm.data import ImageSet
 from fedpdm.data.client_images import own_images
-from fedpdm.privacy.mechanism import released_images
+from fedpdm.privacy.mechanism import ReleasedStatistics, released_images
 from fedpdm.privacy.releases import ReleaseStore
-from fedpdm.privacy.types import ReleasedDataset
+from fedpdm.privacy.types import Release, ReleasedDataset
 from fedpdm.setup.build import build_denoiser
 from fedpdm.setup.run_setup import set_up
 from fedpdm.storage.client_store import ClientStore
 from fedpdm.storage.files import StoreError
 
-__all__ = ["attack_config", "upload_releases"]
+__all__ = ["attack_config", "release_sums", "upload_releases", "upload_sums"]
 
 
 def attack_config(
@@ -35,15 +40,25 @@ def attack_config(
     schedule: str,
     num_steps: int,
     seed: int | None,
+    statistics_of: int | None = None,
 ) -> RunConfig:
-    """A run that releases and trains nothing. A `seed` makes it a simulation with seeded noise."""
+    """A run that releases and trains nothing. A `seed` makes it a simulation with seeded noise.
+
+    It releases class statistics of all directions where `statistics_of` says how many values an
+    image has, else images.
+    """
     nothing = {"preset": "micro", "steps_per_round": 0}
+    sums: dict[str, Any] = {}
+    if statistics_of is not None:
+        sums = {"statistics": {"dimensions": statistics_of, "directions": statistics_of}}
     return config_from_mapping(
         {
+            **sums,
             "name": "attack",
             "run": {"simulation": seed is not None, "seed": seed or 0, "device": "cpu"},
             "data": {"holdout_fraction": 0.0},
             "privacy": {
+                "release": "images" if statistics_of is None else "statistics",
                 "epsilon": epsilon,
                 "t0": t0,
                 "delta": delta,
@@ -65,28 +80,82 @@ def upload_releases(
     The client is made anew for each round, as after a restart. Rows are in the order of the
     images, of which no two are equal. `StoreError` or `ValueError` if the client refuses.
     """
-    if len(images.distinct()) < len(images):
-        raise ValueError("images must be distinct: the client releases equal images once")
-    setup = set_up(config, images)
-    held = own_images(config, images, client_id=0)
-    store = ReleaseStore(folder)
-    coarse = build_denoiser(setup, "coarse")
+    one = _OneClient(config, images, folder)
+    coarse = build_denoiser(one.setup, "coarse")
     request = wire.encode_model(dict(coarse.network.named_parameters()))
+    uploads = [released_images(one.ask(number, request)) for number in range(1, rounds + 1)]
+    return uploads, one.releases
+
+
+def upload_sums(
+    config: RunConfig,
+    images: ImageSet,
+    folder: Path,
+    *,
+    public: Mapping[str, torch.Tensor],
+    runs: int = 1,
+) -> tuple[list[ReleasedStatistics], ReleaseStore]:
+    """What a new client in `folder` uploads in the three rounds of class statistics, in one run
+    after the other with the same releases.
+
+    `public` is what it is told before the second and the third. Otherwise as `upload_releases`.
+    """
+    one = _OneClient(config, images, folder)
     uploads = []
-    for number in range(1, rounds + 1):
-        client = PFDMClient(
-            LocalClient(
-                setup=setup,
-                held=held,
-                store=ClientStore(folder),
-                releases=store,
-                raw_metrics=False,
-                allow_new_release=False,
-                reference=None,
-            )
+    for run in range(runs):
+        for number in (1, 2, 3):
+            told = wire.encode_model(public) if number > 1 else wire.encode_nothing()
+            sums = one.ask(number, told, run=run)
+            assert isinstance(sums, ReleasedStatistics)  # the config's mechanism
+            uploads.append(sums)
+    return uploads, one.releases
+
+
+def release_sums(
+    config: RunConfig, images: ImageSet, folder: Path, *, public: Mapping[str, torch.Tensor]
+) -> list[ReleasedStatistics]:
+    """What `upload_sums` gives, without what else a client does in a round: for many clients."""
+    one = _OneClient(config, images, folder)
+    work, sums = LocalTraining(one.local(folder)), []
+    for stage in range(3):
+        message = wire.encode_release(work.statistics(stage, public), client_id=0)
+        sent = one.decoded(message)
+        assert isinstance(sent, ReleasedStatistics)  # the config's mechanism
+        sums.append(sent)
+    return sums
+
+
+class _OneClient:
+    """The client in `folder`, and what it answers."""
+
+    def __init__(self, config: RunConfig, images: ImageSet, folder: Path) -> None:
+        if len(images.distinct()) < len(images):
+            raise ValueError("images must be distinct: the client releases equal images once")
+        self.setup, self.releases = set_up(config, images), ReleaseStore(folder)
+        self._held = own_images(config, images, client_id=0)
+        self._folder = folder
+
+    def local(self, folder: Path) -> LocalClient:
+        """The client, made anew as after a restart; what it did in rounds is in `folder`."""
+        return LocalClient(
+            setup=self.setup,
+            held=self._held,
+            store=ClientStore(folder),
+            releases=self.releases,
+            raw_metrics=False,
+            allow_new_release=False,
+            reference=None,
         )
-        message, _, metrics = client.fit(request, {"round": number, "phase": "release"})
+
+    def ask(self, round: int, message: wire.Message, *, run: int = 0) -> Release:
+        """What it uploads in a round; of each `run` it knows no other."""
+        client = PFDMClient(self.local(self._folder / f"run{run}" if run else self._folder))
+        answer, _, metrics = client.fit(message, {"round": round, "phase": "release"})
         if error := metrics.get("error"):
             raise StoreError(str(error))
-        uploads.append(released_images(wire.decode_release(message, who="client 0", client_id=0)))
-    return uploads, store
+        return self.decoded(answer)
+
+    def decoded(self, message: wire.Message) -> Release:
+        """As the server reads it."""
+        mechanism = self.setup.config.privacy.release
+        return wire.decode_release(message, who="client 0", client_id=0, mechanism=mechanism)

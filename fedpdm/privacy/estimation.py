@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -27,9 +27,16 @@ import torch
 from fedpdm.diffusion.gaussian import ClassGaussians
 from fedpdm.privacy.mechanism import ReleasedStatistics, mechanism_of
 from fedpdm.privacy.mechanism.basis import cosine_basis
-from fedpdm.privacy.mechanism.whole import unpack_symmetric
+from fedpdm.privacy.mechanism.whole import pack_symmetric, unpack_symmetric
 
-__all__ = ["ClassMeans", "PooledDirections", "class_gaussians", "class_means", "pooled_directions"]
+__all__ = [
+    "ClassMeans",
+    "PooledDirections",
+    "class_gaussians",
+    "class_means",
+    "pooled_directions",
+    "total_of",
+]
 
 LEAST_VARIANCE = 1e-4  # of a direction: about that of rounding to 8 bits, and never zero
 
@@ -81,21 +88,27 @@ def _checked(releases: Sequence[ReleasedStatistics], stage: str) -> Sequence[Rel
     return releases
 
 
+def _numbers(releases: Sequence[ReleasedStatistics]) -> tuple[np.ndarray, np.ndarray]:
+    """Images of each class, int64 (K,), and how many times each sum was noised, int64 (rows,)."""
+    counts, noisy = zip(*((each.counts, each.noisy) for each in releases), strict=True)
+    return torch.cat(counts).sum(dim=0).numpy(), torch.cat(noisy).sum(dim=0).numpy()
+
+
 def class_means(releases: Sequence[ReleasedStatistics]) -> ClassMeans:
     """Of the first round. Each class's mean is drawn to that of all, m, by what is noise in it:
     m + s / (s + v_k) (m_k - m), v_k the noise's variance and s that of classes around m (per
     number), which the classes with little noise tell. m itself is drawn to 0, the shift, likewise
     (James and Stein, positive part)."""
     parameters = _checked(releases, "means")[0].parameters
-    counts = np.concatenate([each.counts.numpy() for each in releases])  # (M, K)
+    images, noisy = _numbers(releases)
     parts = [each.sums.double().sum(dim=0).numpy() / each.parameters.steps for each in releases]
-    total, images = np.sum(parts, axis=0), counts.sum(axis=0)
+    total = np.sum(parts, axis=0)
     held = images > 0
     grand, length = total.sum(axis=0) / images.sum(), np.linalg.norm(total.sum(axis=0))
-    hidden = len(grand) * (counts > 0).sum() * parameters.sigma**2  # of length^2, by noise
+    hidden = len(grand) * noisy.sum() * parameters.sigma**2  # of length^2, by noise
     grand *= max(0.0, 1.0 - hidden / length**2) if length > 0 else 0.0
     means = np.tile(grand, (len(images), 1))
-    noise = (counts > 0).sum(axis=0)[held] * parameters.sigma**2 / images[held] ** 2.0
+    noise = noisy[held] * parameters.sigma**2 / images[held] ** 2.0
     off = total[held] / images[held, None] - grand
     spread = float(np.average(np.mean(off**2, axis=1) - noise, weights=1.0 / noise))
     means[held] += max(spread, 0.0) / (max(spread, 0.0) + noise[:, None]) * off
@@ -109,8 +122,7 @@ def pooled_directions(releases: Sequence[ReleasedStatistics]) -> PooledDirection
     parts = [each.sums.double().sum(dim=(0, 1)).numpy() for each in releases]
     steps = [each.parameters.steps for each in releases]
     packed = np.sum([part / step**2 for part, step in zip(parts, steps, strict=True)], axis=0)
-    counts = torch.cat([each.counts for each in releases]).sum(dim=1)
-    images, noisy = int(counts.sum()), int((counts > 0).sum())
+    images, noisy = (int(each.sum()) for each in _numbers(releases))
     matrix = unpack_symmetric(packed, p) / images
     edge = math.sqrt(2.0 * p * noisy) * parameters.sigma / images
     values, vectors = np.linalg.eigh(matrix)
@@ -129,6 +141,48 @@ def pooled_directions(releases: Sequence[ReleasedStatistics]) -> PooledDirection
     )
 
 
+def turned(release: ReleasedStatistics, leading: np.ndarray) -> np.ndarray:
+    """Sums of products of one client in whole steps, all its times together, in the rows of
+    `leading` (q, p): float64 (K, q, q)."""
+    classes, q = release.parameters.num_classes, len(leading)
+    total = np.zeros((classes, q, q))
+    for counts, sums, directions in zip(
+        release.counts.numpy(),
+        release.sums.numpy(),
+        release.directions.double().numpy(),
+        strict=True,
+    ):
+        turn = leading @ directions.T
+        for k in np.flatnonzero(counts):
+            total[k] += turn @ unpack_symmetric(sums[k], len(directions)) @ turn.T
+    return total
+
+
+def total_of(release: ReleasedStatistics, directions: torch.Tensor | None) -> ReleasedStatistics:
+    """One client's sums of all times as one total, in whole steps.
+
+    `directions`, float32 (r, p), are the W that the server asks with: sums of products that were
+    made with others are turned to these, as the server would, and rounded.
+    """
+    counts, sums = release.counts.sum(dim=0, keepdim=True), release.sums.sum(dim=0, keepdim=True)
+    wanted = torch.zeros_like(release.directions[:1])
+    if release.parameters.stage == "classes":
+        assert directions is not None  # what the release was made with
+        wanted[0, : len(directions)] = directions
+        if not torch.equal(release.directions, wanted.expand_as(release.directions)):
+            matrices = turned(release, wanted[0].double().numpy())
+            sums = torch.from_numpy(
+                np.stack([pack_symmetric(np.rint(m).astype(np.int64)) for m in matrices])[None]
+            )
+    return replace(
+        release,
+        counts=counts,
+        sums=sums,
+        directions=wanted,
+        totalled=release.noisy.sum(dim=0, keepdim=True),
+    )
+
+
 def _class_moments(
     releases: Sequence[ReleasedStatistics], leading: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -139,18 +193,8 @@ def _class_moments(
     products of both; what lies outside of those directions is lost.
     """
     parameters = _checked(releases, "classes")[0].parameters
-    classes, q = parameters.num_classes, len(leading)
-    total = np.zeros((classes, q, q))
-    images, noisy = np.zeros(classes), np.zeros(classes)
-    for each in releases:
-        for counts, sums, directions in zip(
-            each.counts.numpy(), each.sums.numpy(), each.directions.double().numpy(), strict=True
-        ):
-            turn = leading @ directions.T / each.parameters.steps
-            for k in np.flatnonzero(counts):
-                total[k] += turn @ unpack_symmetric(sums[k], len(directions)) @ turn.T
-            images += counts
-            noisy += counts > 0
+    images, noisy = _numbers(releases)
+    total = np.sum([turned(each, leading) / each.parameters.steps**2 for each in releases], axis=0)
     most = np.maximum(images, 1.0)
     noise = noisy * parameters.sigma**2 / 2.0 / most**2
     return total / most[:, None, None], noise, images

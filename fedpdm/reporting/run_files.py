@@ -171,11 +171,10 @@ def _privacy_lines(privacy: Mapping[str, Any]) -> list[str]:
         return [f"Privacy  baseline: {privacy['guarantee']}. {privacy['words']}"]
     groups = ", ".join(f"{v:.4g} for {k}" for k, v in privacy["group_epsilon"].items() if k != "1")
     releases = privacy["releases_per_image"]
-    what = (
-        f"t0 = {privacy['t0']}, clip norm {privacy['clip_norm']:g} around {privacy['shift']:g}"
-        if "t0" in privacy
-        else privacy["released"].rstrip(".")
-    )
+    what = "as privacy.txt says"
+    if {"clip_norm", "shift"} <= privacy.keys():
+        t0 = f"t0 = {privacy['t0']}, " if "t0" in privacy else ""
+        what = f"{t0}clip norm {privacy['clip_norm']:g} around {privacy['shift']:g}"
     lines = [
         f"Privacy  each image is ({privacy['epsilon']:.4g}, {privacy['delta']:g})-locally "
         "differentially private, by exact accounting (analytic Gaussian);",

@@ -1,8 +1,8 @@
 """What travels between server and clients: named tensors of known types, and nothing else.
 
 `from fedpdm import wire` gives the messages; `wire.quantize` is for fewer bits per number,
-`wire.summands` for secure aggregation. It imports `privacy`, `storage` and `config`; `setup` and
-everything above may import it.
+`wire.summands` and `wire.totals` for secure aggregation. It imports `privacy`, `storage` and
+`config`; `setup` and everything above may import it.
 """
 
 from fedpdm.wire import messages, metrics

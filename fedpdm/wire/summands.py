@@ -1,5 +1,7 @@
 """Coarse updates as summands: what clients add up without showing it, and what the sum says.
 
+`fedpdm.wire.totals` does the same with class statistics.
+
 SecAgg+ (Bell et al. 2020), as Flower implements it, sums vectors of integers modulo 2^32. Client k
 with n_k images brings its update u_k = w_k - w_received, tensor by tensor in the order of their
 names, and then a vector of known numbers. Flower multiplies by r_k = n_k / `max_examples`, rounds
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -23,12 +26,14 @@ from fedpdm.wire.types import CoarseUpdate
 __all__ = [
     "MODULUS",
     "SumError",
+    "SumTerms",
     "largest_error",
     "levels",
     "mean_update",
     "summand_shapes",
     "summands",
     "threshold",
+    "update_terms",
 ]
 
 MODULUS = 2**32
@@ -37,6 +42,25 @@ NUM_CHECKS = 8
 
 class SumError(ValueError):
     """An update that cannot be part of a sum, or a sum that is none; one line."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SumTerms:
+    """What Flower's protocol is told: numbers within `clipping_range` become whole ones of
+    `target_range` steps; a client weighs its images over `max_weight`."""
+
+    clipping_range: float
+    target_range: int
+    max_weight: float
+
+
+def update_terms(section: AggregationConfig, num_clients: int) -> SumTerms:
+    """Of sums of coarse updates."""
+    return SumTerms(
+        clipping_range=section.secure_range,
+        target_range=levels(num_clients),
+        max_weight=float(section.max_examples or 0),
+    )
 
 
 def levels(num_clients: int) -> int:

@@ -308,8 +308,11 @@ def test_what_the_server_says_to_clients_is_checked_by_them(finished: Path, tmp_
             r"^sampling\.candidates: must be 1 without privacy\.release: statistics, .* got 4 with "
             "images$",
         ),
-        ({"aggregation": {"secure": True}}, r"^aggregation\.secure"),
-        ({"aggregation": {"method": "median"}}, r"^aggregation\.method: median"),
+        (
+            {"aggregation": {"secure": True}},
+            r"^aggregation\.max_examples: secure aggregation needs",
+        ),
+        ({"aggregation": {"secure": True, "max_examples": 99}}, r"^aggregation\.secure: needs 3"),
     ],
 )
 def test_settings_that_class_statistics_cannot_keep_are_refused(
@@ -317,6 +320,28 @@ def test_settings_that_class_statistics_cannot_keep_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=words):
         config_of(**sections)
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"method": "median"},
+        {"method": "trimmed_mean"},
+        {"method": "krum"},
+        {"method": "some.module:Mine"},
+        {"max_update_norm": 1.0},
+    ],
+)
+def test_means_that_do_not_apply_to_sums_are_refused_by_name(section: dict[str, Any]) -> None:
+    """Other methods are those of coarse updates, of which there are none."""
+    (name,) = section
+    words = (
+        rf"^aggregation\.{name}.*: does not apply with privacy\.release: statistics, whose sums "
+        "are added up; each is held against the most that its images can give$"
+    )
+    with pytest.raises(ConfigError, match=words):
+        config_of(aggregation=section)
+    assert config_of(aggregation={"method": "fedadam"}).has_statistics  # as with released images
 
 
 def test_the_hand_over_is_chosen_and_the_fine_model_is_not_told_the_class() -> None:

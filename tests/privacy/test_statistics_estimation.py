@@ -192,11 +192,18 @@ def test_nothing_above_the_edge_leaves_the_means() -> None:
     assert not third[0].directions.any()
 
 
-@pytest.mark.parametrize("case", ["one image", "one class", "equal images", "class of nobody"])
+@pytest.mark.parametrize(
+    "case",
+    ["one image", "one image in all", "one class", "equal images", "class of nobody", "p above N"],
+)
 def test_bad_input_gives_gaussians_that_can_be_used(case: str) -> None:
     given = draw(40, seed=10)
     if case == "one image":
         clients = [draw(1, seed=11), given]
+    elif case == "one image in all":
+        clients = [draw(1, seed=11)]
+    elif case == "p above N":  # 25 directions of 8 images
+        clients = [draw(5, seed=11), draw(3, seed=12)]
     elif case == "one class":
         clients = [draw(20, seed=11, labels=np.ones(20, dtype=np.int64)), given]
     elif case == "equal images":

@@ -79,9 +79,15 @@ def run_targets(opened: Synthesizer) -> dict[str, ModelTarget]:
     return found
 
 
-def reconstructor_of(name: str, opened: Synthesizer, role: str) -> Reconstructor:
-    """A model of a run as an attacker of uploads; `role` coarse or fine."""
-    target = run_targets(opened)[role].target
+def reconstructor_of(
+    name: str, opened: Synthesizer, role: str, *, t0: int | None = None
+) -> Reconstructor:
+    """A model of a run as an attacker of uploads; `role` coarse or fine. A fine model that does not
+    know the uploads' `t0` takes over from the coarse one, as its client samples."""
+    targets = run_targets(opened)
+    target = targets[role].target
+    if t0 is not None and target.t_range[1] < t0:
+        return Reconstructor(name=name, target=targets["combined"].target, answers_clipped=False)
     if role == "coarse":
         two_chains = opened.settings.chain == "noise_to_noise"
         return Reconstructor(name=name, target=target, noise_to_noise=two_chains)

@@ -21,13 +21,13 @@ from fedpdm.attacks.jobs.model_attacks import (
 from fedpdm.attacks.jobs.models import ModelTarget, run_targets
 from fedpdm.attacks.jobs.running import AttackJob
 from fedpdm.attacks.jobs.subjects import Subjects, open_subjects, read_records
+from fedpdm.attacks.jobs.sum_attacks import sum_jobs
 from fedpdm.attacks.jobs.unet import unet_subjects
-from fedpdm.attacks.jobs.uploads import pretrained_attacker, stored_release, upload_jobs
+from fedpdm.attacks.jobs.uploads import pretrained_attacker, release_jobs, stored_release
 from fedpdm.attacks.membership import ATTACKS, MIN_FITTED
 from fedpdm.config import ConfigError
 from fedpdm.data import ImageSet
 from fedpdm.data.loading import load_public, load_split
-from fedpdm.diffusion.gaussian import GaussianDenoiser
 from fedpdm.evaluation.scoring import build_extractor
 from fedpdm.evaluation.synthesis import Synthesizer, open_synthesizer
 from fedpdm.storage.run_directory import RunDirectory
@@ -120,6 +120,12 @@ def plan_run(
                 against.append((f"{name}, client {client}", target, subjects))
     for label, target, subjects in against:
         for attack in names:
+            if ATTACKS[attack].needs_gradients and not target.target.parameters:
+                say(
+                    f"{attack} on {label} is left out: it needs gradients, and class Gaussians are "
+                    "computed, not trained"
+                )
+                continue
             if ATTACKS[attack].fitted and len(subjects) < MIN_FITTED:
                 say(f"{attack} on {label} is left out: it needs {MIN_FITTED} members to fit on")
                 continue
@@ -154,15 +160,14 @@ def plan_run(
     if wanted and not config.kind.releases:
         say(f"{', '.join(wanted)} left out: this baseline releases no images")
         wanted = []
-    if wanted and any(isinstance(one.coarse, GaussianDenoiser) for one in opened.values()):
-        say(f"{', '.join(wanted)} left out: class statistics release no images")
-        wanted = []
+    if config.has_statistics and wanted and public is not None:
+        say("--public is left out: class statistics have no network for an attacker to train")
     if wanted and config.kind.has_shared_model:
         lengths = _public(run)
         for client, one in opened.items():
-            released = stored_release(run, one, releases)
+            released = None if config.has_statistics else stored_release(run, one, releases)
             late = None
-            if public is not None:
+            if public is not None and released is not None:
                 late = functools.partial(
                     pretrained_attacker, one, released, public, num_steps=public_steps, seed=seed
                 )
@@ -171,18 +176,16 @@ def plan_run(
                 for other in range(config.partition.num_clients)
                 if other != client
             }
-            jobs += upload_jobs(
-                one,
-                others,
-                released,
-                lengths,
-                wanted,
-                settings,
-                out,
-                seed,
-                num_uploads,
-                late=late,
-            )
+            if released is None:
+                jobs += sum_jobs(
+                    run, one, others, _strangers(images, one), lengths, wanted, settings, out,
+                    seed, num_uploads, releases=releases, say=say,
+                )  # fmt: skip
+            else:
+                jobs += release_jobs(
+                    one, others, released, lengths, wanted, settings, out, seed, num_uploads,
+                    late=late,
+                )  # fmt: skip
             if "collusion" in wanted and others:
                 colluders = {"coarse": first["coarse"]} | {
                     f"fine of client {other}": run_targets(each)["fine"]
@@ -268,6 +271,13 @@ def _public(run: RunDirectory) -> np.ndarray:
         return load_public(run.config(), count=1000).images
     except ConfigError:
         return load_split(run.config(), "test").images
+
+
+def _strangers(images: ImageSet, one: Synthesizer) -> ImageSet:
+    """Images of the split that the client does not hold, nor any of equal pixels."""
+    own = {bytes(row) for row in one.own.images.image_digests()}
+    every = images.image_digests()
+    return images.subset(np.flatnonzero([bytes(row) not in own for row in every]))
 
 
 def _digest_of(run: RunDirectory, clients: Sequence[int]) -> str:

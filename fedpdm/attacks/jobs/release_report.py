@@ -11,9 +11,16 @@ from scipy import special
 from fedpdm.attacks.auditing import AuditReport
 from fedpdm.attacks.linkage import LinkageResult, linkage_roc
 from fedpdm.attacks.roc import roc_points
+from fedpdm.attacks.sum_linkage import SumLinkage
 from fedpdm.reporting.pictures import draw_roc
 
-__all__ = ["audit_text", "draw_linkage", "linkage_text"]
+__all__ = [
+    "audit_text",
+    "draw_linkage",
+    "draw_sum_linkage",
+    "linkage_text",
+    "sum_linkage_text",
+]
 
 
 def linkage_text(facts: dict[str, Any]) -> str:
@@ -58,6 +65,52 @@ def draw_linkage(result: LinkageResult, path: Path, facts: dict[str, Any]) -> No
         title=f"Linkage of uploads, {facts['data']}, t0 = {facts['t0']}, "
         f"clip norm {facts['clip_norm']:g}",
         smallest=max(1e-4, 2.0 / facts["num_pairs"]),
+    )
+
+
+def sum_linkage_text(facts: dict[str, Any]) -> str:
+    """Of class statistics, together and round by round; `facts` as in `linkage.json`."""
+    low, high = facts["auc_low"], facts["auc_high"]
+    return "\n".join(
+        (
+            f"Linkage of class statistics, {facts['num_releases']:,} releases of each of two sets "
+            f"of {facts['num_images']:,} images of {facts['data']} that differ in one (seed "
+            f"{facts['seed']})",
+            f"{'':<34}{'measured':>10}{'analytic':>10}{'worst case':>12}",
+            f"{'AUC':<34}{facts['auc']:>10.4f}{facts['auc_analytic']:>10.4f}"
+            f"{facts['worst_auc']:>12.4f}",
+            f"{'TPR at ' + format(facts['fpr'], '.0%') + ' FPR':<34}{facts['tpr']:>10.4f}"
+            f"{facts['tpr_analytic']:>10.4f}{facts['worst_tpr']:>12.4f}",
+            *(
+                f"{'AUC of ' + stage + ' alone':<34}{measured:>10.4f}{analytic:>10.4f}"
+                for stage, _, measured, analytic in facts["rounds"]
+            ),
+            f"{facts['confidence']:.0%} interval of the AUC: {low:.4f} to {high:.4f}, the analytic "
+            f"value is {'inside' if facts['agrees'] else 'OUTSIDE'}",
+            f"the pair is {facts['reached_mu']:.4g} standard deviations apart; the worst case is "
+            f"mu = {facts['mu']:.4g}",
+            "This is what a server can do that knows all images but one, and that one's two "
+            "candidates.",
+        )
+    )
+
+
+def draw_sum_linkage(result: SumLinkage, path: Path, facts: dict[str, Any]) -> None:
+    """ROC curves on logarithmic axes: measured, by theory, worst case."""
+    fpr = np.geomspace(1e-6, 1.0, 400)[:-1]
+    by_mu = {
+        f"{name}, AUC {facts[key]:.3f}": (fpr, special.ndtr(special.ndtri(fpr) + facts[mu]))
+        for name, key, mu in (
+            ("analytic", "auc_analytic", "reached_mu"),
+            ("worst case", "worst_auc", "mu"),
+        )
+    }
+    measured = {f"measured, AUC {facts['auc']:.3f}": roc_points(result.positive, result.negative)}
+    draw_roc(
+        path,
+        measured | by_mu,
+        title=f"Linkage of class statistics, {facts['data']}",
+        smallest=max(1e-4, 1.0 / facts["num_releases"]),
     )
 
 

@@ -161,7 +161,13 @@ def _membership_lines(scored: Sequence[EndedAttack]) -> list[str]:
             "Linkage: the server knows two images and asks which of them an upload was made from. "
             "It needs no model, and chance on the coarse model says nothing about it.",
         ]
-    return [*lines, ""]
+    return [*lines, *_notes(scored), ""]
+
+
+def _notes(found: Sequence[EndedAttack]) -> list[str]:
+    """What results say of themselves, once each."""
+    said = dict.fromkeys(str(each.result["note"]) for each in found if "note" in each.result)
+    return [line for note in said for line in ("", note)]
 
 
 def _upload_lines(found: Sequence[EndedAttack], words: str) -> list[str]:
@@ -196,4 +202,4 @@ def _upload_lines(found: Sequence[EndedAttack], words: str) -> list[str]:
                 f"{row['recovery_blind']:.3f} | {ssim} | {100 * named['rate']:.1f}% "
                 f"(chance {100 * named['chance']:.1f}%) |"
             )
-    return [*lines, ""]
+    return [*lines, *_notes(found), ""]

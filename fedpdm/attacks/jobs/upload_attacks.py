@@ -36,11 +36,13 @@ def reconstruction_job(
     picture: Path,
     settings: Mapping[str, Any],
     seed: int,
+    note: str = "",
     late: Callable[[], Reconstructor] | None = None,
 ) -> AttackJob:
     """Reconstruct `originals` uint8 from their uploads. `public` gives the length of images.
 
-    `late` adds an attacker when the attack runs: one that must be trained first.
+    `note` says in the report what the uploads are. `late` adds an attacker when the attack runs:
+    one that must be trained first.
     """
 
     def attack_once(count: Count) -> dict[str, Any]:
@@ -78,6 +80,7 @@ def reconstruction_job(
             "unclip": unclip,
             "t0": found.t0,
             "picture": picture.name,
+            **({"note": note} if note else {}),
         }
 
     chosen = {"work": name, "seed": seed, "images": len(originals), **settings}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from fedpdm.attacks.collusion import PooledDenoiser
 from fedpdm.attacks.denoising import Reconstructor
 from fedpdm.attacks.jobs.model_attacks import seed_of
-from fedpdm.attacks.jobs.models import reconstructor_of, run_targets
+from fedpdm.attacks.jobs.models import reconstructor_of
 from fedpdm.attacks.jobs.running import AttackJob
 from fedpdm.attacks.jobs.upload_attacks import linkage_job, reconstruction_job
 from fedpdm.attacks.membership import AttackTarget
@@ -28,10 +28,23 @@ from fedpdm.setup.build import build_optimizer_settings
 from fedpdm.setup.run_setup import set_up
 from fedpdm.storage.run_directory import RunDirectory
 
-__all__ = ["pretrained_attacker", "stored_release", "upload_jobs"]
+__all__ = ["Uploads", "pretrained_attacker", "release_jobs", "stored_release", "upload_jobs"]
 
 
-def upload_jobs(
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Uploads:
+    """What is reconstructed from: uploads of these `originals` uint8, in their order.
+
+    `what` they are called, and a `note` on them for the report.
+    """
+
+    released: ReleasedDataset
+    originals: np.ndarray
+    what: str = "uploads"
+    note: str = ""
+
+
+def release_jobs(
     one: Synthesizer,
     others: Mapping[int, Synthesizer],
     released: ReleasedDataset,
@@ -44,7 +57,7 @@ def upload_jobs(
     *,
     late: functools.partial[Reconstructor] | None,
 ) -> list[AttackJob]:
-    """Linkage, reconstruction, collusion and publishing cost on one client's uploads."""
+    """Linkage, reconstruction, collusion and publishing cost on one client's released images."""
     own, client = one.own, one.own.client_id
     jobs: list[AttackJob] = []
     if "linkage" in wanted and len(own.images) >= 2:
@@ -52,7 +65,27 @@ def upload_jobs(
         jobs.append(linkage_job(own.images, released, label=label, settings=settings, seed=seed))
     rng = np.random.default_rng(seed_of(seed, f"uploads of client {client}"))
     rows = np.sort(rng.permutation(own.train)[:num_uploads])
-    chosen, originals = select(released, torch.from_numpy(rows)), own.images.images[rows]
+    uploads = Uploads(
+        released=select(released, torch.from_numpy(rows)), originals=own.images.images[rows]
+    )
+    return jobs + upload_jobs(one, others, uploads, public, wanted, settings, out, seed, late=late)
+
+
+def upload_jobs(
+    one: Synthesizer,
+    others: Mapping[int, Synthesizer],
+    uploads: Uploads,
+    public: np.ndarray,
+    wanted: Sequence[str],
+    settings: Mapping[str, Any],
+    out: Path,
+    seed: int,
+    *,
+    late: functools.partial[Reconstructor] | None,
+) -> list[AttackJob]:
+    """Reconstruction, collusion and publishing cost on one client's uploads."""
+    jobs: list[AttackJob] = []
+    client, chosen = one.own.client_id, uploads.released
     coarse = reconstructor_of("global", one, "coarse")
 
     def add(
@@ -65,20 +98,19 @@ def upload_jobs(
     ) -> None:
         jobs.append(
             reconstruction_job(
-                chosen, originals, public, attackers, name=name, group=group,
-                target=f"client {client}", picture=out / file, settings={**settings, **extra},
-                seed=seed, late=late,
+                chosen, uploads.originals, public, attackers, name=name, group=group,
+                note=uploads.note, target=f"client {client}", picture=out / file,
+                settings={**settings, **extra}, seed=seed, late=late,
             )
         )  # fmt: skip
 
+    t0 = chosen.parameters.t0
     known = [
-        reconstructor_of(f"client {other}", each, "fine")
-        for other, each in others.items()
-        if run_targets(each)["fine"].target.t_range[1] >= chosen.parameters.t0
+        reconstructor_of(f"client {other}", each, "fine", t0=t0) for other, each in others.items()
     ]
     if "reconstruction" in wanted:
         add(
-            f"reconstruction of uploads of client {client}",
+            f"reconstruction of {uploads.what} of client {client}",
             "reconstruction",
             [coarse, *known[:1]],
             f"reconstruction-client{client}.png",
@@ -91,22 +123,22 @@ def upload_jobs(
             target = AttackTarget(
                 denoiser=PooledDenoiser(pool, generator=torch.Generator().manual_seed(seed)),
                 schedule=coarse.target.schedule,
-                t_range=(1, chosen.parameters.t0),
+                t_range=(1, t0),
                 device=one.device,
             )
             together = Reconstructor(
                 name="all together", target=target, answers_clipped=pool[0].answers_clipped
             )
             add(
-                f"collusion, reconstruction of uploads of client {client}",
+                f"collusion, reconstruction of {uploads.what} of client {client}",
                 "collusion",
                 [coarse, *known, together],
                 f"collusion-client{client}.png",
             )
         add(
-            f"publishing, reconstruction of uploads of client {client}",
+            f"publishing, reconstruction of {uploads.what} of client {client}",
             "publishing",
-            [coarse, reconstructor_of("own fine model", one, "fine")],
+            [coarse, reconstructor_of("own fine model", one, "fine", t0=t0)],
             f"publishing-client{client}.png",
         )
     return jobs

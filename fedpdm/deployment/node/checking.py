@@ -224,17 +224,19 @@ class _Checking:
         plan = self._setup.plan
         if plan is None:
             return "nothing is released"
+        images = self._given(self.report.images)
         total = check_spending(
-            policy,
-            config,
-            plan,
-            self._given(self.report.store),
-            self._given(self.report.images),
-            client_id=self._client,
+            policy, config, plan, self._given(self.report.store), images, client_id=self._client
         )
+        channels, height, width = images.images.shape[1:]
+        size = sum(
+            plan.mechanism.num_bytes(each, len(images), (channels, height, width))
+            for each in plan.rounds
+        )
+        sent = f", {size / 1e6:.1f} MB sent" if config.coarse.training == "server" else ""
         return (
-            f"{plan.mechanism.describe(plan.rounds[0])}, epsilon {total:.4g} in all at delta "
-            f"{policy.delta:g}: within bounds{self._warning(policy.delta)}"
+            f"{'; '.join(map(plan.mechanism.describe, plan.rounds))}{sent}, epsilon {total:.4g} in "
+            f"all at delta {policy.delta:g}: within bounds{self._warning(policy.delta)}"
         )
 
     def statement(self) -> str:

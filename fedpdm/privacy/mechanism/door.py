@@ -17,6 +17,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import difflib
+import math
 import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -45,6 +46,7 @@ __all__ = [
 P = TypeVar("P", bound=Parameters)
 Layout = Mapping[str, tuple[str, tuple[int, ...]]]  # name -> safetensors type (F32, ...) and shape
 
+_BYTES = {"U8": 1, "F32": 4, "I64": 8}  # of a value
 GROUP = "fedpdm.mechanisms"
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 # What records hold besides a mechanism's own fields.
@@ -111,6 +113,11 @@ class ReleaseMechanism(abc.ABC, Generic[P]):
     @abc.abstractmethod
     def layout(self, parameters: P, count: int, image_shape: tuple[int, int, int]) -> Layout:
         """The tensors of a release of `count` images, in the order in which `make` gives them."""
+
+    def num_bytes(self, parameters: P, count: int, image_shape: tuple[int, int, int]) -> int:
+        """Of the values of a release of `count` images."""
+        layout = self.layout(parameters, count, image_shape)
+        return sum(_BYTES[kind] * math.prod(shape) for kind, shape in layout.values())
 
     @abc.abstractmethod
     def make(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from fedpdm.privacy.mechanism.door import (
 )
 from fedpdm.privacy.mechanism.gaussian import noised_chunks
 from fedpdm.privacy.noise import NoiseSource
-from fedpdm.privacy.types import GaussianEvent, PrivacyEvent, ReleasedDataset, ReleaseParameters
+from fedpdm.privacy.types import GaussianEvent, ReleasedDataset, ReleaseParameters
 
 __all__ = ["ImageMechanism", "prepared"]
 
@@ -110,14 +110,7 @@ class ImageMechanism(ReleaseMechanism[ReleaseParameters]):
         return {"x_tilde": x_tilde, "labels": torch.from_numpy(labels.copy())}
 
     def restore(
-        self,
-        tensors: Mapping[str, torch.Tensor],
-        *,
-        parameters: ReleaseParameters,
-        event: PrivacyEvent,
-        noise_source: str,
-        seeded: bool,
-        check_values: bool,
+        self, tensors: Mapping[str, torch.Tensor], *, check_values: bool, **made: Any
     ) -> ReleasedDataset:
         x_tilde, labels = tensors["x_tilde"], tensors["labels"]
         images_fit = x_tilde.ndim == 4 and x_tilde.dtype == torch.float32
@@ -130,14 +123,7 @@ class ImageMechanism(ReleaseMechanism[ReleaseParameters]):
             bool(torch.isfinite(part).all()) for part in x_tilde.flatten().split(1 << 20)
         ):
             raise ValueError("release: values that are not finite")
-        return ReleasedDataset(
-            x_tilde=x_tilde,
-            labels=labels,
-            parameters=parameters,
-            event=event,
-            noise_source=noise_source,
-            seeded=seeded,
-        )
+        return ReleasedDataset(x_tilde=x_tilde, labels=labels, **made)
 
     def describe(self, parameters: ReleaseParameters) -> str:
         return (

@@ -30,7 +30,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -60,7 +60,7 @@ from fedpdm.privacy.mechanism.whole import (
     whole_vectors,
 )
 from fedpdm.privacy.noise import GRID, NoiseSource
-from fedpdm.privacy.types import GaussianEvent, PrivacyEvent
+from fedpdm.privacy.types import GaussianEvent
 
 __all__ = ["ClassStatistics"]
 
@@ -220,28 +220,15 @@ class ClassStatistics(ReleaseMechanism[StatisticsParameters]):
         return {name: torch.stack([part.tensors[name] for part in stored]) for name in self.names}
 
     def restore(
-        self,
-        tensors: Mapping[str, torch.Tensor],
-        *,
-        parameters: StatisticsParameters,
-        event: PrivacyEvent,
-        noise_source: str,
-        seeded: bool,
-        check_values: bool,
+        self, tensors: Mapping[str, torch.Tensor], *, check_values: bool, **made: Any
     ) -> ReleasedStatistics:
-        counts, sums, directions = (tensors[name] for name in self.names)
-        check_shapes(counts, sums, directions, parameters)
+        own = {name: tensors[name] for name in self.names}
+        # Of a total; a client's message has no such name.
+        released = ReleasedStatistics(**own, totalled=tensors.get("totalled"), **made)
+        check_shapes(released)
         if check_values:
-            check_sums(counts, sums, directions, parameters)
-        return ReleasedStatistics(
-            counts=counts,
-            sums=sums,
-            directions=directions,
-            parameters=parameters,
-            event=event,
-            noise_source=noise_source,
-            seeded=seeded,
-        )
+            check_sums(released)
+        return released
 
     def describe(self, parameters: StatisticsParameters) -> str:
         return (
@@ -256,7 +243,7 @@ class ClassStatistics(ReleaseMechanism[StatisticsParameters]):
                 "No image is sent by itself. Sent is how many images of each class there are, and "
                 "for each class the sum of its images, each shortened to a length of at most "
                 f"{parameters.clip_norm:g} and all together covered once with {noise} (pixels run "
-                "from -1 to 1)."
+                "from -1 to 1). An image is hidden among all possible ones of its class."
             )
         where = (
             "Then one table is sent for all images together:"

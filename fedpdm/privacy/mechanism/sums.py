@@ -64,6 +64,11 @@ class StatisticsParameters(Parameters):
             return 2.0 * math.sqrt(self.limit)
         return math.sqrt(2.0) * self.limit
 
+    @property
+    def largest(self) -> int:
+        """In whole steps: the most that an image adds to a number of a sum, in magnitude."""
+        return math.isqrt(self.limit) if self.stage == "means" else self.limit
+
     def size(self, image_dimensions: int) -> int:
         """Numbers in each sum, of images with so many pixels times channels."""
         p = min(self.dimensions, image_dimensions)
@@ -79,24 +84,34 @@ class ReleasedStatistics(Release):
     `counts` is int64 (R, K), images of each class in a sum. `sums` is int64 (R, K, p) for means,
     (R, 1, packed p x p) for pooled, (R, K, packed q x q) for classes. `directions` is float32
     (R, q, p), the W that sums were made with, q = 0 but for classes.
+
+    The total of several clients' sums is one as well, with R = 1 and `totalled`, int64 (R, rows):
+    how many noised sums are in each. Of a client it is None.
     """
 
     parameters: StatisticsParameters
     counts: torch.Tensor
     sums: torch.Tensor
     directions: torch.Tensor
+    totalled: torch.Tensor | None = None
+
+    @property
+    def noisy(self) -> torch.Tensor:
+        """How many times each sum was noised, int64 (R, rows): a sum of no images was not."""
+        if self.totalled is not None:
+            return self.totalled
+        images = self.counts.sum(dim=1, keepdim=True)
+        return ((images if self.parameters.stage == "pooled" else self.counts) > 0).long()
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        return {"counts": self.counts, "sums": self.sums, "directions": self.directions}
+        own = {"counts": self.counts, "sums": self.sums, "directions": self.directions}
+        return own if self.totalled is None else {**own, "totalled": self.totalled}
 
 
-def check_shapes(
-    counts: torch.Tensor,
-    sums: torch.Tensor,
-    directions: torch.Tensor,
-    parameters: StatisticsParameters,
-) -> None:
+def check_shapes(released: ReleasedStatistics) -> None:
     """`ValueError` for types and shapes that no sums with these parameters have."""
+    parameters, totalled = released.parameters, released.totalled
+    counts, sums, directions = released.counts, released.sums, released.directions
     rows = 1 if parameters.stage == "pooled" else parameters.num_classes
     parts = counts.shape[0] if counts.ndim else 0
     p = directions.shape[-1] if directions.ndim else 0
@@ -115,27 +130,25 @@ def check_shapes(
             f"{tuple(counts.shape)}, {sums.dtype} {tuple(sums.shape)} and {directions.dtype} "
             f"{tuple(directions.shape)}"
         )
+    if totalled is not None and (totalled.dtype, totalled.shape) != (torch.int64, (parts, rows)):
+        raise ValueError(f"{parameters.stage}: totalled must be int64 ({parts}, {rows})")
 
 
-def check_sums(
-    counts: torch.Tensor,
-    sums: torch.Tensor,
-    directions: torch.Tensor,
-    parameters: StatisticsParameters,
-) -> None:
+def check_sums(released: ReleasedStatistics) -> None:
     """`ValueError` for numbers that no images and no noise can give."""
+    counts, directions, stage = released.counts, released.directions, released.parameters.stage
     if int(counts.min()) < 0 or int(counts.max()) > MOST_IMAGES:
-        raise ValueError(f"{parameters.stage}: counts must be in [0, {MOST_IMAGES}]")
+        raise ValueError(f"{stage}: counts must be in [0, {MOST_IMAGES}]")
     if not bool((directions.abs() <= 1.01).all()):  # NaN is not; bfloat16 rounds a little up
-        raise ValueError(f"{parameters.stage}: directions must be in [-1, 1]")
-    images = counts.sum(dim=1, keepdim=True) if parameters.stage == "pooled" else counts
-    one = parameters.limit if parameters.stage != "means" else math.isqrt(parameters.limit)
-    most = torch.where(images > 0, images.double() * one + LARGEST, 0.0)
-    largest = sums.double().abs().amax(dim=2)
+        raise ValueError(f"{stage}: directions must be in [-1, 1]")
+    images = counts.sum(dim=1, keepdim=True) if stage == "pooled" else counts
+    noise = released.noisy.double() * LARGEST
+    most = torch.where(images > 0, images.double() * released.parameters.largest + noise, 0.0)
+    largest = released.sums.double().abs().amax(dim=2)
     over = largest > most
     if bool(over.any()):
         part, row = (int(at) for at in over.nonzero()[0])
         raise ValueError(
-            f"{parameters.stage}: a sum of {int(images[part, row])} images must be within "
+            f"{stage}: a sum of {int(images[part, row])} images must be within "
             f"{float(most[part, row]):.6g} steps, got {float(largest[part, row]):.6g}"
         )

@@ -53,9 +53,12 @@ def attack_groups(attacks: Mapping[str, Any]) -> list[AttackGroup]:
                     if attack.get("rows")
                 ],
                 lines=[
-                    f"{attack.get('name', name)}: {attack['headline']}"
-                    for attack in rest
-                    if "headline" in attack
+                    *(
+                        f"{attack.get('name', name)}: {attack['headline']}"
+                        for attack in rest
+                        if "headline" in attack
+                    ),
+                    *dict.fromkeys(str(attack["note"]) for attack in found if "note" in attack),
                 ],
             )
         )

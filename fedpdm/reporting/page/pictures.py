@@ -60,12 +60,14 @@ class Frame:
 
 @dataclass(frozen=True, kw_only=True)
 class Film:
-    """From noise to image. `handover` is the index of the first frame of the fine model, or -1."""
+    """From noise to image. `handover` is the index of the first frame of the fine model, or -1;
+    `level` says at which noise level that is."""
 
     what: str
     labels: Sequence[str]
     frames: Sequence[Frame]
     handover: int
+    level: str
 
 
 def data_uri(pixels: np.ndarray) -> str:
@@ -155,7 +157,13 @@ def draw_film(facts: RunFacts, *, client: int, seed: int, say: Callable[[str], N
     later = {"fine", "both", "image"} if "both" not in stages else {"fine", "image"}
     first = next((k for k, stage in enumerate(stages) if stage in later), -1)
     has_both = pair.coarse is not None and pair.fine is not None and first > 0
-    return Film(what=what, labels=words, frames=frames, handover=first if has_both else -1)
+    return Film(
+        what=what,
+        labels=words,
+        frames=frames,
+        handover=first if has_both else -1,
+        level=f"{'t' if config.has_statistics else 't0'} = {pair.settings.t0}",
+    )
 
 
 def _film_labels(num_classes: int) -> np.ndarray:

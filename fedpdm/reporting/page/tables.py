@@ -75,6 +75,9 @@ def _shared_words(facts: RunFacts) -> str:
     coarse = facts.config.coarse
     if coarse.training == "none":
         return "none: every client alone"
+    if facts.config.has_statistics:
+        seen = "their total" if facts.config.aggregation.secure else "each client's"
+        return f"class Gaussians, computed by the server from noised sums ({seen})"
     return f"{coarse.training}, on {coarse.images.replace('_', '-')} images"
 
 
