@@ -28,7 +28,7 @@ from fedpdm.attacks.membership import ATTACKS, MIN_FITTED
 from fedpdm.config import ConfigError
 from fedpdm.data import ImageSet
 from fedpdm.data.loading import load_public, load_split
-from fedpdm.evaluation.assessment import build_extractor
+from fedpdm.evaluation.scoring import build_extractor
 from fedpdm.evaluation.synthesis import Synthesizer, open_synthesizer
 from fedpdm.storage.run_directory import RunDirectory
 
