@@ -65,9 +65,10 @@ def secure_mod(message: Message, context: Context, call_next: ClientAppCallable)
 
 def sends_nothing(message: Message, config: RunConfig) -> bool:
     """Whether a plain request is for fine training alone, after the rounds of class statistics."""
-    asked = message.content.config_records.get("fitins.config", {})
-    plain = RECORD_KEY_CONFIGS not in message.content.config_records
-    return plain and config.has_statistics and asked.get("phase") == Phase.FINE
+    records = message.content.config_records
+    if RECORD_KEY_CONFIGS in records or "fitins.config" not in records:
+        return False
+    return config.has_statistics and records["fitins.config"].get("phase") == Phase.FINE
 
 
 def _empty(answer: Message, *, who: str) -> Message:

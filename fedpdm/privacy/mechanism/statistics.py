@@ -222,9 +222,9 @@ class ClassStatistics(ReleaseMechanism[StatisticsParameters]):
     def restore(
         self, tensors: Mapping[str, torch.Tensor], *, check_values: bool, **made: Any
     ) -> ReleasedStatistics:
-        own = {name: tensors[name] for name in self.names}
+        made |= {name: tensors[name] for name in self.names}
         # Of a total; a client's message has no such name.
-        released = ReleasedStatistics(**own, totalled=tensors.get("totalled"), **made)
+        released = ReleasedStatistics(**made, totalled=tensors.get("totalled"))
         check_shapes(released)
         if check_values:
             check_sums(released)
