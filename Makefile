@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PROFILE ?= smoke
 JOBS ?= 2
-WORKERS ?= $(shell getconf _NPROCESSORS_ONLN)
+# One more than cores: tests of processes wait for them.
+WORKERS ?= $(shell echo $$(( $$(getconf _NPROCESSORS_ONLN) + 1 )))
 SIDE_BY_SIDE = -n $(WORKERS) --maxprocesses 8
 EXPERIMENT = --profile $(PROFILE) --jobs $(JOBS) $(foreach each,$(METHODS),--method $(each)) $(if $(filter smoke,$(PROFILE)),--results runs/smoke-results)
 NOW := $(shell date +%Y%m%d-%H%M%S)
@@ -21,7 +22,7 @@ help: ## this list
 		awk -F'\t' '{ printf "  make %-26s %s\n", $$1, $$2 }'
 	@echo "  variables: FEDPDM_DATA=DIR (torchvision layout), PROFILE=smoke (or cpu, converged, paper), JOBS=2,"
 	@echo "  METHODS='alone ours' (default: all),"
-	@echo "  WORKERS=2 (default: one for each core), PYTHON=python3, DEMO='--set run.rounds=2' for a shorter one"
+	@echo "  WORKERS=2 (default: cores and one), PYTHON=python3, DEMO='--set run.rounds=2' for a shorter one"
 
 install: $(STAMP) ## create .venv and install (Python 3.11 or newer)
 
