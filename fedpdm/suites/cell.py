@@ -19,6 +19,7 @@ import numpy as np
 
 from fedpdm.config import RunConfig, config_from_mapping, config_to_json
 from fedpdm.evaluation.assessment import assess_run
+from fedpdm.privacy.statement import baseline_statement
 from fedpdm.reporting.provenance import describe_machine
 from fedpdm.setup.pair import shared_weights
 from fedpdm.storage.files import StoreError, read_json, write_atomic, write_json
@@ -27,6 +28,8 @@ from fedpdm.suites.shared_own import score_with_own_models, shared_config
 from fedpdm.text import line
 
 __all__ = ["Cell", "finished", "public_config", "run_cell"]
+
+PROMISED = ("guarantee", "epsilon", "delta")  # of a run's privacy statement
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,17 +147,19 @@ def _whole_run(cell: Cell) -> Scored:
 
 def _with_own_models(cell: Cell) -> Scored:
     """The shared model's run, if there is one, and the own models that all methods share."""
-    cost: dict[str, Any] = {
-        "privacy": {"guarantee": "none", "epsilon": None, "delta": None},
-        "megabytes_per_client": 0.0,
-        "seconds": {"training": 0.0},
-    }
     weights = None
-    if cell.above == "model" and cell.config.kind.has_shared_model:
+    cost: dict[str, Any] = {"megabytes_per_client": 0.0, "seconds": {"training": 0.0}}
+    if cell.above == "others":
+        guarantee = "none: real images of others are used"
+        cost["privacy"] = {"guarantee": guarantee, "epsilon": None, "delta": None}
+    elif cell.config.kind.has_shared_model:
         run = RunDirectory(cell.run_directory)
         if not (run.root / "privacy.json").exists():
             _train(shared_config(cell.config), run, engine=cell.engine)
         weights, cost = shared_weights(run), _cost(run)
+    else:
+        promised = baseline_statement(cell.config)
+        cost["privacy"] = {key: promised[key] for key in PROMISED}
     scores, pictures = score_with_own_models(
         cell.config, weights=weights, clients=cell.scored, kept=cell.runs / "own-models",
         early=cell.stop == "early", others=cell.above == "others",
@@ -168,7 +173,7 @@ def _cost(run: RunDirectory) -> dict[str, Any]:
     privacy, history = run.read_json("privacy.json"), run.read_json("metrics.json")
     up, down = (sum(r[k] for r in history["rounds"]) for k in ("bytes_up", "bytes_down"))
     return {
-        "privacy": {key: privacy[key] for key in ("guarantee", "epsilon", "delta")},
+        "privacy": {key: privacy[key] for key in PROMISED},
         "megabytes_per_client": (up + down) / 1e6 / run.config().partition.num_clients,
         "seconds": {"training": sum(r["seconds"] for r in history["rounds"])},
     }
