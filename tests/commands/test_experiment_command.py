@@ -311,7 +311,7 @@ REFUSED = {
     "seeds": (("--seeds", "0,one"), r"--seeds: must be whole numbers with commas, got '0,one'"),
     "no seeds": (("--seeds", ""), r"--seeds: must be whole numbers with commas, got ''"),
     "seed below 0": (("--seeds=-1,0",), r"--seeds: must be at least 0, got -1"),
-    "method": (("--method", "hours"), r"method: must be one of alone, .*, got 'hours'"),
+    "method": (("--method", "hours"), r"method: must be one of alone-augmented, .*, got 'hours'"),
     "profile": (("--profile", "cpu"), r"profile: small has smoke, got 'cpu'"),
     "profile of a table": (
         ("--profile", "cpu", "--table"),
