@@ -91,6 +91,8 @@ RULES: tuple[Rule, ...] = (
     Here(r"tensorboard --logdir", ("--inspect",)),
     Here(r"fedpdm evaluate ", ("--num", "40", "--handover", "0,642")),
     # Attacks. Images that must be fetched are replaced by those that come with scikit-learn.
+    Here(r"fedpdm attack linkage --release statistics",
+         ("--data", "digits", "--repeats", "10", *FIXED)),
     Here(r"fedpdm attack linkage", ("--data", "digits", "--pairs", "50", *FIXED)),
     Here(r"fedpdm attack audit", ("--canaries", "100", "--data", "digits", *FIXED)),
     Here(r"fedpdm attack controls", ("--images", "20", "--steps", "5", "--samples", "40",
