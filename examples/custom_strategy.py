@@ -2,8 +2,8 @@
 
     python examples/custom_strategy.py [FOLDER]
 
-In a config, beside this file: `aggregation.method: custom_strategy:ClientsAlike`. FedAvg weighs
-clients by their images. Here each weighs the same; the server goes part of the way to their mean.
+In a config, beside this file: `aggregation.method: custom_strategy:ClientsAlike`. Each client
+weighs the same, not by its images; the server goes part of the way to their mean.
 """
 
 import sys
@@ -30,9 +30,9 @@ class ClientsAlike(CoarseStrategy):
 
 
 if __name__ == "__main__":
-    few = {"preset": "micro", "steps_per_round": 10}
+    few, quick = {"preset": "micro", "steps_per_round": 10}, {"image_metrics": False}
     config = fedpdm.configure(
-        run={"rounds": 3}, data={"max_images": 240}, coarse=few, fine=few,
+        run={"rounds": 3}, data={"max_images": 240}, coarse=few, fine=few, evaluation=quick,
         partition={"kind": "dirichlet", "num_clients": 3, "alpha": 1.0},
     )  # fmt: skip
     run = fedpdm.run(config, (sys.argv[1:] or ["custom-strategy"])[0], strategy=ClientsAlike)

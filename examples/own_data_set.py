@@ -33,6 +33,7 @@ if __name__ == "__main__":
     config = fedpdm.configure(
         run={"rounds": 1}, data={"name": "own_data_set:shapes"}, coarse=few, fine=few,
         partition={"kind": "iid", "num_clients": 2}, privacy={"clip_norm": 6},
+        sampling={"num_steps": 5, "per_class": 2}, evaluation={"image_metrics": False},
     )  # fmt: skip
     run = fedpdm.run(config, (sys.argv[1:] or ["own-data-set"])[0])
     print(f"held-out loss {run.read_json('metrics.json')['final']['heldout_coarse_loss']:.3f}")

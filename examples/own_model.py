@@ -34,7 +34,7 @@ clamped = CoarseObjective(loss=robust, chain="truncated")
 if __name__ == "__main__":
     coarse = {"preset": "own_model:slim", "objective": "own_model:clamped", "steps_per_round": 5}
     fine = {"preset": "own_model:slim", "weighting": "own_model:gentle", "steps_per_round": 5}
-    split = {"kind": "iid", "num_clients": 2}
-    config = fedpdm.configure(run={"rounds": 1}, partition=split, coarse=coarse, fine=fine)
+    few = {"run": {"rounds": 1}, "partition": {"kind": "iid", "num_clients": 2}}
+    config = fedpdm.configure(coarse=coarse, fine=fine, evaluation={"image_metrics": False}, **few)
     run = fedpdm.run(config, (sys.argv[1:] or ["own-model"])[0])
     print(f"held-out loss {run.read_json('metrics.json')['final']['heldout_coarse_loss']:.3f}")

@@ -21,6 +21,7 @@ from fedpdm.engines.run_checks import check_models
 from fedpdm.evaluation import choosing
 from fedpdm.evaluation.synthesis import open_synthesizer
 from fedpdm.evaluation.trajectory import record_states
+from fedpdm.privacy.mechanism import door
 from fedpdm.publishing.export import export_pipeline, load_pipeline
 from fedpdm.reporting.page.html import render_report
 from fedpdm.reporting.page.reading import read_run
@@ -265,7 +266,10 @@ def test_the_way_from_the_draw_to_the_image_is_that_of_the_sampler(finished: Pat
     np.testing.assert_array_equal(states[-1].noisy, shared.sample(labels, seed=9))
 
 
-def test_candidates_of_a_custom_mechanism_are_refused_unless_it_sends_statistics() -> None:
+def test_candidates_of_a_custom_mechanism_are_refused_unless_it_sends_statistics(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(door, "_registered", dict(door._registered))  # forgotten afterwards
     config = small_config(
         privacy={"release": "tests.support.own_mechanisms:Half", "clip_norm": 6.0},
         sampling={"candidates": 3},

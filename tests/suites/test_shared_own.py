@@ -30,6 +30,8 @@ def suite_in(folder: Path) -> Suite:
     small["common"]["fine"]["clipped_fraction"] = 0.0
     small["common"]["evaluation"]["classifier_steps"] = 5
     small["table"] = [*TABLE, "feddm"]
+    fixed = {"handover": 150, "fine_labels": False, "candidates": 1}  # a choice takes its time
+    small["methods"] = {"statistics": {"sampling": fixed}}
     small["profiles"] = {
         "shared": {"rounds": 3, "steps": 36, "shared_steps": 6, "first_seed": 4, "table": [*TABLE]},
         "plain": {"rounds": 3, "steps": 36},
