@@ -242,7 +242,10 @@ class EvaluationConfig:
     )
     num_public: int = key(10_000, "images that no client holds, to train that network", low=20)
     classifier_steps: int = key(
-        3000, "experiments: steps of a client's own classifier, with and without samples", low=1
+        3000,
+        "steps of the classifiers that show what samples are worth; of the one that is trained on "
+        "samples alone at most 500",
+        low=1,
     )
 
 

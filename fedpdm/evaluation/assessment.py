@@ -19,7 +19,7 @@ from fedpdm.data.client_images import client_images
 from fedpdm.data.loading import build_partitions, load_split
 from fedpdm.diffusion.schedule import q_sample
 from fedpdm.diffusion.twostage import refine
-from fedpdm.evaluation.downstream import classifier_scores
+from fedpdm.evaluation.downstream import NUM_STEPS, classifier_scores
 from fedpdm.evaluation.judging import check_counts, reference_rows
 from fedpdm.evaluation.measures import group_labels
 from fedpdm.evaluation.scoring import Say, Scorer, build_extractor, real_images_of_others
@@ -141,6 +141,7 @@ def assess(
         downstream = classifier_scores(
             np.concatenate(drawn), np.concatenate(wanted), scorer.test.images, scorer.test.labels,
             num_classes=scorer.train.num_classes, seed=seed,
+            num_steps=min(NUM_STEPS, scorer.config.evaluation.classifier_steps),
         )  # fmt: skip
         record["downstream"] = downstream.named("synthetic")
         results.append(record)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from fedpdm.evaluation.features import fit_classifier, predict
 from fedpdm.rng import Purpose, seed_sequence
 
-__all__ = ["DownstreamScores", "classifier_scores"]
+__all__ = ["NUM_STEPS", "DownstreamScores", "classifier_scores"]
 
 NUM_STEPS: Final = 500
 

@@ -46,6 +46,7 @@ SUITE: dict[str, Any] = {
             "features": "pixels",
             "num_images": 40,
             "num_reference": 355,
+            "classifier_steps": 20,
         },
     },
     "profiles": {"smoke": {"rounds": 3, "steps": 36}},

@@ -31,7 +31,12 @@ CONFIG = small_config(
     partition={"num_clients": 2},
     coarse={"steps_per_round": 1},
     fine={"steps_per_round": 1},
-    evaluation={"image_metrics": False, "num_images": NUM, "num_reference": 355},
+    evaluation={
+        "image_metrics": False,
+        "num_images": NUM,
+        "num_reference": 355,
+        "classifier_steps": 60,
+    },
 )
 
 
