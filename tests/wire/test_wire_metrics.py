@@ -47,3 +47,15 @@ def test_metrics_pass_by_name_and_type() -> None:
 def test_other_metrics_are_refused(metrics: dict[str, Any], allow_raw: bool, reason: str) -> None:
     with pytest.raises(WireError, match=re.escape(reason)):
         wire.check_metrics(metrics, allow_raw=allow_raw, who="client 3")
+
+
+def test_a_deployed_clients_times_are_whole_seconds() -> None:
+    """A fraction could carry anything in its digits."""
+    good = {"seconds": 3, "coarse_seconds": 0}
+    assert wire.check_metrics(good, allow_raw=False, who="client 3", whole_seconds=True) == good
+    for bad in (3.0, 2.5, True, -1, 10**9, "3"):
+        with pytest.raises(WireError, match=r"^metric seconds of client 3 must be whole seconds"):
+            wire.check_metrics(
+                {"seconds": bad}, allow_raw=False, who="client 3", whole_seconds=True
+            )
+    assert wire.check_metrics({"seconds": 2.5}, allow_raw=False, who="client 3")["seconds"] == 2.5
