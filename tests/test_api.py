@@ -26,7 +26,7 @@ from fedpdm.storage.files import StoreError
 
 def settings(**sections: Any) -> RunConfig:
     """Digits for two clients, networks of no quality."""
-    small = {"preset": "micro", "batch_size": 8, "steps_per_round": 2, "warmup_steps": 1}
+    small = {"preset": "nano", "batch_size": 8, "steps_per_round": 2, "warmup_steps": 1}
     given: dict[str, Any] = {
         "name": "front-door",
         "data": {"name": "digits", "max_images": 160},

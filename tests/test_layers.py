@@ -97,9 +97,9 @@ SCIENCE = (
 # Copied into exports, so it stands alone.
 ALONE = ("fedpdm.publishing.class_gaussians", "fedpdm.publishing.pipeline")
 
-# Libraries that are imported in these units alone.
+# Libraries that are imported in these units and modules alone.
 ONLY_IN = {
-    "flwr": ("clients", "strategies", "fedpdm.engines"),
+    "flwr": ("clients", "strategies", "fedpdm.engines", "fedpdm.jobs.libraries"),
     "ray": (),
     "yaml": ("fedpdm.config",),
 }
@@ -181,7 +181,7 @@ def check_imports(tree: ast.AST, module: str, *, is_package: bool) -> Iterator[s
         return
     for line, target in imports(tree, module, is_package=is_package):
         where, library = f"{module}:{line}", target.split(".")[0]
-        if library in ONLY_IN and unit not in ONLY_IN[library]:
+        if library in ONLY_IN and not {unit, module} & {*ONLY_IN[library]}:
             yield f"{where}: imports {library}"
         if library in NEVER.get(module, ()):
             yield f"{where}: may not import {library}"

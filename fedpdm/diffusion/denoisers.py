@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from diffusers import UNet2DModel
 from torch import nn
 
 from fedpdm.diffusion.names import PREDICTIONS
@@ -96,6 +95,8 @@ class Denoiser(TrainableDenoiser):
     """
 
     def __init__(self, spec: DenoiserSpec, schedule: NoiseSchedule) -> None:
+        from diffusers.models.unets.unet_2d import UNet2DModel  # it takes seconds
+
         super().__init__()
         self.spec = spec
         preset = spec.preset

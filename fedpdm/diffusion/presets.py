@@ -69,6 +69,12 @@ def unet(
 #: Name -> U-Net.
 PRESETS: Final[Mapping[str, Preset]] = MappingProxyType(
     {
+        "nano": Preset(
+            unet=unet("R", (16,), 1, 4, 8),
+            prediction="v",
+            resolutions=(4, 16),
+            description="to try the path of a run in seconds, about 0.042 M parameters",
+        ),
         "micro": Preset(
             unet=unet("RA", (24, 48), 1, 8, 16),
             prediction="v",

@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-import diffusers
 import numpy as np
 import torch
 
@@ -39,6 +38,8 @@ def make_scheduler(name: str, betas: np.ndarray) -> Any:
 
     `betas` is float64 (T,). `ValueError` for an unknown name.
     """
+    import diffusers  # it takes seconds
+
     class_name, options = SCHEDULERS.get(name, (name, {}))
     scheduler_class = getattr(diffusers, class_name, None)
     if scheduler_class is None or not class_name.endswith("Scheduler"):

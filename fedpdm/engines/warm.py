@@ -79,25 +79,10 @@ class _Call:
     child: int = 0
 
 
-def _import_libraries() -> None:
-    """What a message needs, our own packages aside."""
-    import cryptography.hazmat.primitives.ciphers  # noqa: F401
-    import diffusers.models.unets.unet_2d  # noqa: F401
-    import dp_accounting.mechanism_calibration
-    import dp_accounting.pld  # noqa: F401
-    import flwr.client.mod
-    import flwr.supernode.cli  # noqa: F401
-    import PIL.Image  # noqa: F401
-    import safetensors.torch  # noqa: F401
-    import scipy.signal
-    import scipy.stats  # noqa: F401
-    import torch._dynamo  # noqa: F401 (optimisers import it)
-    import torchvision  # noqa: F401
-
-
 def serve(directory: Path, *, guarded: bool) -> None:
     """Fork for each request, until standard input is closed; then end what was forked."""
-    _import_libraries()
+    from fedpdm.jobs import libraries  # noqa: F401
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's is for the process that began this
     gc.freeze()
     os.chdir(directory)

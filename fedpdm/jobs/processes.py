@@ -1,34 +1,38 @@
 """Ways to run jobs: in turn in this process, in a pool of processes, in a process each.
 
-An interruption (Ctrl-C) reaches every process of a terminal. Processes of a pool ignore it; their
+Processes are forked from one that has imported the libraries, so they start at once. An
+interruption (Ctrl-C) reaches every process of a terminal. Processes of a pool ignore it; their
 parent raises it when they have ended. A job's own process is sent one and waited for.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import io
 import multiprocessing
 import os
 import signal
-import subprocess
-import threading
-import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+import sys
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent import futures
-from multiprocessing import resource_tracker
-from typing import Any, TypeVar
+from multiprocessing import connection, forkserver, resource_tracker
+from multiprocessing.context import ForkServerContext
+from typing import Any, Generic, TypeVar
 
 from fedpdm.jobs.running import Failed, Way
 
 __all__ = [
-    "children_ignore_interruptions",
+    "OwnProcess",
     "in_own_processes",
     "in_pool",
     "in_turn",
+    "interruptions_blocked",
     "worker_pool",
 ]
 
 Job = TypeVar("Job")
+LIBRARIES = "fedpdm.jobs.libraries"  # all that training and Flower need
 
 
 def in_turn(work: Callable[[Job], Any]) -> Way[Job]:
@@ -42,11 +46,13 @@ def in_turn(work: Callable[[Job], Any]) -> Way[Job]:
 
 
 @contextlib.contextmanager
-def worker_pool(num_processes: int) -> Iterator[futures.Executor]:
-    """Processes with one thread each. If the block raises, jobs that have not begun are dropped."""
-    spawn = multiprocessing.get_context("spawn")
+def worker_pool(num_processes: int, *, library: str = LIBRARIES) -> Iterator[futures.Executor]:
+    """Processes with one thread each. If the block raises, jobs that have not begun are dropped.
+
+    `library` is the module that is imported before all others (by the first call here).
+    """
     with futures.ProcessPoolExecutor(
-        num_processes, mp_context=spawn, initializer=_start_worker
+        num_processes, mp_context=_forks(library), initializer=_start_worker
     ) as pool:
         try:
             yield pool
@@ -71,22 +77,28 @@ def in_pool(
     """
 
     def way(jobs: Sequence[Job]) -> Generator[tuple[Job, Any], None, None]:
-        with children_ignore_interruptions():
-            running = {pool.submit(work, job): job for job in sorted(jobs, key=cost, reverse=True)}
+        running = {pool.submit(work, job): job for job in sorted(jobs, key=cost, reverse=True)}
         for future in futures.as_completed(running):
             yield running[future], future.result()
 
     return way
 
 
-@contextlib.contextmanager
-def children_ignore_interruptions() -> Iterator[None]:
-    """Processes started here leave Ctrl-C, which reaches all of a terminal's, to their parent.
+@functools.cache
+def _forks(library: str = LIBRARIES) -> ForkServerContext:
+    """Makes processes that begin with the library imported, and with Ctrl-C blocked."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([library])
+    with interruptions_blocked():
+        forkserver.ensure_running()
+    return context
 
-    They inherit the blocked signal. One that comes meanwhile is not lost: it is raised at the end.
-    """
+
+@contextlib.contextmanager
+def interruptions_blocked() -> Iterator[None]:
+    """Processes started here inherit the blocked Ctrl-C. One that comes is raised at the end."""
     resource_tracker.ensure_running()  # starting it unblocks the signal, so not in between
-    came = []
+    came: list[int] = []
     # A library's thread may take the signal that this one blocks, hence a handler as well.
     previous = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -100,80 +112,144 @@ def children_ignore_interruptions() -> Iterator[None]:
 
 
 def in_own_processes(
-    command: Sequence[str],
-    *,
-    text: Callable[[Job], str],
-    hear: Callable[[Job, str], None],
-    side_by_side: int,
+    work: Callable[[Job], int], *, hear: Callable[[Job, str], None], side_by_side: int
 ) -> Way[Job]:
     """Each in a process of its own, which may fail: `Failed` with the last line of its errors.
 
-    `command` is given the job's `text` on standard input; `hear` gets each line that it prints.
-    A job's result is None. The processes share the processors.
+    `work` is pickled, as the jobs are, and gives an exit code; `hear` gets each line that it
+    prints. A job's result is None. The processes share the processors.
     """
-    threads = max(1, (os.cpu_count() or 1) // side_by_side)
+    threads = max(1, len(os.sched_getaffinity(0)) // side_by_side)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
 
+    def started(job: Job) -> OwnProcess[Job]:
+        return OwnProcess(job, work, environment=environment, hear=lambda text: hear(job, text))
+
     def way(jobs: Sequence[Job]) -> Generator[tuple[Job, Any], None, None]:
-        children: set[subprocess.Popen[str]] = set()
-        stopped = threading.Event()
-
-        def work(job: Job) -> Failed | None:
-            if stopped.is_set():
-                return None
-            try:
-                return _run_child(
-                    command, text(job), lambda line: hear(job, line), children, environment
-                )
-            except OSError as error:  # no process could be started
-                return Failed(line=str(error))
-
-        with futures.ThreadPoolExecutor(side_by_side) as pool:
-            running = {pool.submit(work, job): job for job in jobs}
-            try:
-                for future in futures.as_completed(running):
-                    yield running[future], future.result()
-            except BaseException:
-                stopped.set()
-                told: set[subprocess.Popen[str]] = set()
-                while not all(future.done() for future in running):  # none may train on unseen
-                    for child in set(children) - told:
-                        child.send_signal(signal.SIGINT)
-                        told.add(child)
-                    time.sleep(0.05)
-                raise
+        waiting, running = list(jobs), list[OwnProcess[Job]]()
+        try:
+            while waiting or running:
+                while waiting and len(running) < side_by_side:
+                    running.append(started(waiting.pop(0)))
+                pipes = {pipe: process for process in running for pipe in process.pipes}
+                for pipe in connection.wait(list(pipes)):
+                    assert isinstance(pipe, connection.Connection)
+                    pipes[pipe].read(pipe)
+                for process in [one for one in running if not one.pipes]:
+                    code = process.end()
+                    running.remove(process)
+                    yield process.job, _outcome(code, process.errors)
+        except BaseException:
+            for process in running:  # none may train on unseen
+                process.interrupt()
+            for process in running:
+                process.end()
+            raise
 
     return way
 
 
-def _run_child(
-    command: Sequence[str],
-    text: str,
-    hear: Callable[[str], None],
-    children: set[subprocess.Popen[str]],
-    environment: dict[str, str],
-) -> Failed | None:
-    """Run one process; it is in `children` while it runs."""
-    child = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=environment,
-    )  # fmt: skip
-    children.add(child)
-    assert child.stdin is not None
-    assert child.stdout is not None
-    errors: list[str] = []
-    reader = threading.Thread(target=lambda: errors.extend(child.stderr or []), daemon=True)
-    with child:
-        reader.start()
-        with contextlib.suppress(BrokenPipeError):  # it says itself why it ended
-            child.stdin.write(text)
-            child.stdin.close()
-        for line in child.stdout:
-            hear(line.rstrip())
-        code = child.wait()
-        reader.join()
-    children.discard(child)
+def _outcome(code: int, errors: Sequence[str]) -> Failed | None:
     if code == 0:
         return None
-    lines = [line.strip() for line in errors if line.strip()]
+    lines = [text.strip() for text in errors if text.strip()]
     return Failed(line=lines[-1] if lines else f"exit code {code}")
+
+
+class OwnProcess(Generic[Job]):
+    """A job at work in another process, with what that prints."""
+
+    def __init__(
+        self,
+        job: Job,
+        work: Callable[[Job], int],
+        *,
+        environment: Mapping[str, str],
+        hear: Callable[[str], None],
+    ) -> None:
+        """`hear` gets each line that is printed; those on standard error are in `errors`."""
+        self.job = job
+        self.errors: list[str] = []
+        output, printed = connection.Pipe(duplex=False)
+        complaints, complained = connection.Pipe(duplex=False)
+        self._process = _forks().Process(
+            target=_own_process,
+            args=(work, job, printed, complained, dict(environment), os.getcwd()),
+        )
+        self._process.start()
+        printed.close()
+        complained.close()
+        self._open = {output: _Lines(hear), complaints: _Lines(self.errors.append)}
+
+    @property
+    def pipes(self) -> list[connection.Connection]:
+        """Those of its output that are still open: none if it has ended."""
+        return list(self._open)
+
+    def read(self, pipe: connection.Connection) -> None:
+        """What there is to read from one of the `pipes`; waits until there is anything."""
+        part = os.read(pipe.fileno(), 1 << 16)
+        self._open[pipe].add(part)
+        if not part:
+            del self._open[pipe]
+            pipe.close()
+
+    def is_alive(self) -> bool:
+        """Whether it has not ended."""
+        return self._process.is_alive()
+
+    def interrupt(self, number: signal.Signals = signal.SIGINT) -> None:
+        """As Ctrl-C does, or by another signal."""
+        assert self._process.pid is not None
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._process.pid, number)
+
+    def end(self) -> int:
+        """Wait for its end; the exit code, negative for a signal."""
+        while self._open:
+            for pipe in connection.wait(self.pipes):
+                assert isinstance(pipe, connection.Connection)
+                self.read(pipe)
+        self._process.join()
+        assert self._process.exitcode is not None
+        return self._process.exitcode
+
+
+class _Lines:
+    """Passes lines on as they are complete."""
+
+    def __init__(self, hear: Callable[[str], None]) -> None:
+        self._hear, self._rest = hear, b""
+
+    def add(self, part: bytes) -> None:
+        """Empty at the end."""
+        *lines, self._rest = (self._rest + part + b"\n" * (not part)).split(b"\n")
+        for text in lines if part else [one for one in lines if one]:
+            self._hear(text.decode(errors="replace").rstrip())
+
+
+def _own_process(
+    work: Callable[[Job], int],
+    job: Job,
+    printed: connection.Connection,
+    complained: connection.Connection,
+    environment: dict[str, str],
+    directory: str,
+) -> None:
+    """What the process does: the job, with its output in the pipes."""
+    for number, pipe in ((1, printed), (2, complained)):
+        os.dup2(pipe.fileno(), number)
+        pipe.close()
+    for stream in (sys.stdout, sys.stderr):
+        assert isinstance(stream, io.TextIOWrapper)
+        stream.reconfigure(line_buffering=True)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(directory)
+    import torch
+
+    if threads := environment.get("OMP_NUM_THREADS"):
+        torch.set_num_threads(int(threads))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    sys.exit(work(job))

@@ -28,7 +28,6 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-import dp_accounting
 from scipy import optimize, special
 
 from fedpdm.privacy.types import GaussianEvent, PrivacyEvent
@@ -163,6 +162,8 @@ def _epsilon_of(event: PrivacyEvent, delta: float) -> float:
     if mu in (0.0, math.inf):
         return mu
     if _TRUSTED[0] <= multiplier <= _TRUSTED[1]:
+        import dp_accounting  # it takes a second
+
         tolerance = _TOLERANCE * epsilon_bound(event, delta=delta)
         return float(dp_accounting.get_epsilon_gaussian(multiplier, delta, tolerance))
     if _log_delta(mu / 2.0, mu / 2.0, mu) <= math.log(delta):
@@ -189,6 +190,8 @@ def multiplier_for(*, epsilon: float, delta: float) -> float:
     _check_budget(epsilon=epsilon, delta=delta)
     enough = multiplier_for_bound(epsilon=epsilon, delta=delta)
     if _TRUSTED[0] <= enough <= _TRUSTED[1]:
+        import dp_accounting  # it takes a second
+
         found = float(dp_accounting.get_sigma_gaussian(epsilon, delta, _TOLERANCE * enough))
     else:  # at given a and epsilon: gap^2 = a^2 + 2 epsilon and mu = a + gap
         a = _solve(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import io
 import json
@@ -17,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from fedpdm.config import RunConfig, config_from_mapping, config_to_json
+from fedpdm.config import RunConfig, config_to_json
 from fedpdm.evaluation.assessment import assess_run
 from fedpdm.privacy.statement import baseline_statement
 from fedpdm.reporting.provenance import describe_machine
@@ -27,7 +26,7 @@ from fedpdm.storage.run_directory import RunDirectory
 from fedpdm.suites.shared_own import score_with_own_models, shared_config
 from fedpdm.text import line
 
-__all__ = ["Cell", "finished", "public_config", "run_cell"]
+__all__ = ["Cell", "finished", "public_config", "run_cell", "run_in_own_process"]
 
 PROMISED = ("guarantee", "epsilon", "delta")  # of a run's privacy statement
 
@@ -191,29 +190,9 @@ def _train(config: RunConfig, run: RunDirectory, *, engine: str) -> None:
         run_in_process(config, run.root, resume=started)
 
 
-def to_text(cell: Cell) -> str:
-    """A cell as JSON; `from_text` is its inverse."""
-    plain = {f.name: getattr(cell, f.name) for f in dataclasses.fields(cell)}
-    plain |= {"config": json.loads(config_to_json(cell.config))}
-    return json.dumps(plain, default=str, allow_nan=False)
-
-
-def from_text(text: str) -> Cell:
-    plain = json.loads(text)
-    return Cell(
-        **{
-            **plain,
-            "config": config_from_mapping(plain["config"]),
-            "runs": Path(plain["runs"]),
-            "results": Path(plain["results"]),
-        }
-    )
-
-
-def main() -> int:
-    """Run the cell that standard input describes; one line on standard error if it fails."""
+def run_in_own_process(cell: Cell) -> int:
+    """The cell's exit code; one line on standard error if it fails."""
     try:
-        cell = from_text(sys.stdin.read())
         if cell.engine == "inprocess":
             signal.signal(signal.SIGINT, _leave)
         run_cell(cell)
@@ -226,7 +205,3 @@ def main() -> int:
 def _leave(*_: object) -> None:
     """End at once: Flower's server waits for its worker threads, and every file is crash-safe."""
     os._exit(130)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,10 @@ from fedpdm.evaluation.assessment import check_scoring
 from fedpdm.jobs.processes import in_own_processes
 from fedpdm.jobs.running import Ended, Failed, Kept, Standing, run_jobs
 from fedpdm.storage.files import read_json
-from fedpdm.suites.cell import Cell, finished, to_text
+from fedpdm.suites.cell import Cell, finished, run_in_own_process
 
 __all__ = ["CellResults", "check_cells", "run_cells"]
 
-COMMAND = (sys.executable, "-m", "fedpdm.suites.cell")
 HEARD = ("round ", "client ", "feature network")  # how lines of a cell begin that are passed on
 
 
@@ -68,7 +66,7 @@ def run_cells(
     ended = run_jobs(
         cells,
         shelf=CellResults(),
-        way=in_own_processes(COMMAND, text=to_text, hear=hear, side_by_side=jobs),
+        way=in_own_processes(run_in_own_process, hear=hear, side_by_side=jobs),
         tell=tell,
     )
     return [(one.job.title, one.result.line) for one in ended if isinstance(one.result, Failed)]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedpdm.jobs.processes import children_ignore_interruptions, in_pool, worker_pool
+from fedpdm.jobs.processes import in_pool, worker_pool
 from fedpdm.jobs.running import Ended, Kept, Standing, run_jobs
 from fedpdm.storage.files import seal, unseal
 from fedpdm.text import json_text
@@ -80,10 +80,9 @@ def run_cells(
         done = f"{standing.number}/{standing.total} cells ({one.job.sweep})"
         say(f"toy: {done}, about {standing.seconds_left:.0f} s left")
 
-    with worker_pool(num_processes) as pool:
+    with worker_pool(num_processes, library="torch") as pool:
         try:
-            with children_ignore_interruptions():
-                scatter = pool.submit(scatter_data, cells[0])
+            scatter = pool.submit(scatter_data, cells[0])
             run_jobs(todo, shelf=kept, way=in_pool(pool, run_cell, cost=_cost), tell=tell)
             samples = scatter.result()
         except BaseException:

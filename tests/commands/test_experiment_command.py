@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +15,7 @@ import yaml
 
 from fedpdm.commands.experiment import add_experiment_parser, chosen_cells
 from fedpdm.config import load_suite
+from tests.support.apart import run_apart, start_apart
 from tests.support.command_line import call, forget_surroundings, without_advice
 from tests.support.own_code import MODULE, write_module
 from tests.support.refusals import tree
@@ -37,8 +34,8 @@ SUITE: dict[str, Any] = {
             "majority_ratio": 5,
         },
         "privacy": {"clip_norm": 8},
-        "coarse": {"preset": "micro"},
-        "fine": {"preset": "micro"},
+        "coarse": {"preset": "nano", "batch_size": 16},
+        "fine": {"preset": "nano", "batch_size": 16},
         "sampling": {"num_steps": 3, "per_class": 1},
         "evaluation": {
             "every": 5,
@@ -49,7 +46,7 @@ SUITE: dict[str, Any] = {
             "classifier_steps": 20,
         },
     },
-    "profiles": {"smoke": {"rounds": 3, "steps": 36}},
+    "profiles": {"smoke": {"rounds": 3, "steps": 6}},
     "ablations": {"epsilon": {"methods": ["ours"], "variants": {"1": {"privacy": {"epsilon": 1}}}}},
 }
 DIVERGING = {
@@ -95,12 +92,7 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, str, str
     """(folder, exit code, output, errors) of a first call with all methods, of which one fails."""
     folder = tmp_path_factory.mktemp("experiment")
     suite = write_suite(folder)
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("FEDPDM_")}
-    done = subprocess.run(
-        [sys.executable, "-m", "fedpdm.cli", "experiment", str(suite), "--jobs", "2"]
-        + [str(word) for word in places(folder)],
-        capture_output=True, text=True, cwd=folder, env=environment, timeout=300,
-    )  # fmt: skip
+    done = run_apart("experiment", suite, "--jobs", "2", *places(folder), directory=folder)
     return folder, done.returncode, done.stdout, done.stderr
 
 
@@ -268,31 +260,27 @@ def test_a_result_of_another_config_is_made_anew(
 def test_an_interrupted_cell_goes_on_from_its_checkpoint(first: First, tmp_path: Path) -> None:
     folder = tmp_path
     suite = write_suite(folder)
-    command = [sys.executable, "-m", "fedpdm.cli", "experiment", str(suite), "--method", "ours"]
-    command += ["--jobs", "2"]  # as many threads as in the undisturbed call
-    command += [str(word) for word in places(folder)]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("FEDPDM_")}
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    ) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        for line in process.stdout:
-            if "round 1/3" in line:
-                process.send_signal(signal.SIGINT)
-                break
-        rest, errors = process.stdout.read(), process.stderr.read()
-        assert process.wait(timeout=60) == 130
-    assert errors.startswith("interrupted; nothing is lost")
-    assert errors.count("\n") == 1
-    assert "FAILED" not in rest
+    # As many threads as in the undisturbed call.
+    command = ("experiment", suite, "--method", "ours", "--jobs", "2", *places(folder))
+    lines: list[str] = []
+
+    def hear(line: str) -> None:
+        lines.append(line)
+        if "round 1/3" in line:
+            process.interrupt()
+
+    process = start_apart(*command, hear=hear)
+    assert process.end() == 130
+    assert process.errors[0].startswith("interrupted; nothing is lost")
+    assert len(process.errors) == 1
+    assert not any("FAILED" in line for line in lines)
     assert not (folder / "results").exists()
     (run,) = (folder / "runs").iterdir()
     log = (run / "log.txt").read_text()
     assert "round 1/3" in log
     assert "round 3/3" not in log  # the cell's own process has ended too
 
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    done = run_apart(*command)
     assert done.returncode == 0, done.stderr
     assert (folder / "runs").exists()
     assert [path.name for path in (folder / "runs").iterdir()] == [run.name]

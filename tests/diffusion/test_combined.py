@@ -38,7 +38,7 @@ SHARE = torch.tensor([1.0, 0.3, 0.0, 0.65], dtype=torch.float64)
 
 def network(role: str) -> Denoiser:
     spec = DenoiserSpec(
-        preset=PRESETS["micro"], resolution=8, channels=1, num_classes=K, prediction="v",
+        preset=PRESETS["nano"], resolution=8, channels=1, num_classes=K, prediction="v",
         knows_clipping=role == "fine",
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):

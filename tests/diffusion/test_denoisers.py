@@ -225,7 +225,14 @@ def test_a_coarse_denoiser_has_no_flag() -> None:
 
 @pytest.mark.parametrize(
     ("preset", "millions"),
-    [("micro", 0.4), ("tiny", 0.7), ("tiny_patch", 1.6), ("small", 2.6), ("paper", 35.7)],
+    [
+        ("nano", 0.042),
+        ("micro", 0.4),
+        ("tiny", 0.7),
+        ("tiny_patch", 1.6),
+        ("small", 2.6),
+        ("paper", 35.7),
+    ],
 )
 def test_presets_have_the_advertised_size(preset: str, millions: float) -> None:
     spec = make_spec(preset=preset, resolution=32, channels=3)

@@ -22,7 +22,7 @@ from tests.support.toys import CPU, copies, same, settings, toy_trainer, train
 
 def denoiser_trainer(seed: int) -> tuple[Trainer, Callable[..., torch.Tensor]]:
     spec = DenoiserSpec(
-        preset=PRESETS["micro"], resolution=8, channels=1, num_classes=3, prediction="v",
+        preset=PRESETS["nano"], resolution=8, channels=1, num_classes=3, prediction="v",
         knows_clipping=False,
     )  # fmt: skip
     schedule = make_schedule("linear")

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
-import os
 import runpy
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -23,6 +21,7 @@ from fedpdm.privacy.ledger import read_ledger
 from fedpdm.setup.build import build_denoiser
 from fedpdm.setup.run_setup import set_up
 from fedpdm.storage.client_store import ClientStore
+from tests.support.apart import run_apart
 from tests.support.markdown_pages import ROOT
 from tests.support.oracles import GaussianPosterior
 
@@ -32,14 +31,8 @@ NOTEBOOK = EXAMPLES / "quickstart.ipynb"
 
 def run_example(folder: Path, name: str, *arguments: str) -> str:
     """What an example prints; it runs in `folder`, on one core."""
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / name), *arguments],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = run_apart(EXAMPLES / name, *arguments, directory=folder, environment=environment)
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr
     return done.stdout
@@ -118,7 +111,7 @@ def test_bring_your_own_images(tmp_path: Path) -> None:
             size = (12 + number % 3, 12, 3)
             pixels = rng.integers(level - 30, level + 30, size).astype(np.uint8)
             Image.fromarray(pixels).save(tmp_path / "images" / kind / f"{number}.png")
-    options = ["--resolution", "8", "--rounds", "1", "--steps", "2", "--preset", "micro"]
+    options = ["--resolution", "8", "--rounds", "1", "--steps", "2", "--preset", "nano"]
     printed = run_example(
         tmp_path, "bring_your_own_images.py", "images", "out", *options, "--epsilon", "20"
     )
@@ -215,7 +208,7 @@ def test_custom_strategy(tmp_path: Path) -> None:
 def test_the_custom_strategy_does_what_it_says(tmp_path: Path) -> None:
     """One round on real clients of unequal size: new = old + share (mean - old), unweighted."""
     example = runpy.run_path(str(EXAMPLES / "custom_strategy.py"))
-    small = {"preset": "micro", "steps_per_round": 2, "warmup_steps": 1}
+    small = {"preset": "nano", "steps_per_round": 2, "warmup_steps": 1}
     config = fedpdm.configure(
         name="alike",
         run={"rounds": 1},

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -30,6 +26,7 @@ from fedpdm.setup.run_setup import set_up
 from fedpdm.storage.client_store import ClientStore
 from fedpdm.storage.files import read_tensors
 from strategies.roster import ClientFailure
+from tests.support.apart import run_apart, start_apart, wait_until
 from tests.support.federations import client_of, initial_message, small_config
 
 
@@ -215,23 +212,16 @@ def test_kill_in_the_middle_of_a_round_then_resume(tmp_path: Path) -> None:
     experiment = tmp_path / "small.yaml"
     experiment.write_text(config_to_yaml(config))
     out = tmp_path / "run"
-    command = [
-        sys.executable, "-m", "fedpdm.cli", "run", str(experiment),
-        "--engine", "inprocess", "--out", str(out),
-    ]  # fmt: skip
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
+    command = ("run", experiment, "--engine", "inprocess", "--out", out)
+    process = start_apart(*command)
     partial = out / "clients" / "1" / "partial" / "fine.safetensors"
-    deadline = time.monotonic() + 120
-    while not partial.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    wait_until(partial.exists, process)
+    process.interrupt(signal.SIGKILL)
+    process.end()
     assert partial.exists(), "the kill was meant to hit a client in the middle of its round"
     released = release_digests(out)
     assert released.keys() >= {"0", "1"}
-    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, check=False)
+    done = run_apart(*command, "--resume")
     assert done.returncode == 0, done.stderr
     assert_same_weights(tmp_path / "reference", out)
     after = release_digests(out)
@@ -245,22 +235,11 @@ def test_ctrl_c_ends_the_in_process_engine_at_once(tmp_path: Path) -> None:
     experiment.write_text(
         config_to_yaml(small_config(fine={"steps_per_round": 100_000, "checkpoint_every": 5}))
     )
-    process = subprocess.Popen(
-        [
-            sys.executable, "-m", "fedpdm.cli", "run", str(experiment),
-            "--engine", "inprocess", "--out", str(out),
-        ],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while not list(out.glob("clients/*/partial/*")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == 130
-    assert "--resume continues the run" in errors
+    process = start_apart("run", experiment, "--engine", "inprocess", "--out", out)
+    wait_until(lambda: list(out.glob("clients/*/partial/*")), process)
+    process.interrupt()
+    assert process.end() == 130
+    assert "--resume continues the run" in "\n".join(process.errors)
 
 
 @pytest.mark.slow

@@ -32,7 +32,7 @@ from tests.support.strategy_fakes import EMPTY, Server, arrays, drift, fit_resul
 
 CONFIG = small_config(
     run={"rounds": 3, "seed": 3, "threads": 0, "device": "cpu"},
-    coarse={"training": "server", "preset": "micro", "steps_per_round": 2, "batch_size": 8},
+    coarse={"training": "server", "preset": "nano", "steps_per_round": 2, "batch_size": 8},
     privacy={"epsilon": None, "t0": 600, "clip_norm": 8.0},
     aggregation={"server_steps_per_round": 3},
 )

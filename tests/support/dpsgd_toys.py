@@ -19,7 +19,7 @@ LABELS = torch.arange(N) % 3
 UNIFORM = torch.ones(N, dtype=torch.float64)
 
 
-def denoiser(preset: str = "micro", seed: int = 0) -> Denoiser:
+def denoiser(preset: str = "nano", seed: int = 0) -> Denoiser:
     spec = DenoiserSpec(
         preset=PRESETS[preset], resolution=8, channels=3, num_classes=3, prediction="v",
         knows_clipping=False,

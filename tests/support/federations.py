@@ -19,9 +19,9 @@ SMALL: dict[str, dict[str, Any]] = {
     "data": {"name": "digits", "max_images": 240},
     "partition": {"num_clients": 3, "majority_classes": 5, "majority_ratio": 5.0},
     "privacy": {"clip_norm": 8.0},
-    "coarse": {"preset": "micro", "steps_per_round": 3, "batch_size": 16, "warmup_steps": 2},
+    "coarse": {"preset": "nano", "steps_per_round": 3, "batch_size": 16, "warmup_steps": 2},
     "fine": {
-        "preset": "micro",
+        "preset": "nano",
         "steps_per_round": 4,
         "batch_size": 8,
         "warmup_steps": 2,

@@ -25,7 +25,7 @@ from fedpdm.config import (
     toy_config_from_mapping,
 )
 from fedpdm.diffusion.schedule import make_schedule
-from fedpdm.jobs.processes import children_ignore_interruptions
+from fedpdm.jobs.processes import interruptions_blocked
 from fedpdm.reporting.pictures import Panel, Series, draw_panels
 from fedpdm.toy.plan import covering_norm, nearest_t0, plan
 from fedpdm.toy.report import contradictions
@@ -182,7 +182,7 @@ def test_too_many_panels_or_series_are_refused(tmp_path: Path) -> None:
 def test_an_interruption_ends_it_and_loses_nothing(tmp_path: Path, moment: str) -> None:
     """Ctrl-C reaches every process of a terminal: while they start, and while they work."""
     command = [sys.executable, "-m", "fedpdm.cli", *small(tmp_path), "--jobs", "2"]
-    command += ["--set", "measure.training_steps=600"]  # long enough to be caught at it
+    command += ["--set", "measure.training_steps=100"]  # long enough to be caught at it
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     finished = tmp_path / "cells.jsonl"
     deadline = time.monotonic() + 60
@@ -209,7 +209,7 @@ def test_an_interruption_while_processes_start_is_raised_afterwards() -> None:
     interrupt = "import os, signal; os.kill(os.getpid(), signal.SIGINT)"
 
     def interrupted_start() -> None:
-        with children_ignore_interruptions():
+        with interruptions_blocked():
             os.kill(os.getpid(), signal.SIGINT)
             exits.append(subprocess.run([sys.executable, "-c", interrupt], check=False).returncode)
 

@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
-import dp_accounting
-from dp_accounting import pld, rdp
 from scipy import optimize
 
 __all__ = ["dp_sgd_epsilon", "dp_sgd_noise_multiplier"]
 
-_NEIGHBOURS = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
 _TOLERANCE = 1e-4  # relative, of the noise multiplier
 
 
@@ -91,29 +90,23 @@ def _check(*, sample_rate: float, num_steps: int, delta: float) -> None:
         raise ValueError(f"delta must be in (0, 1), got {delta}")
 
 
-def _event(multiplier: float, sample_rate: float, num_steps: int) -> dp_accounting.DpEvent:
-    step = dp_accounting.GaussianDpEvent(multiplier)
-    if sample_rate < 1.0:
-        step = dp_accounting.PoissonSampledDpEvent(sample_rate, step)
-    return dp_accounting.SelfComposedDpEvent(step, num_steps)
-
-
 @functools.lru_cache(maxsize=1024)
 def _epsilon(multiplier: float, sample_rate: float, num_steps: int, delta: float) -> float:
-    accountant = pld.PLDAccountant(_NEIGHBOURS)
-    accountant.compose(_event(multiplier, sample_rate, num_steps))
-    return float(accountant.get_epsilon(delta))
+    from dp_accounting import pld  # it takes a second
+
+    return _spent(pld.PLDAccountant, multiplier, sample_rate, num_steps, delta)
 
 
 def _renyi_multiplier(epsilon: float, delta: float, sample_rate: float, num_steps: int) -> float:
     """The multiplier that Renyi accounting (Mironov et al. 2019) asks for, to one per cent."""
+    from dp_accounting import rdp
 
     orders = [*range(2, 65), 128, 256, 512]  # whole: those between do not always converge
+    make = functools.partial(rdp.RdpAccountant, orders)
 
     def excess(log_multiplier: float) -> float:
-        accountant = rdp.RdpAccountant(orders, neighboring_relation=_NEIGHBOURS)
-        accountant.compose(_event(math.exp(log_multiplier), sample_rate, num_steps))
-        return min(float(accountant.get_epsilon(delta)), 1e9) - epsilon
+        found = _spent(make, math.exp(log_multiplier), sample_rate, num_steps, delta)
+        return min(found, 1e9) - epsilon
 
     low, high = 0.0, 0.0
     while excess(high) > 0:
@@ -121,3 +114,21 @@ def _renyi_multiplier(epsilon: float, delta: float, sample_rate: float, num_step
     while excess(low) <= 0:
         high, low = low, low - 1.0
     return math.exp(float(optimize.brentq(excess, low, high, xtol=0.01)))
+
+
+def _spent(
+    make: Callable[[Any], Any],
+    multiplier: float,
+    sample_rate: float,
+    num_steps: int,
+    delta: float,
+) -> float:
+    """Epsilon of all steps, by the accountant that `make` gives for a neighbouring relation."""
+    import dp_accounting
+
+    step = dp_accounting.GaussianDpEvent(multiplier)
+    if sample_rate < 1.0:
+        step = dp_accounting.PoissonSampledDpEvent(sample_rate, step)
+    accountant = make(dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
+    accountant.compose(dp_accounting.SelfComposedDpEvent(step, num_steps))
+    return float(accountant.get_epsilon(delta))

@@ -19,7 +19,6 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from opacus.grad_sample import GradSampleModule
 from torch import nn
 from torch.nn.grad import conv2d_weight
 from torch.utils.hooks import RemovableHandle
@@ -42,12 +41,16 @@ def _convolution(
     return found
 
 
-# Layer type -> (layer, [inputs], slopes) -> gradient per row and parameter.
-_SAMPLERS: dict[type[nn.Module], Any] = {
-    nn.Conv2d: _convolution,
-    **{kind: GradSampleModule.GRAD_SAMPLERS[kind] for kind in (nn.Linear, nn.Embedding)},
-    **{kind: GradSampleModule.GRAD_SAMPLERS[kind] for kind in (nn.GroupNorm, nn.LayerNorm)},
-}
+@functools.cache
+def _samplers() -> dict[type[nn.Module], Any]:
+    """Layer type -> (layer, [inputs], slopes) -> gradient per row and parameter."""
+    from opacus.grad_sample import GradSampleModule  # it takes seconds
+
+    kinds = (nn.Linear, nn.Embedding, nn.GroupNorm, nn.LayerNorm)
+    theirs = {kind: GradSampleModule.GRAD_SAMPLERS[kind] for kind in kinds}
+    return {nn.Conv2d: _convolution, **theirs}
+
+
 # Those that take the K rows of an example as more positions of one, and sum over them.
 _SUMMING = (nn.Conv2d, nn.Linear, nn.Embedding)
 
@@ -65,7 +68,7 @@ def check_network(network: nn.Module) -> None:
             module, "track_running_stats", False
         ):
             raise ValueError(f"{where}: it mixes examples; use GroupNorm")
-        if own and type(module) not in _SAMPLERS:
+        if own and type(module) not in _samplers():
             raise ValueError(f"{where}: there is no per-example gradient for it")
         if isinstance(module, nn.Conv2d) and (
             module.padding_mode != "zeros" or isinstance(module.padding, str)
@@ -146,7 +149,7 @@ class ExampleGradients:
         if summing:
             inputs, slopes = (x.unflatten(0, (-1, self._multiplicity)) for x in (inputs, slopes))
         with torch.no_grad():
-            for parameter, rows in _SAMPLERS[type(module)](module, [inputs], slopes).items():
+            for parameter, rows in _samplers()[type(module)](module, [inputs], slopes).items():
                 if not summing:
                     rows = rows.unflatten(0, (-1, self._multiplicity)).sum(dim=1)
                 if parameter in self._found:
