@@ -30,7 +30,7 @@ class ClientsAlike(CoarseStrategy):
 
 
 if __name__ == "__main__":
-    few, quick = {"preset": "micro", "steps_per_round": 10}, {"image_metrics": False}
+    few, quick = {"preset": "nano", "steps_per_round": 10}, {"image_metrics": False}
     config = fedpdm.configure(
         run={"rounds": 3}, data={"max_images": 240}, coarse=few, fine=few, evaluation=quick,
         partition={"kind": "dirichlet", "num_clients": 3, "alpha": 1.0},

@@ -15,7 +15,7 @@ config = fedpdm.configure(
     run={"rounds": 3}, data={"coloring": "none"},
     partition={"num_clients": 2, "majority_classes": 5, "majority_ratio": 20},
     privacy={"release": "statistics", "clip_norm": 6}, coarse={"training": "server"},
-    fine={"preset": "micro", "steps_per_round": 5}, evaluation={"image_metrics": False},
+    fine={"preset": "nano", "steps_per_round": 5}, evaluation={"image_metrics": False},
     sampling={"handover": 150, "fine_labels": False, "candidates": 1},  # else clients choose
 )  # fmt: skip
 run = fedpdm.run(config, *sys.argv[1:] or ["gaussian-classifier"])

@@ -29,7 +29,7 @@ shapes = DataSet(
 )
 
 if __name__ == "__main__":
-    few = {"preset": "micro", "steps_per_round": 5}
+    few = {"preset": "nano", "steps_per_round": 5}
     config = fedpdm.configure(
         run={"rounds": 1}, data={"name": "own_data_set:shapes"}, coarse=few, fine=few,
         partition={"kind": "iid", "num_clients": 2}, privacy={"clip_norm": 6},

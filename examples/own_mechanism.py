@@ -30,7 +30,7 @@ class BlockMeans(ImageMechanism):
 
 
 if __name__ == "__main__":
-    small = {"steps_per_round": 5, "preset": "micro"}
+    small = {"steps_per_round": 5, "preset": "nano"}
     config = fedpdm.configure(
         run={"rounds": 1}, partition={"kind": "iid"}, coarse=small, fine=small,
         privacy={"release": "block_means"}, evaluation={"image_metrics": False},

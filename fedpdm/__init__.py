@@ -16,8 +16,12 @@ from importlib.abc import Loader, MetaPathFinder
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from fedpdm.processors import set_thread_defaults
+
 if TYPE_CHECKING:
     from fedpdm.api import *
+
+set_thread_defaults()  # before anything imports torch
 
 __all__ = [
     "account",

@@ -116,9 +116,11 @@ def finish_attacks(
     """Make the attacks, write what a reader gets into --out; results in the order of `jobs`."""
     from fedpdm.attacks.jobs.report import write_report
     from fedpdm.attacks.jobs.running import run_attack_jobs
+    from fedpdm.storage.holding import held
 
-    done = run_attack_jobs(jobs, options.out, say=say)
-    path = write_report(done, options.out, title=title, facts={"seed": options.seed, **facts})
+    with held(options.out):
+        done = run_attack_jobs(jobs, options.out, say=say)
+        path = write_report(done, options.out, title=title, facts={"seed": options.seed, **facts})
     if getattr(options, "json", False):
         print((options.out / "attacks.json").read_text(), end="")
     else:
@@ -131,9 +133,11 @@ def _of_run(options: argparse.Namespace) -> tuple[list[AttackJob], str, dict[str
     if options.members or options.non_members:
         raise ConfigError("--members, --non-members: are for --unet; a run has recorded its own")
     from fedpdm.attacks.jobs.plan import chosen_attacks, plan_run
+    from fedpdm.storage.holding import check_not_held
     from fedpdm.storage.run_directory import RunDirectory
 
     attacks = chosen_attacks(options.attacks)
+    check_not_held(options.run)
     run = RunDirectory(options.run)
     jobs = plan_run(
         run,

@@ -42,8 +42,10 @@ def run_evaluate(options: argparse.Namespace) -> None:
     clients = _numbers(options.clients, "--clients")
     from fedpdm.evaluation.assessment import assess_run, handover_curve
     from fedpdm.storage.files import write_atomic
+    from fedpdm.storage.holding import check_not_held
     from fedpdm.storage.run_directory import RunDirectory
 
+    check_not_held(options.run)
     run = RunDirectory(options.run)
     scores: Any
     with progress_aside(options):

@@ -72,6 +72,8 @@ def run_toy(options: argparse.Namespace) -> int:
         config = toy_config_from_mapping({"name": "gmm"}, options.overrides)
     else:
         config = load_toy_config(options.experiment, options.overrides)
+    from fedpdm.processors import available
+    from fedpdm.storage.holding import held
     from fedpdm.toy.plan import plan
     from fedpdm.toy.report import draw_figures, report_text, summarise, write_results
     from fedpdm.toy.running import CellLines, run_cells
@@ -79,16 +81,14 @@ def run_toy(options: argparse.Namespace) -> int:
     started = time.perf_counter()
     cells = plan(config)
     out: Path = options.out or Path(os.environ.get("FEDPDM_RUNS", "runs")) / config.name
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "config.yaml").write_text(config_to_yaml(config), encoding="utf-8")
-    kept = CellLines(out / "cells.jsonl", resume=options.resume)
-    rows, samples = run_cells(
-        cells, kept, num_processes=options.jobs or os.cpu_count() or 1, say=say
-    )
-    say("toy: drawing figures ...")
-    figures = draw_figures(rows, samples, cells, out, delta=config.release.delta)
-    report = summarise(rows)
-    write_results(rows, report, config, out)
+    with held(out):
+        (out / "config.yaml").write_text(config_to_yaml(config), encoding="utf-8")
+        kept = CellLines(out / "cells.jsonl", resume=options.resume)
+        rows, samples = run_cells(cells, kept, num_processes=options.jobs or available(), say=say)
+        say("toy: drawing figures ...")
+        figures = draw_figures(rows, samples, cells, out, delta=config.release.delta)
+        report = summarise(rows)
+        write_results(rows, report, config, out)
     say(f"toy: done in {time.perf_counter() - started:.0f} s; {len(figures)} figures, "
          f"results.json and results.csv in {out}")  # fmt: skip
     print(json_text(report, indent=None) if options.json else report_text(rows, report))

@@ -29,6 +29,8 @@ from fedpdm.engines.flowercli import (
     tool,
     write_run_config,
 )
+from fedpdm.processors import available
+from fedpdm.storage.holding import held
 from fedpdm.text import line
 
 __all__ = ["RunFailed", "run_with_flower", "stop_processes"]
@@ -55,28 +57,18 @@ def run_with_flower(
         releases: where clients keep their releases; default: in the run directory.
         allow_new_release: let clients noise released images once more.
         port: of the local SuperLink's HTTP interface on loopback; default: a free one.
-        num_cpus: processors for Ray; default: all of this machine.
+        num_cpus: processors for Ray; default: all that this process may use.
         verbose: show Flower's and Ray's own lines too (they are in `flower.log` either way).
 
     Raises:
         RunFailed: the run did not finish.
-        ConfigError: the port is taken.
+        ConfigError: the port is taken, or another process works in the run directory.
     """
     out = out.absolute()
     home = out / ".flower"
-    empty = home / "empty"
+    empty, run_config = home / "empty", home / "run-config.toml"
     chosen_port = _port(port)
-    empty.mkdir(parents=True, exist_ok=True)
-    run_config = home / "run-config.toml"
-    write_run_config(
-        run_config,
-        config,
-        out,
-        resume=resume,
-        releases=releases,
-        allow_new_release=allow_new_release,
-    )
-    cpus = num_cpus or os.cpu_count() or 1
+    cpus = num_cpus or available()
     per_client = max(1, config.run.threads)
     gpus = _gpu_share(config, max(1, cpus // per_client))
     command = [
@@ -88,11 +80,19 @@ def run_with_flower(
         f"client-resources-num-gpus={gpus} init-args-num-cpus={max(cpus, per_client)}",
     ]  # fmt: skip
     environment = _environment(home, chosen_port)
-    try:
+    with held(out), contextlib.ExitStack() as ends:
+        empty.mkdir(parents=True, exist_ok=True)
+        write_run_config(
+            run_config,
+            config,
+            out,
+            resume=resume,
+            releases=releases,
+            allow_new_release=allow_new_release,
+        )
+        ends.callback(stop_processes, home)
         stream(command, environment, empty, out / "flower.log", verbose=verbose)
         outcome = _outcome(environment, empty)
-    finally:
-        stop_processes(home)
     if outcome != "finished:completed":
         raise RunFailed(
             f"the run ended as {outcome!r}: {last_error(out / 'flower.log')} "

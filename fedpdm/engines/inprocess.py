@@ -35,6 +35,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from clients.client_app import app, client_fn
 from fedpdm.config import RunConfig, config_to_json
+from fedpdm.storage.holding import held
 from strategies.coarse import CoarseStrategy
 from strategies.server_app import server_components
 
@@ -109,8 +110,8 @@ def run_in_process(
     `allow_new_release` lets them noise released images once more. `strategy` takes the place of the
     one that the config names (see `strategies.server_app.build_strategy`).
 
-    Raises what the server raises: `ConfigError` for a run directory of another config,
-    `ClientFailure` for a failed client.
+    Raises what the server raises: `ConfigError` for a run directory of another config or one that
+    another process works in, `ClientFailure` for a failed client.
     """
     flat: dict[str, Any] = {
         "resolved-config": config_to_json(config),
@@ -125,19 +126,20 @@ def run_in_process(
             run_id=0, node_id=node_id, node_config=node_config, state=RecordDict(), run_config=flat
         )
 
-    components = server_components(context(0, {}), strategy=strategy)
-    server, rounds = components.server, components.config
-    assert server is not None
-    assert rounds is not None
-    num_clients = config.partition.num_clients
-    contexts = {
-        index + 1: context(index + 1, {"partition-id": index, "num-partitions": num_clients})
-        for index in range(num_clients)
-    }
-    TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 0  # of what it sends
-    grid = _LocalGrid(contexts)
-    for own in contexts.values():
-        server.client_manager().register(_LocalProxy(own, grid))
-    server.set_max_workers(1)
-    logging.getLogger("flwr").setLevel(logging.WARNING)  # the strategy says what matters
-    server.fit(rounds.num_rounds, rounds.round_timeout)
+    with held(out):
+        components = server_components(context(0, {}), strategy=strategy)
+        server, rounds = components.server, components.config
+        assert server is not None
+        assert rounds is not None
+        num_clients = config.partition.num_clients
+        contexts = {
+            index + 1: context(index + 1, {"partition-id": index, "num-partitions": num_clients})
+            for index in range(num_clients)
+        }
+        TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 0  # of what it sends
+        grid = _LocalGrid(contexts)
+        for own in contexts.values():
+            server.client_manager().register(_LocalProxy(own, grid))
+        server.set_max_workers(1)
+        logging.getLogger("flwr").setLevel(logging.WARNING)  # the strategy says what matters
+        server.fit(rounds.num_rounds, rounds.round_timeout)

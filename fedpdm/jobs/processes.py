@@ -21,6 +21,7 @@ from multiprocessing.context import ForkServerContext
 from typing import Any, Generic, TypeVar
 
 from fedpdm.jobs.running import Failed, Way
+from fedpdm.processors import available
 
 __all__ = [
     "OwnProcess",
@@ -119,7 +120,7 @@ def in_own_processes(
     `work` is pickled, as the jobs are, and gives an exit code; `hear` gets each line that it
     prints. A job's result is None. The processes share the processors.
     """
-    threads = max(1, len(os.sched_getaffinity(0)) // side_by_side)
+    threads = max(1, available() // side_by_side)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
 
     def started(job: Job) -> OwnProcess[Job]:

@@ -43,6 +43,7 @@ from fedpdm.storage.files import (
     write_sealed_text,
     write_tensors,
 )
+from fedpdm.storage.holding import HOLD
 from fedpdm.storage.tensorfile import write_file
 from fedpdm.text import json_text
 
@@ -91,7 +92,7 @@ class RunDirectory:
         elif self.root.is_dir():
             names = {path.name for path in self.root.iterdir()}
             present = {name for name in names if not is_leftover(name)}
-            if strangers := sorted(present - {".flower", "flower.log"}):
+            if strangers := sorted(present - {".flower", "flower.log", HOLD}):
                 raise ConfigError(
                     f"{self.root}: is not empty and holds no run ({strangers[0]}, ...); choose "
                     "another --out"

@@ -21,7 +21,8 @@ from fedpdm.evaluation.assessment import assess_run
 from fedpdm.privacy.statement import baseline_statement
 from fedpdm.reporting.provenance import describe_machine
 from fedpdm.setup.pair import shared_weights
-from fedpdm.storage.files import StoreError, read_json, write_atomic, write_json
+from fedpdm.storage.files import StoreError, locked, read_json, write_atomic, write_json
+from fedpdm.storage.holding import held
 from fedpdm.storage.run_directory import RunDirectory
 from fedpdm.suites.shared_own import score_with_own_models, shared_config
 from fedpdm.text import line
@@ -74,6 +75,12 @@ class Cell:
         return f"{self.method}{variant} seed {self.seed}"
 
     @property
+    def working(self) -> Path:
+        """What a process holds while it runs this cell, and no other."""
+        parts = (self.suite, self.profile, self.ablation, self.variant, self.method, self.seed)
+        return self.runs / "-".join(["working", *(str(part) for part in parts if part is not None)])
+
+    @property
     def run_directory(self) -> Path:
         config = shared_config(self.config) if self.own_models else self.config
         digest = hashlib.sha256(config_to_json(config).encode()).hexdigest()[:10]
@@ -98,7 +105,15 @@ def finished(cell: Cell) -> bool:
 
 
 def run_cell(cell: Cell) -> dict[str, Any]:
-    """Train the cell, or go on with it; score it and write the result, which is returned."""
+    """Train the cell, or go on with it; score it and write the result, which is returned.
+
+    `ConfigError` if another process runs it.
+    """
+    with held(cell.working):
+        return _run_cell(cell)
+
+
+def _run_cell(cell: Cell) -> dict[str, Any]:
     trained, scores, pictures = (_with_own_models if cell.own_models else _whole_run)(cell)
     result = {
         "suite": cell.suite,
@@ -153,8 +168,9 @@ def _with_own_models(cell: Cell) -> Scored:
         cost["privacy"] = {"guarantee": guarantee, "epsilon": None, "delta": None}
     elif cell.config.kind.has_shared_model:
         run = RunDirectory(cell.run_directory)
-        if not (run.root / "privacy.json").exists():
-            _train(shared_config(cell.config), run, engine=cell.engine)
+        with locked(run.root.with_suffix(".lock")):  # other cells may share it
+            if not (run.root / "privacy.json").exists():
+                _train(shared_config(cell.config), run, engine=cell.engine)
         weights, cost = shared_weights(run), _cost(run)
     else:
         promised = baseline_statement(cell.config)

@@ -12,6 +12,7 @@ from fedpdm.evaluation.assessment import check_scoring
 from fedpdm.jobs.processes import in_own_processes
 from fedpdm.jobs.running import Ended, Failed, Kept, Standing, run_jobs
 from fedpdm.storage.files import read_json
+from fedpdm.storage.holding import check_not_held
 from fedpdm.suites.cell import Cell, finished, run_in_own_process
 
 __all__ = ["CellResults", "check_cells", "run_cells"]
@@ -37,6 +38,7 @@ def check_cells(cells: Sequence[Cell], *, nowhere: Path) -> None:
     """
     for cell in cells:
         check_named(cell.config)
+        check_not_held(cell.working)
     sets = {(c.config.data, c.config.partition, c.config.evaluation): c for c in cells}
     for cell in sets.values():
         check_run(cell.config, nowhere, resume=False)
