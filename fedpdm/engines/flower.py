@@ -11,9 +11,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import socket
 import subprocess
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import psutil
@@ -36,6 +38,7 @@ from fedpdm.text import line
 __all__ = ["RunFailed", "run_with_flower", "stop_processes"]
 
 MARKER = "FEDPDM_FLOWER_HOME"
+LONGEST_PLACE = 20  # of a directory in which Ray's files are, in bytes
 
 
 def run_with_flower(
@@ -80,7 +83,8 @@ def run_with_flower(
         f"client-resources-num-gpus={gpus} init-args-num-cpus={max(cpus, per_client)}",
     ]  # fmt: skip
     environment = _environment(home, chosen_port)
-    with held(out), contextlib.ExitStack() as ends:
+    with held(out), _short_directory() as sockets, contextlib.ExitStack() as ends:
+        environment.setdefault("RAY_TMPDIR", sockets)
         empty.mkdir(parents=True, exist_ok=True)
         write_run_config(
             run_config,
@@ -98,6 +102,26 @@ def run_with_flower(
             f"the run ended as {outcome!r}: {last_error(out / 'flower.log')} "
             f"(all output: {out / 'flower.log'}); --resume continues it"
         )
+
+
+@contextlib.contextmanager
+def _short_directory() -> Iterator[str]:
+    """A directory for Ray's files of this run; its sockets' paths fit into 107 bytes."""
+    given = tempfile.gettempdir()
+    places = [given] if len(os.fsencode(given)) <= LONGEST_PLACE else []
+    for place in (*places, "/tmp", "/dev/shm", "/var/tmp"):
+        with contextlib.suppress(OSError):
+            folder = tempfile.mkdtemp(prefix="fedpdm-", dir=place)
+            break
+    else:
+        raise ConfigError(
+            f"TMPDIR: must be at most {LONGEST_PLACE} bytes long for Ray's sockets, got {given!r}, "
+            "and /tmp cannot be written"
+        )
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def stop_processes(home: Path | None = None) -> int:

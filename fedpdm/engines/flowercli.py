@@ -17,6 +17,7 @@ import psutil
 from fedpdm.config import RunConfig, config_to_json
 from fedpdm.config.plugins import DIRECTORY_VARIABLE
 from fedpdm.deployment.code_digest import PACKAGES, code_root
+from fedpdm.deployment.proxies import without_proxy_here
 from fedpdm.text import line, visible
 
 __all__ = [
@@ -38,12 +39,12 @@ class RunFailed(RuntimeError):
 def flower_environment(home: Path) -> dict[str, str]:
     """This process's environment for Flower's commands: own home, nothing sent or installed.
 
-    Flower's processes work in other directories; code that a config names is found where this one
-    works all the same.
+    What stays on this machine goes through no proxy. Flower's processes work in other directories;
+    code that a config names is found where this one works all the same.
     """
     environment = dict(os.environ)
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
-    return environment | {
+    return without_proxy_here(environment) | {
         "FLWR_HOME": str(home),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",

@@ -212,9 +212,10 @@ class _Checking:
             timeout=self.timeout,
         )
         days = (shown.not_after - self.now).total_seconds() / 86_400
+        through = f" through proxy {shown.proxy}" if shown.proxy else ""
         return (
-            f"{self.settings.coordinator}: {shown.tls} handshake, gRPC answers; its certificate is "
-            f"for {', '.join(shown.names)}, {days:.0f} days left"
+            f"{self.settings.coordinator}{through}: {shown.tls} handshake, gRPC answers; its "
+            f"certificate is for {', '.join(shown.names)}, {days:.0f} days left"
         )
 
     def bounds(self) -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import socket
+import os
 import ssl
 from dataclasses import dataclass
 
 from fedpdm.config import ConfigError
 from fedpdm.deployment.node.settings import split_address
+from fedpdm.deployment.proxies import Proxy, connect, proxy_for, without_proxy_here
 
 __all__ = ["Handshake", "shake_hands"]
 
@@ -19,8 +20,12 @@ SETTINGS_FRAME = 4  # RFC 9113 section 6.5: the first frame that a server sends
 
 @dataclass(frozen=True, kw_only=True)
 class Handshake:
-    """What the coordinator showed: TLS version, names in its certificate, when that ends (UTC)."""
+    """What the coordinator showed: TLS version, names in its certificate, when that ends (UTC).
 
+    `proxy` is what the connection goes through.
+    """
+
+    proxy: Proxy | None
     tls: str
     names: tuple[str, ...]
     not_after: datetime.datetime
@@ -30,15 +35,17 @@ def shake_hands(address: str, *, authority_pem: str, timeout: float = 10.0) -> H
     """Connect to HOST:PORT and trust what this authority signed for that very name, nothing else.
 
     `ConfigError`, one line, if nobody answers within `timeout` seconds, the certificate is of
-    another authority, of another name or expired, or it is not a gRPC server that answers.
+    another authority, of another name or expired, or it is not a gRPC server that answers. It goes
+    through the proxy that gRPC takes from the environment.
     """
     host, port = split_address(address)
     context = ssl.create_default_context(cadata=authority_pem)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["h2"])
+    proxy = proxy_for(host, without_proxy_here(os.environ))
     try:
         with (
-            socket.create_connection((host, port), timeout=timeout) as plain,
+            connect(host, port, proxy=proxy, timeout=timeout) as plain,
             context.wrap_socket(plain, server_hostname=host) as secure,
         ):
             shown = secure.getpeercert() or {}
@@ -62,7 +69,7 @@ def shake_hands(address: str, *, authority_pem: str, timeout: float = 10.0) -> H
     end = datetime.datetime.fromtimestamp(
         ssl.cert_time_to_seconds(str(shown["notAfter"])), tz=datetime.UTC
     )
-    return Handshake(tls=version, names=names, not_after=end)
+    return Handshake(proxy=proxy, tls=version, names=names, not_after=end)
 
 
 def _first_frame(secure: ssl.SSLSocket) -> bytes:
