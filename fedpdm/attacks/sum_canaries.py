@@ -32,6 +32,7 @@ from fedpdm.attacks.likelihood import Array
 from fedpdm.data import ImageSet, normalize
 from fedpdm.privacy.mechanism import ReleasedStatistics, StatisticsParameters
 from fedpdm.privacy.mechanism.basis import cosine_basis
+from fedpdm.privacy.mechanism.statistics import in_places
 from fedpdm.privacy.mechanism.whole import unpack_symmetric, whole_vectors
 from fedpdm.privacy.noise import GRID
 
@@ -126,18 +127,21 @@ class SumView:
         if len(sent.counts) != 1:
             raise ValueError(f"a view is of one time, got {len(sent.counts)}")
         self.sent, self.parameters, self._public = sent, sent.parameters, public
-        self.products = sent.parameters.stage != "means"
+        self.products = sent.parameters.products
 
     def vectors(self, images: NDArray[np.uint8], labels: Whole) -> Whole:
         """What images (n, C, H, W) are in the sum by, in whole steps: int64 (n, d)."""
         parameters = self.parameters
         x = normalize(images, shift=parameters.shift).flatten(1).numpy().astype(np.float64)
         x = x @ cosine_basis(images.shape[1:], self.sent.directions.shape[2]).T
-        if self.products:
+        if parameters.stage != "means":
             x = x - self._public["means"].double().numpy()[labels]
-        if parameters.stage == "classes":
+        if parameters.projected:
             x = x @ self.sent.directions[0].double().numpy().T
-        return whole_vectors(x, steps=parameters.steps, limit=parameters.limit)
+        whole = whole_vectors(x, steps=parameters.steps, limit=parameters.limit)
+        if parameters.moves:
+            whole = in_places(whole, labels, self._public["centers"].double().numpy(), parameters)
+        return whole
 
     def rows(self, labels: Whole) -> Whole:
         """Which of the sums images of these labels are in, (n,)."""
@@ -152,7 +156,7 @@ class SumView:
         if not self.products:
             return values
         p = self.sent.directions.shape[2]
-        q = self.sent.directions.shape[1] if self.parameters.stage == "classes" else p
+        q = self.sent.directions.shape[1] if self.parameters.projected else p
         return unpack_symmetric(values, q)
 
     def total(self, vectors: Whole) -> Array:
