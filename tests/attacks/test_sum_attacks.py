@@ -227,7 +227,7 @@ def test_bad_noise_is_caught(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(fedpdm.privacy.planning, "SystemNoise", fault)
-    code, facts = run([*AUDIT, "--components", components], capsys)
+    code, facts = run([*AUDIT, "--components", components, "--canaries", "400"], capsys)
     assert code == 1
     assert caught_by <= failed(facts)
 
