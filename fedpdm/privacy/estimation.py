@@ -230,8 +230,8 @@ def class_gaussians(
     variances = np.tile(pooled.variances, (len(held), 1))
     directions = np.tile(pooled.directions, (len(held), 1, 1))
     covariances = class_covariances(pooled, releases)
-    for row, k in enumerate(held):
-        inside = covariances.get(int(k))
+    for row, k in enumerate(held.tolist()):
+        inside = covariances.get(k)
         if mixtures is not None and (q := mixtures.centers.shape[2]):
             whole = np.diag(pooled.variances[:q]) if inside is None else inside
             inside = whole - mixtures.between(k)

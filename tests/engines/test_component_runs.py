@@ -93,6 +93,8 @@ def test_everybody_reads_the_mixture(finished: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(np.exp(found).sum(axis=1), 1.0, rtol=1e-9)
     out = export_pipeline(RunDirectory(finished), client_id=0, out=tmp_path / "pipeline")
     pipeline = load_pipeline(out)
+    card = " ".join((out / "README.md").read_text().split())
+    assert "10 classes and a mixture of Gaussians for each class, from personalised" in card
     labels = torch.tensor([1, 4, 4, 9])
     assert pipeline.gaussians is not None
     theirs = pipeline.gaussians.draw(labels, torch.Generator().manual_seed(0))

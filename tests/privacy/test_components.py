@@ -14,6 +14,7 @@ from dp_accounting.pld import privacy_loss_distribution
 from scipy.special import logsumexp
 from scipy.stats import multivariate_normal
 
+from fedpdm import wire
 from fedpdm.config import ConfigError, RunConfig, config_from_mapping, config_to_json
 from fedpdm.diffusion.gaussian import ClassGaussians
 from fedpdm.privacy.accountant import epsilon_spent
@@ -173,6 +174,39 @@ def test_what_a_server_tells_is_checked() -> None:
         with pytest.raises(ValueError, match=words):
             made(MECHANISM, dataclasses.replace(source_of(images), public=told), parameters,
                  NoNoise())  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", ["absurd", "count", "shape", "places", "claim"])
+def test_hostile_sums_are_refused_by_the_wire(fault: str) -> None:
+    parameters = last()
+    parts = [p.copy() for p in MECHANISM.make(source_of(image_set(9)), parameters, seeded(0))]
+    tensors = {
+        name: torch.from_numpy(part)[None]
+        for name, part in zip(MECHANISM.names, parts, strict=True)
+    }
+    good = MECHANISM.restore(
+        tensors, parameters=parameters, event=event_of(parameters),
+        noise_source=seeded(0).description, seeded=True, check_values=True,
+    )  # fmt: skip
+    sums = good.sums.clone()
+    sums[0, 1, -1 if fault == "count" else 3] += 1 << 40
+    changes: dict[str, Any] = {
+        "absurd": {"sums": sums},
+        "count": {"sums": sums},
+        "shape": {"sums": good.sums[:, :, 1:]},
+        "places": {"parameters": dataclasses.replace(parameters, components=10**9)},
+        "claim": {"parameters": dataclasses.replace(parameters, mu=parameters.mu / 2)},
+    }[fault]
+    words = {"claim": "does not follow"}.get(fault, "must be")
+    message = wire.encode_release(dataclasses.replace(good, **changes), client_id=0)
+    with pytest.raises(wire.WireError, match=words) as error:
+        wire.decode_release(message, who="client 0", mechanism="statistics")
+    assert "\n" not in str(error.value)
+    again = wire.decode_release(
+        wire.encode_release(good, client_id=0), who="client 0", mechanism="statistics"
+    )
+    assert isinstance(again, ReleasedStatistics)
+    assert torch.equal(again.sums, good.sums)
 
 
 # --- Records, settings -------------------------------------------------------------------------
