@@ -26,8 +26,8 @@ from clients.failures import ClientError, Refusal, failure_line
 from clients.local import is_deployed
 from fedpdm import wire
 from fedpdm.config import RunConfig
-from fedpdm.privacy.estimation import total_of
 from fedpdm.privacy.mechanism import ReleasedStatistics
+from fedpdm.privacy.turning import total_of
 from fedpdm.setup.flower_config import run_config_of
 from fedpdm.wire.summands import MODULUS, summands, threshold, update_terms
 from fedpdm.wire.totals import sum_terms, total_summands
@@ -174,7 +174,7 @@ def _statistics(
     if not isinstance(released, ReleasedStatistics):
         raise wire.WireError(f"release of {who}: expected class statistics")
     public = wire.decode_model(asked) if asked else {}
-    total = total_of(released, public.get("directions"))
+    total = total_of(released, public.get("directions"), public.get("centers"))
     return total_summands(total, config.aggregation, num_clients=num_clients, who=who)
 
 

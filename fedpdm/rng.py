@@ -35,6 +35,7 @@ class Purpose(IntEnum):
     FEATURE_NETWORK = 13
     DOWNSTREAM = 14
     CHOICE = 15
+    COMPONENTS = 16
 
 
 def seed_sequence(

@@ -1,8 +1,8 @@
-"""Class statistics: three rounds of noised sums, and the Gaussians that the server makes of them.
+"""Class statistics: rounds of noised sums, and the Gaussians that the server makes of them.
 
 The sums are kept in the run directory, a folder for each round. What clients need of earlier
 rounds is computed from there when a round is asked for, so a run that goes on after a crash says
-what it said before. Rounds after the third train fine models alone.
+what it said before. Rounds after those of sums train fine models alone.
 """
 
 from __future__ import annotations
@@ -11,16 +11,25 @@ import math
 from collections.abc import Callable, Collection
 from typing import Any
 
+import numpy as np
 from flwr.common import NDArrays, Parameters, ndarrays_to_parameters
+from numpy.typing import NDArray
 
 from fedpdm import wire
-from fedpdm.privacy.estimation import class_gaussians, class_means, pooled_directions
+from fedpdm.privacy.components import class_mixtures, place_components, told_before
+from fedpdm.privacy.estimation import (
+    ClassMixtures,
+    class_gaussians,
+    class_means,
+    pooled_directions,
+)
 from fedpdm.privacy.mechanism import (
     ReleasedStatistics,
     StatisticsParameters,
     mechanism_of,
     restore_release,
 )
+from fedpdm.privacy.mechanism.sums import STAGES
 from fedpdm.setup.run_setup import RunSetup
 from fedpdm.wire.totals import MOST_SUMS
 from fedpdm.wire.types import Phase
@@ -61,10 +70,7 @@ class CoarseGaussians(CoarseStrategy):
         """What the server has made of earlier rounds."""
         if not 2 <= round <= len(self._planned):
             return ndarrays_to_parameters(wire.encode_nothing())
-        public = class_means(self._sums("means")).public()
-        if round == 3:
-            public |= pooled_directions(self._sums("pooled")).public(self._stage(3).directions)
-        return encode_arrays(wire.encode_model(public))
+        return encode_arrays(wire.encode_model(told_before(self._stage(round), self._sums)))
 
     def evaluation_message(self) -> Parameters:
         """The Gaussians; nothing before there are any."""
@@ -114,7 +120,7 @@ class CoarseGaussians(CoarseStrategy):
                 self._run.drop_upload(client_id, part=self._asked.stage)
 
     def merge(self, round: int) -> dict[str, float]:
-        """After the third round: the Gaussians, of all sums that came."""
+        """After the last round of sums: the Gaussians, of all sums that came."""
         if round != len(self._planned):
             return {}
         means, pooled = class_means(self._sums("means")), pooled_directions(self._sums("pooled"))
@@ -123,16 +129,39 @@ class CoarseGaussians(CoarseStrategy):
                 "class statistics: no direction stands out of the noise at this epsilon; classes "
                 "have their means and one variance"
             )
+        mixtures, more = self._mixtures(self._stage(round), means.counts)
         gaussians = class_gaussians(
-            means, pooled, self._sums("classes"), image_shape=self._setup.spec.shape
+            means,
+            pooled,
+            self._sums("classes"),
+            image_shape=self._setup.spec.shape,
+            mixtures=mixtures,
         )
         self.weights = gaussians.tensors()
         return {
-            "classes": len(gaussians.classes),
+            "classes": len(gaussians.classes.unique()),
             "images": int(means.counts.sum()),
             "directions": len(pooled.directions),
             "edge": pooled.edge,
+            **more,
         }
+
+    def _mixtures(
+        self, last: StatisticsParameters, counts: NDArray[np.int64]
+    ) -> tuple[ClassMixtures | None, dict[str, float]]:
+        """Where components lie after the `last` round of sums, and how many of those of classes
+        with images stand out of the noise; nothing where a class is one Gaussian."""
+        if not last.moves:
+            return None, {}
+        moved = place_components(last, self._sums, rounds=len(self._planned) - len(STAGES))
+        seen = moved.seen[counts > 0]
+        if not seen.all():
+            self._announce(
+                f"class statistics: {int((~seen).sum())} of {seen.size} components have fewer "
+                "images than noise may show, and stay at their class's mean; fewer "
+                "statistics.components, or a larger components_share, would do more"
+            )
+        return class_mixtures(moved), {"components": int(seen.sum())}
 
     def average(self, round: int) -> None:
         """There is nothing to average."""

@@ -20,7 +20,7 @@ __all__ = ["SecureGaussians"]
 
 
 class SecureGaussians(SecureRounds, CoarseGaussians):
-    """Keeps one total for each of the three rounds, in the place of client 0's sums."""
+    """Keeps one total for each round of sums, in the place of client 0's sums."""
 
     @property
     def section(self) -> AggregationConfig:
@@ -48,7 +48,7 @@ class SecureGaussians(SecureRounds, CoarseGaussians):
         stage = self._asked
         p = min(stage.dimensions, math.prod(self._setup.spec.shape))
         directions = torch.zeros((0, p))
-        if stage.stage == "classes":
+        if stage.projected:
             directions = torch.zeros((min(stage.directions, p), p))
             known = pooled_directions(self._sums("pooled")).public(stage.directions)["directions"]
             directions[: len(known)] = known

@@ -83,7 +83,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("fedpdm/privacy/mechanism/*.py", "fedpdm/privacy/noise.py", "fedpdm/privacy/counts.py"),
         ("tests/privacy/test_mechanism*.py", "tests/privacy/test_noise*.py",
          "tests/privacy/test_release_records.py", "tests/privacy/test_bound_through_client.py",
-         "tests/privacy/test_statistics*.py",
+         "tests/privacy/test_statistics*.py", "tests/privacy/test_component*.py",
          "tests/publishing/test_export_counts.py"),
     ),
     "dpsgd": (("fedpdm/privacy/dpsgd/*.py",), ("tests/privacy/test_dpsgd*.py",)),

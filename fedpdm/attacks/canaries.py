@@ -76,7 +76,7 @@ class GameScores:
         mu: float64, distance of the two in units of the noise: scores are N(+-mu^2 / 2, mu^2).
         num_distinct: int64, uploads of this canary that are no replays.
         distance_ratio: float64, distance of the clipped pair over the largest possible one, in the
-            first upload (2 C), or of the three sums together.
+            first upload (2 C), or of all sums together.
     """
 
     scores: Array

@@ -50,8 +50,8 @@ def audit_sums(
 
     Args:
         uploads: every release that was sent, restarts included.
-        public: what the client was told before the second and the third sum.
-        claimed_epsilon: what the run states for all three sums, at `delta`.
+        public: what the client was told before all sums but the first.
+        claimed_epsilon: what the run states for all sums together, at `delta`.
         recorded: releases of an image in the client's ledger.
         suspects: noise streams, at their start, that somebody else could draw again: for each
             distinct sum in its order.

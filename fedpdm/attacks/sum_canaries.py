@@ -1,7 +1,7 @@
 """The guessing game of an audit of class statistics: canaries in sums.
 
 A client is given one of each pair by a secret coin, as in `fedpdm.attacks.canaries`, and sends
-three noised sums. An image is in them through its clipped vector a (class means) and through
+noised sums. An image is in them through its clipped vector a (class means) and through
 a a^T (second moments). Of two images a and b at the clip bound C with angle g between them,
 
     |a - b|^2 = 2 C^2 (1 - cos g),    |a a^T - b b^T|_F^2 = 2 C^4 sin^2 g:
@@ -14,7 +14,9 @@ rows of a Hadamard matrix, so that no canary disturbs the guess of another in it
 over all classes those of other classes do a little, like noise.
 
 The auditor plays the server too, so she chooses what clients are told: the middle of the range of
-pixels as every class's mean, and all directions.
+pixels as every class's mean, and all directions. Where a class has several components, the images
+of a single pair in doubt are each at a centre of their own, which is the most that an image can
+move such sums. All other canaries are at one centre: their numbers at two would disturb each other.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from fedpdm.attacks.likelihood import Array
 from fedpdm.data import ImageSet, normalize
 from fedpdm.privacy.mechanism import ReleasedStatistics, StatisticsParameters
 from fedpdm.privacy.mechanism.basis import cosine_basis
+from fedpdm.privacy.mechanism.statistics import in_places
 from fedpdm.privacy.mechanism.whole import unpack_symmetric, whole_vectors
 from fedpdm.privacy.noise import GRID
 
@@ -48,6 +51,7 @@ __all__ = [
 Whole = NDArray[np.int64]
 Public = Mapping[str, torch.Tensor]
 
+OUT_OF_REACH = 1e3  # of a centre, in each direction
 _PALEY = np.array([-1, 1, -1, 1, 1, 1, -1, -1, -1, 1, -1])  # 1 at the squares modulo 11
 
 
@@ -101,19 +105,35 @@ def draw_sum_game(
 
 
 def opposites(shape: tuple[int, int, int]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Two orthogonal images (C, H, W) at the clip bound, the worst pair for all three sums."""
+    """Two orthogonal images (C, H, W) at the clip bound, the worst pair for all sums."""
     game = draw_sum_game(1, shape=shape, rng=np.random.default_rng(0))
     return game.first[0], game.second[0]
 
 
 def auditors_public(
-    parameters: StatisticsParameters, shape: tuple[int, int, int]
+    parameters: StatisticsParameters,
+    shape: tuple[int, int, int],
+    pair: tuple[NDArray[np.uint8], NDArray[np.uint8]] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """What clients are told before the second and the third sum; see the module."""
+    """What clients are told before all sums but the first; see the module.
+
+    `parameters` are those of the last round, `pair` the only two images (C, H, W) that are in
+    doubt, if there are no more.
+    """
     basis = cosine_basis(shape, parameters.dimensions)
     middle = basis @ np.full(math.prod(shape), -parameters.shift)
     means = torch.from_numpy(middle).float().expand(parameters.num_classes, -1).clone()
-    return {"means": means, "directions": torch.eye(parameters.directions, len(basis))}
+    public = {"means": means, "directions": torch.eye(parameters.directions, len(basis))}
+    if parameters.moves:
+        q = len(public["directions"])
+        centers = np.full((parameters.num_classes, parameters.components, q), OUT_OF_REACH)
+        centers[:, 0] = 0.0
+        if pair is not None:
+            x = normalize(np.stack(pair), shift=parameters.shift).flatten(1).double().numpy()
+            centers[:, :2] = 0.0
+            centers[:, :2, : len(basis)] = x @ basis.T - middle
+        public["centers"] = torch.from_numpy(centers.reshape(-1, q)).float()
+    return public
 
 
 class SumView:
@@ -126,18 +146,21 @@ class SumView:
         if len(sent.counts) != 1:
             raise ValueError(f"a view is of one time, got {len(sent.counts)}")
         self.sent, self.parameters, self._public = sent, sent.parameters, public
-        self.products = sent.parameters.stage != "means"
+        self.products = sent.parameters.products
 
     def vectors(self, images: NDArray[np.uint8], labels: Whole) -> Whole:
         """What images (n, C, H, W) are in the sum by, in whole steps: int64 (n, d)."""
         parameters = self.parameters
         x = normalize(images, shift=parameters.shift).flatten(1).numpy().astype(np.float64)
         x = x @ cosine_basis(images.shape[1:], self.sent.directions.shape[2]).T
-        if self.products:
+        if parameters.stage != "means":
             x = x - self._public["means"].double().numpy()[labels]
-        if parameters.stage == "classes":
+        if parameters.projected:
             x = x @ self.sent.directions[0].double().numpy().T
-        return whole_vectors(x, steps=parameters.steps, limit=parameters.limit)
+        whole = whole_vectors(x, steps=parameters.steps, limit=parameters.limit)
+        if parameters.moves:
+            whole = in_places(whole, labels, self._public["centers"].double().numpy(), parameters)
+        return whole
 
     def rows(self, labels: Whole) -> Whole:
         """Which of the sums images of these labels are in, (n,)."""
@@ -152,7 +175,7 @@ class SumView:
         if not self.products:
             return values
         p = self.sent.directions.shape[2]
-        q = self.sent.directions.shape[1] if self.parameters.stage == "classes" else p
+        q = self.sent.directions.shape[1] if self.parameters.projected else p
         return unpack_symmetric(values, q)
 
     def total(self, vectors: Whole) -> Array:

@@ -100,8 +100,8 @@ def link_sums(
     Args:
         others: the images that both sets have; the two images of the `pair` are not among them.
         obtain: the release path of a new client: images to all sums that it sends.
-        public: what clients are told before the second and the third sum.
-        planned: the parameters of the three rounds.
+        public: what clients are told before all sums but the first.
+        planned: the parameters of all rounds.
 
     Raises:
         ValueError: fewer than 2 releases.

@@ -46,7 +46,7 @@ One-run audit: a client is given one of each of many pairs of canaries, by a sec
 it uploads in two rounds, with a restart between them, is used to guess the coins. What the right
 guesses prove about epsilon, and checks of the noise itself, are held against the client's ledger.
 Exit code 1 if the release leaks more than the ledger says.
-With --release statistics: everything it uploads in the three rounds of a run and of another run
+With --release statistics: everything it uploads in the rounds of a run and of another run
 with the same releases; the auditor plays the server as well.
 """
 

@@ -25,6 +25,10 @@ def add_release_options(parser: argparse.ArgumentParser) -> None:
         "--release", choices=("images", "statistics"), default="images",
         help="what clients release, as privacy.release; default: %(default)s",
     )  # fmt: skip
+    parser.add_argument(
+        "--components", type=int, default=1,
+        help="statistics: Gaussians of a class, as statistics.components; default: %(default)s",
+    )  # fmt: skip
     parser.add_argument("--epsilon", type=float, help="give it or --t0; default: 10")
     parser.add_argument("--t0", type=int, help="noising steps")
     parser.add_argument("--clip-norm", type=float, default=10.0, help="default: %(default)s")
@@ -46,6 +50,8 @@ def release_config(options: argparse.Namespace, *, statistics_of: int | None = N
 
     if options.epsilon is not None and options.t0 is not None:
         raise ValueError("give --epsilon or --t0, not both")
+    if options.components != 1 and statistics_of is None:
+        raise ValueError("--components: is for --release statistics")
     epsilon = 10.0 if options.epsilon is None and options.t0 is None else options.epsilon
     for name in ("seed", "seeded"):
         if (value := getattr(options, name)) is not None and value < 0:
@@ -64,6 +70,7 @@ def release_config(options: argparse.Namespace, *, statistics_of: int | None = N
         num_steps=options.steps,
         seed=options.seeded,
         statistics_of=statistics_of,
+        components=options.components,
     )
 
 

@@ -42,7 +42,7 @@ def run_sum_linkage(options: argparse.Namespace) -> int:
     chosen = rng.permutation(held.distinct())[: options.images - 1]
     others, pair = held.subset(np.sort(chosen)), opposites(shape)
     planned, _ = _planned(config, with_image(others, pair[0], 0))
-    public = auditors_public(planned[0], shape)
+    public = auditors_public(planned[-1], shape, pair)
     say(
         f"linkage: {options.repeats:,} releases of each of two sets of {len(others) + 1} images ..."
     )
@@ -90,7 +90,7 @@ def run_sum_audit(options: argparse.Namespace) -> int:
     config = _config(options, shape)
     game = draw_sum_game(options.canaries, shape=shape, rng=np.random.default_rng(options.seed))
     planned, stated = _planned(config, game.images)
-    public = auditors_public(planned[0], shape)
+    public = auditors_public(planned[-1], shape)
     name = "x".join(map(str, shape))
     say(f"audit: {options.canaries:,} canaries of {name} in sums, two runs ...")
     started = time.perf_counter()
@@ -99,7 +99,8 @@ def run_sum_audit(options: argparse.Namespace) -> int:
         for seed in options.known_seed
     ]
     suspects = [
-        [build_noise(each, client=0, release=release) for each in known] for release in (1, 2, 3)
+        [build_noise(each, client=0, release=release) for each in known]
+        for release, _ in enumerate(planned, 1)
     ]
     with tempfile.TemporaryDirectory(prefix="fedpdm-attack-") as folder:
         uploads, store = upload_sums(config, game.images, Path(folder), public=public, runs=2)
@@ -127,7 +128,7 @@ def _config(options: argparse.Namespace, shape: tuple[int, int, int]) -> RunConf
 
 
 def _planned(config: RunConfig, images: ImageSet) -> tuple[tuple[StatisticsParameters, ...], float]:
-    """The three rounds of a run on these images, and the epsilon that it states."""
+    """The rounds of a run on these images, and the epsilon that it states."""
     from fedpdm.privacy.mechanism import StatisticsParameters
     from fedpdm.setup.run_setup import set_up
 

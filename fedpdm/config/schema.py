@@ -286,7 +286,7 @@ class RunConfig:
             )
         self._check_shared_model()
         if self.has_statistics:
-            check_statistics(training=self.coarse.training, rounds=self.run.rounds)
+            check_statistics(self.statistics, training=self.coarse.training, rounds=self.run.rounds)
         check_sampling(
             self.sampling, num_steps=self.schedule.num_steps, release=self.privacy.release
         )

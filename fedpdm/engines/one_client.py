@@ -41,16 +41,18 @@ def attack_config(
     num_steps: int,
     seed: int | None,
     statistics_of: int | None = None,
+    components: int = 1,
 ) -> RunConfig:
     """A run that releases and trains nothing. A `seed` makes it a simulation with seeded noise.
 
-    It releases class statistics of all directions where `statistics_of` says how many values an
-    image has, else images.
+    It releases class statistics of all directions, and of so many components, where
+    `statistics_of` says how many values an image has, else images.
     """
     nothing = {"preset": "micro", "steps_per_round": 0}
     sums: dict[str, Any] = {}
     if statistics_of is not None:
-        sums = {"statistics": {"dimensions": statistics_of, "directions": statistics_of}}
+        all_of_it = {"dimensions": statistics_of, "directions": statistics_of}
+        sums = {"statistics": {**all_of_it, "components": components}}
     return config_from_mapping(
         {
             **sums,
@@ -95,15 +97,15 @@ def upload_sums(
     public: Mapping[str, torch.Tensor],
     runs: int = 1,
 ) -> tuple[list[ReleasedStatistics], ReleaseStore]:
-    """What a new client in `folder` uploads in the three rounds of class statistics, in one run
-    after the other with the same releases.
+    """What a new client in `folder` uploads in the rounds of class statistics, in one run after the
+    other with the same releases.
 
-    `public` is what it is told before the second and the third. Otherwise as `upload_releases`.
+    `public` is what it is told before all but the first. Otherwise as `upload_releases`.
     """
     one = _OneClient(config, images, folder)
     uploads = []
     for run in range(runs):
-        for number in (1, 2, 3):
+        for number, _ in enumerate(one.setup.release_plan.rounds, 1):
             told = wire.encode_model(public) if number > 1 else wire.encode_nothing()
             sums = one.ask(number, told, run=run)
             assert isinstance(sums, ReleasedStatistics)  # the config's mechanism
@@ -117,7 +119,7 @@ def release_sums(
     """What `upload_sums` gives, without what else a client does in a round: for many clients."""
     one = _OneClient(config, images, folder)
     work, sums = LocalTraining(one.local(folder)), []
-    for stage in range(3):
+    for stage in range(len(one.setup.release_plan.rounds)):
         message = wire.encode_release(work.statistics(stage, public), client_id=0)
         sent = one.decoded(message)
         assert isinstance(sent, ReleasedStatistics)  # the config's mechanism

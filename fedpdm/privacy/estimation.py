@@ -12,6 +12,8 @@ number,
               asked for.)
     classes   T_k / N_k in the leading pooled directions, drawn to the pooled one entry by entry
 
+`fedpdm.privacy.components` makes mixtures of them.
+
 Images are in coordinates of a public basis until `class_gaussians` turns them back into pixels.
 """
 
@@ -19,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -27,15 +29,19 @@ import torch
 from fedpdm.diffusion.gaussian import ClassGaussians
 from fedpdm.privacy.mechanism import ReleasedStatistics, mechanism_of
 from fedpdm.privacy.mechanism.basis import cosine_basis
-from fedpdm.privacy.mechanism.whole import pack_symmetric, unpack_symmetric
+from fedpdm.privacy.mechanism.whole import unpack_symmetric
+from fedpdm.privacy.turning import turned
 
 __all__ = [
     "ClassMeans",
+    "ClassMixtures",
     "PooledDirections",
+    "class_covariances",
     "class_gaussians",
     "class_means",
+    "kept_sums",
+    "numbers",
     "pooled_directions",
-    "total_of",
 ]
 
 LEAST_VARIANCE = 1e-4  # of a direction: about that of rounding to 8 bits, and never zero
@@ -74,7 +80,22 @@ class PooledDirections:
         return {"directions": torch.from_numpy(self.directions[:most]).float()}
 
 
-def _checked(releases: Sequence[ReleasedStatistics], stage: str) -> Sequence[ReleasedStatistics]:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ClassMixtures:
+    """`centers` float64 (K, J, q): of a class's components around its mean, in the leading pooled
+    directions; `shares` (K, J), of the class's images, sum to 1. So weighed, centres sum to 0.
+    """
+
+    centers: np.ndarray
+    shares: np.ndarray
+
+    def between(self, k: int) -> np.ndarray:
+        """How far the centres of a class spread, (q, q)."""
+        spread: np.ndarray = self.centers[k].T @ (self.shares[k, :, None] * self.centers[k])
+        return spread
+
+
+def kept_sums(releases: Sequence[ReleasedStatistics], stage: str) -> Sequence[ReleasedStatistics]:
     """`ValueError` unless all are sums of this stage, alike and of at least one image."""
     if not releases:
         raise ValueError(f"{stage}: no sums were collected")
@@ -88,7 +109,7 @@ def _checked(releases: Sequence[ReleasedStatistics], stage: str) -> Sequence[Rel
     return releases
 
 
-def _numbers(releases: Sequence[ReleasedStatistics]) -> tuple[np.ndarray, np.ndarray]:
+def numbers(releases: Sequence[ReleasedStatistics]) -> tuple[np.ndarray, np.ndarray]:
     """Images of each class, int64 (K,), and how many times each sum was noised, int64 (rows,)."""
     counts, noisy = zip(*((each.counts, each.noisy) for each in releases), strict=True)
     return torch.cat(counts).sum(dim=0).numpy(), torch.cat(noisy).sum(dim=0).numpy()
@@ -99,8 +120,8 @@ def class_means(releases: Sequence[ReleasedStatistics]) -> ClassMeans:
     m + s / (s + v_k) (m_k - m), v_k the noise's variance and s that of classes around m (per
     number), which the classes with little noise tell. m itself is drawn to 0, the shift, likewise
     (James and Stein, positive part)."""
-    parameters = _checked(releases, "means")[0].parameters
-    images, noisy = _numbers(releases)
+    parameters = kept_sums(releases, "means")[0].parameters
+    images, noisy = numbers(releases)
     parts = [each.sums.double().sum(dim=0).numpy() / each.parameters.steps for each in releases]
     total = np.sum(parts, axis=0)
     held = images > 0
@@ -117,12 +138,12 @@ def class_means(releases: Sequence[ReleasedStatistics]) -> ClassMeans:
 
 def pooled_directions(releases: Sequence[ReleasedStatistics]) -> PooledDirections:
     """Of the second round."""
-    parameters = _checked(releases, "pooled")[0].parameters
+    parameters = kept_sums(releases, "pooled")[0].parameters
     p = releases[0].directions.shape[2]
     parts = [each.sums.double().sum(dim=(0, 1)).numpy() for each in releases]
     steps = [each.parameters.steps for each in releases]
     packed = np.sum([part / step**2 for part, step in zip(parts, steps, strict=True)], axis=0)
-    images, noisy = (int(each.sum()) for each in _numbers(releases))
+    images, noisy = (int(each.sum()) for each in numbers(releases))
     matrix = unpack_symmetric(packed, p) / images
     edge = math.sqrt(2.0 * p * noisy) * parameters.sigma / images
     values, vectors = np.linalg.eigh(matrix)
@@ -141,48 +162,6 @@ def pooled_directions(releases: Sequence[ReleasedStatistics]) -> PooledDirection
     )
 
 
-def turned(release: ReleasedStatistics, leading: np.ndarray) -> np.ndarray:
-    """Sums of products of one client in whole steps, all its times together, in the rows of
-    `leading` (q, p): float64 (K, q, q)."""
-    classes, q = release.parameters.num_classes, len(leading)
-    total = np.zeros((classes, q, q))
-    for counts, sums, directions in zip(
-        release.counts.numpy(),
-        release.sums.numpy(),
-        release.directions.double().numpy(),
-        strict=True,
-    ):
-        turn = leading @ directions.T
-        for k in np.flatnonzero(counts):
-            total[k] += turn @ unpack_symmetric(sums[k], len(directions)) @ turn.T
-    return total
-
-
-def total_of(release: ReleasedStatistics, directions: torch.Tensor | None) -> ReleasedStatistics:
-    """One client's sums of all times as one total, in whole steps.
-
-    `directions`, float32 (r, p), are the W that the server asks with: sums of products that were
-    made with others are turned to these, as the server would, and rounded.
-    """
-    counts, sums = release.counts.sum(dim=0, keepdim=True), release.sums.sum(dim=0, keepdim=True)
-    wanted = torch.zeros_like(release.directions[:1])
-    if release.parameters.stage == "classes":
-        assert directions is not None  # what the release was made with
-        wanted[0, : len(directions)] = directions
-        if not torch.equal(release.directions, wanted.expand_as(release.directions)):
-            matrices = turned(release, wanted[0].double().numpy())
-            sums = torch.from_numpy(
-                np.stack([pack_symmetric(np.rint(m).astype(np.int64)) for m in matrices])[None]
-            )
-    return replace(
-        release,
-        counts=counts,
-        sums=sums,
-        directions=wanted,
-        totalled=release.noisy.sum(dim=0, keepdim=True),
-    )
-
-
 def _class_moments(
     releases: Sequence[ReleasedStatistics], leading: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -192,12 +171,41 @@ def _class_moments(
     Sums made with other directions, of an earlier run, are turned to these: A T A' with A the
     products of both; what lies outside of those directions is lost.
     """
-    parameters = _checked(releases, "classes")[0].parameters
-    images, noisy = _numbers(releases)
+    parameters = kept_sums(releases, "classes")[0].parameters
+    images, noisy = numbers(releases)
     total = np.sum([turned(each, leading) / each.parameters.steps**2 for each in releases], axis=0)
     most = np.maximum(images, 1.0)
     noise = noisy * parameters.sigma**2 / 2.0 / most**2
     return total / most[:, None, None], noise, images
+
+
+def class_covariances(
+    pooled: PooledDirections, releases: Sequence[ReleasedStatistics]
+) -> dict[int, np.ndarray]:
+    """Of the third round: the (q, q) covariance in the q leading pooled directions of each class
+    with images in it. None where no direction is kept.
+
+    Entry (i, j) of a class's second moment differs from the pooled one by D; noise of variance v is
+    on it. D counts by s / (s + v), s = mean over classes of D^2 - v: by how far the classes'
+    entries stand out of their noise.
+    """
+    kept = len(pooled.directions)
+    q = min(kept, releases[0].parameters.directions) if releases else 0
+    if not q:
+        return {}
+    moments, noise, images = _class_moments(releases, pooled.directions[:q])
+    common = np.diag(pooled.variances[:q])
+    doubled = 1.0 + np.eye(q)  # noise on the diagonal has twice the variance
+    differences, spread = moments - common, noise[:, None, None] * doubled
+    there = images > 0
+    signal = np.maximum((differences[there] ** 2 - spread[there]).mean(axis=0), 0.0)
+    found = {}
+    for k in np.flatnonzero(there):
+        share = np.divide(
+            signal, signal + spread[k], out=np.ones((q, q)), where=signal + spread[k] > 0
+        )
+        found[int(k)] = common + share * differences[k]
+    return found
 
 
 def class_gaussians(
@@ -206,43 +214,45 @@ def class_gaussians(
     releases: Sequence[ReleasedStatistics],
     *,
     image_shape: tuple[int, int, int],
+    mixtures: ClassMixtures | None = None,
 ) -> ClassGaussians:
     """A Gaussian for each class with images, in pixels of `image_shape`, d = C H W.
 
-    `releases` are of the third round; without any, all classes have the pooled covariance. Entry
-    (i, j) of a class's second moment differs from the pooled one by D; noise of variance v is on
-    it. D counts by s / (s + v), s = mean over classes of D^2 - v: by how far the classes' entries
-    stand out of their noise.
+    `releases` are of the third round; without any, all classes have the pooled covariance. With
+    `mixtures` a class has J Gaussians of one covariance: that of the class without what its centres
+    spread by, at least `pooled.rest` in every direction.
     """
     held = np.flatnonzero(means.counts)
-    p, kept = means.means.shape[1], len(pooled.directions)
+    p = means.means.shape[1]
     basis = cosine_basis(image_shape, p)
     if basis.shape[0] != p:
         raise ValueError(f"means have {p} dimensions, images {image_shape} have {len(basis)}")
-    q = min(kept, releases[0].parameters.directions) if releases else 0
     variances = np.tile(pooled.variances, (len(held), 1))
     directions = np.tile(pooled.directions, (len(held), 1, 1))
-    if q:
-        moments, noise, images = _class_moments(releases, pooled.directions[:q])
-        common = np.diag(pooled.variances[:q])
-        doubled = 1.0 + np.eye(q)  # noise on the diagonal has twice the variance
-        differences, spread = moments - common, noise[:, None, None] * doubled
-        there = images > 0
-        signal = np.maximum((differences[there] ** 2 - spread[there]).mean(axis=0), 0.0)
-        for row, k in enumerate(held):
-            if not there[k]:
-                continue
-            share = np.divide(
-                signal, signal + spread[k], out=np.ones((q, q)), where=signal + spread[k] > 0
-            )
-            values, turn = np.linalg.eigh(common + share * differences[k])
-            variances[row, :q] = np.maximum(values, pooled.rest)
-            directions[row, :q] = turn.T @ pooled.directions[:q]
+    covariances = class_covariances(pooled, releases)
+    for row, k in enumerate(held.tolist()):
+        inside = covariances.get(k)
+        if mixtures is not None and (q := mixtures.centers.shape[2]):
+            whole = np.diag(pooled.variances[:q]) if inside is None else inside
+            inside = whole - mixtures.between(k)
+        if inside is None:
+            continue
+        values, turn = np.linalg.eigh(inside)
+        q = len(values)
+        variances[row, :q] = np.maximum(values, pooled.rest)
+        directions[row, :q] = turn.T @ pooled.directions[:q]
+    centers, weights = means.means[held], means.counts[held].astype(np.float64)
+    times = 1
+    if mixtures is not None:
+        q, times = mixtures.centers.shape[2], mixtures.centers.shape[1]
+        around = mixtures.centers[held] @ pooled.directions[:q]
+        centers = (centers[:, None] + around).reshape(-1, p)
+        weights = (weights[:, None] * mixtures.shares[held]).ravel()
     return ClassGaussians(
-        means=torch.from_numpy(means.means[held] @ basis),
-        directions=torch.from_numpy(directions @ basis),
-        variances=torch.from_numpy(variances),
-        rest=torch.full((len(held),), pooled.rest, dtype=torch.float64),
-        weights=torch.from_numpy(means.counts[held].astype(np.float64)),
-        classes=torch.from_numpy(held),
+        means=torch.from_numpy(centers @ basis),
+        directions=torch.from_numpy((directions @ basis).repeat(times, axis=0)),
+        variances=torch.from_numpy(variances.repeat(times, axis=0)),
+        rest=torch.full((len(weights),), pooled.rest, dtype=torch.float64),
+        weights=torch.from_numpy(weights),
+        classes=torch.from_numpy(held.repeat(times)),
     )

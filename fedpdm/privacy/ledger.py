@@ -35,6 +35,7 @@ from fedpdm.privacy.accountant import epsilon_spent
 from fedpdm.privacy.mechanism import (
     IMAGES,
     mechanism_field,
+    parameter_fields,
     recorded_event,
     recorded_mechanism,
 )
@@ -237,7 +238,7 @@ def release_fields(record: ReleaseRecord) -> dict[str, Any]:
         "image_shape": list(record.image_shape),
         **({} if prepared is None else {"preparation": dict(prepared)}),
         **mechanism_field(record.parameters),
-        "parameters": dataclasses.asdict(record.parameters),
+        "parameters": parameter_fields(record.parameters),
         **dataclasses.asdict(record.event),
         "epsilon": record.epsilon,
         "delta": record.delta,

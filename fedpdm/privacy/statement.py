@@ -15,7 +15,7 @@ from typing import Any
 from fedpdm.config import RunConfig
 from fedpdm.privacy.accountant import delta_warning, epsilon_spent, repeated, worst
 from fedpdm.privacy.ledger import Ledger
-from fedpdm.privacy.mechanism import mechanism_of
+from fedpdm.privacy.mechanism import mechanism_of, parameter_fields
 from fedpdm.privacy.noise import SAMPLER_DISTANCE
 from fedpdm.privacy.planning import ReleasePlan
 from fedpdm.privacy.releases import ReleaseStore
@@ -53,7 +53,7 @@ def client_statement(store: ReleaseStore, *, delta: float) -> dict[str, Any]:
         "images": spent.images,
         "image_shape": list(last.image_shape),
         "releases": len(ledger.releases()),
-        "latest_release": dataclasses.asdict(last.parameters),
+        "latest_release": parameter_fields(last.parameters),
         "released": _sentences([last.parameters]),
         "noise_sources": sorted({record.noise_source for record in ledger.releases()}),
         "simulation": any(record.seeded for record in ledger.releases()),

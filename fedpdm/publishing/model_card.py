@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from fedpdm.publishing.class_gaussians import GaussianClasses
 from fedpdm.publishing.pipeline import PFDMPipeline
 from fedpdm.text import markdown
 
@@ -106,10 +107,10 @@ What clients sent in training, and so `coarse_unet`, is locally differentially p
 
 # With class statistics as the release.
 GAUSSIANS = """\
-A U-Net for {resolution}x{resolution} images of {num_classes} classes and a Gaussian for each class,
+A U-Net for {resolution}x{resolution} images of {num_classes} classes and {many} for each class,
 from personalised federated diffusion (arXiv 2504.00952) with class statistics. `gaussians` is
 shared by all clients: it is computed from noised sums over their images. An image begins with a
-draw of its class's Gaussian, noised to t0 = {t0} of {num_steps}. `fine_unet`, client {client_id}'s,
+draw of its class's {one}, noised to t0 = {t0} of {num_steps}. `fine_unet`, client {client_id}'s,
 takes it from there to a clean image, {told} the class.{best} t0, the labels and the number of
 candidates are the run's settings or what the client chose on its own held-out images."""
 
@@ -177,11 +178,14 @@ def model_card(
     groups = client["group_epsilon"]
     count = run["releases_per_image"]
     counts = "" if settings["coarse_share"] is None else EXACT if counts_epsilon is None else NOISED
+    several = pipeline.gaussians is not None and _has_mixtures(pipeline.gaussians)
     own = {"client_id": client["client_id"], "counts_epsilon": counts_epsilon}
     words = {
         "name": markdown(name),
         "shared": "coarse_unet" if pipeline.gaussians is None else "gaussians",
         "most": "" if pipeline.gaussians is None else ", which is also the most",
+        "many": "a mixture of Gaussians" if several else "a Gaussian",
+        "one": "mixture" if several else "Gaussian",
         "told": "told" if settings["fine_labels"] else "without being told",
         "best": BEST.format(drawn=drawn) if drawn > 1 else "",
         "count": count,
@@ -207,3 +211,9 @@ def model_card(
     known = {**settings, **run, **words}
     known |= {"parts": parts.format_map(known), "guarantee": guarantee.format_map(known)}
     return CARD.format_map(known)
+
+
+def _has_mixtures(gaussians: GaussianClasses) -> bool:
+    """Whether a class has several Gaussians."""
+    classes = gaussians.config["classes"]
+    return len(set(classes)) < len(classes)

@@ -129,6 +129,37 @@ def test_the_audit_passes_and_proves_a_good_part(
     assert json.loads((tmp_path / "audit.json").read_text()) == facts
 
 
+def test_the_audit_takes_components(capsys: pytest.CaptureFixture[str]) -> None:
+    code, facts = run([*AUDIT, "--components", "3", "--seeded", "1"], capsys)
+    assert (code, failed(facts)) == (0, set())
+    assert facts["claimed_epsilon"] == pytest.approx(10.0)
+    assert facts["num_distinct"] == facts["recorded"] == 6
+    assert 0.9 < facts["distance_ratio"] < 0.92  # sqrt(0.84): pairs are in one component
+
+
+def test_linkage_asks_of_a_pair_at_two_centres() -> None:
+    config = attack_config(
+        epsilon=10.0, t0=None, delta=1e-5, clip_norm=6.0, shift=0.0, schedule="linear",
+        num_steps=1000, seed=0, statistics_of=64, components=3,
+    )  # fmt: skip
+    pair = opposites(SHAPE)
+    others = draw_sum_game(5, shape=SHAPE, rng=np.random.default_rng(3)).images
+    rounds = planned_of(config, others)
+    public = auditors_public(rounds[-1], SHAPE, pair)
+    seeds = iter(range(10**6))
+
+    def obtain(images: ImageSet) -> list[ReleasedStatistics]:
+        given = ReleaseSource(images=images.images, labels=images.labels, public=public)
+        return [made(given, each, next(seeds)) for each in rounds]
+
+    found = link_sums(others, pair, obtain, public, rounds, num_releases=200).summary
+    assert found.agrees
+    assert 0.95 < found.reached_mu / found.mu < 0.975
+    for (stage, distance, *_), planned in zip(found.rounds[3:], rounds[3:], strict=True):
+        assert stage == planned.stage
+        assert 0.97 * planned.mu < distance <= planned.mu
+
+
 @pytest.mark.slow
 def test_linkage_agrees_with_theory(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     code, facts = run([*LINKAGE, "--seeded", "1", "--out", str(tmp_path)], capsys)
@@ -182,6 +213,7 @@ def view_of(parameters: StatisticsParameters, shape: tuple[int, int, int], publi
 # --- Planted faults -------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("components", ["1", "2"])
 @pytest.mark.parametrize(
     ("fault", "caught_by"),
     [(HalfNoise, {"noise energy", "guesses"}), (SameNoise, {"noise reused"})],
@@ -190,11 +222,12 @@ def view_of(parameters: StatisticsParameters, shape: tuple[int, int, int], publi
 def test_bad_noise_is_caught(
     fault: type[SystemNoise],
     caught_by: set[str],
+    components: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(fedpdm.privacy.planning, "SystemNoise", fault)
-    code, facts = run(AUDIT, capsys)
+    code, facts = run([*AUDIT, "--components", components, "--canaries", "400"], capsys)
     assert code == 1
     assert caught_by <= failed(facts)
 
@@ -354,6 +387,8 @@ def test_the_text_says_what_was_found(capsys: pytest.CaptureFixture[str]) -> Non
         (["linkage", "--pairs", "5"], "--pairs: is for images; with --release statistics give"),
         (["linkage", "--images", "0"], "--images: must be at least 1, got 0"),
         (["linkage", "--repeats", "1"], "num_releases must be at least 2, got 1"),
+        (["audit", "--components", "0"], "statistics.components: must be at least 1, got 0"),
+        (["audit", "--release", "images", "--components", "2"], "--components: is for --release"),
         (["linkage", "--t0", "600"], "privacy.epsilon: release statistics needs it"),
         (["audit", "--canaries", "0"], "num_canaries must be at least 1, got 0"),
         (["audit", "--shape", "2x8x8"], "shape must be (C, H, W) of at least 4 values"),

@@ -76,6 +76,7 @@ def test_every_key_survives_every_round_trip() -> None:
     mapping["partition"] |= {"kind": "iid"}
     mapping["evaluation"]["image_metrics"] = False
     mapping["schedule"] |= {"beta_start": 0.001, "beta_end": 0.3}
+    mapping["statistics"]["components_share"] = 0.1  # shares sum to less than 1
     mapping["coarse"]["images"] = "released"  # all else is for simulations
     mapping["sampling"]["coarse_worth"] = None  # not with fine.t_range: below_t0
     mapping["aggregation"] |= {"secure": False, "max_update_norm": None}  # not with server training

@@ -44,6 +44,21 @@ def test_a_node_that_allows_statistics_is_told_what_leaves(invited: Node) -> Non
     assert list(invited.store.iterdir()) == []
 
 
+def test_a_node_is_told_of_components(node: Node) -> None:
+    sections = {**SECTIONS, "run": {"rounds": 5}}
+    more = {"statistics": {"components": 4, "component_rounds": 2}}
+    node.invitation.write_text(make_invitation(quiet(node.made, **sections, **more)))
+    node.policy.write_text(policy_text("{mechanisms: [statistics], max_epsilon: 10}"))
+    code, out, err = node.call("check", "--policy", str(node.policy))
+    assert (code, err) == (0, "")
+    found = {line.split()[1]: line for line in out.splitlines()[:12]}
+    size = 8 * (2 * 192 + 18_528 + 2 * 1176 + 3 * 2) + 4 * 48 * 192
+    size += 2 * (8 * (2 * 4 * 49 + 2) + 4 * 48 * 192)
+    assert f"{size / 1e6:.1f} MB sent, epsilon 10 in all at delta 1e-05" in found["bounds"]
+    assert "class statistics (components-2 of 4), mu " in found["bounds"]
+    assert "are divided into 4 groups of similar ones" in " ".join(out.split())
+
+
 @pytest.mark.parametrize(
     ("policy", "words"),
     [

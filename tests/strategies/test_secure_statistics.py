@@ -19,8 +19,9 @@ from clients.training import LocalTraining
 from fedpdm import wire
 from fedpdm.config import AggregationConfig, RunConfig
 from fedpdm.engines.inprocess import run_in_process
-from fedpdm.privacy.estimation import class_means, total_of
+from fedpdm.privacy.estimation import class_means
 from fedpdm.privacy.mechanism import ReleasedStatistics, restore_release
+from fedpdm.privacy.turning import total_of
 from fedpdm.storage.files import read_tensors
 from fedpdm.storage.run_directory import RunDirectory
 from fedpdm.wire.summands import SumError

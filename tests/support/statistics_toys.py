@@ -26,13 +26,15 @@ from tests.support.federations import small_config
 from tests.support.release_toys import request
 
 MECHANISM = ClassStatistics()
-SIDE, CLASSES = 4, 3
+SIDE, CLASSES, COMPONENTS = 4, 3, 3
 PIXELS = SIDE * SIDE
 
 
-def statistics_config(*, epsilon: float = 10.0, clip_norm: float = 2.0, **keys: Any) -> RunConfig:
+def statistics_config(
+    *, epsilon: float = 10.0, clip_norm: float = 2.0, rounds: int = 3, **keys: Any
+) -> RunConfig:
     return small_config(
-        run={"rounds": 3},
+        run={"rounds": rounds},
         coarse={"training": "server"},
         privacy={"release": "statistics", "epsilon": epsilon, "clip_norm": clip_norm},
         statistics={"directions": 5, **keys},
@@ -40,20 +42,23 @@ def statistics_config(*, epsilon: float = 10.0, clip_norm: float = 2.0, **keys: 
 
 
 def rounds(**changes: Any) -> tuple[StatisticsParameters, ...]:
-    """The three rounds of a run on 4x4 images of three classes."""
-    config = statistics_config(**changes)
+    """The rounds of a run on 4x4 images of three classes."""
+    moves = 3 + changes.get("component_rounds", 3) if changes.get("components", 1) > 1 else 3
+    config = statistics_config(**changes, rounds=moves)
     plan = plan_release(config, build_schedule(config), num_classes=CLASSES)
     return plan.rounds  # type: ignore[return-value]
 
 
 def public(*, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Means and orthonormal directions as a server makes them."""
+    """Means, orthonormal directions and centres as a server makes them."""
     rng = np.random.default_rng(seed)
     rotation = np.linalg.qr(rng.normal(size=(PIXELS, PIXELS)))[0]
     means = rng.normal(size=(CLASSES, PIXELS)) * 0.1
+    centers = rng.normal(size=(CLASSES * COMPONENTS, 5)) * 0.5
     return {
         "means": torch.from_numpy(means).float(),
         "directions": torch.from_numpy(rotation[:5].copy()).float(),
+        "centers": torch.from_numpy(centers).float(),
     }
 
 
@@ -110,7 +115,7 @@ def moved(mechanism: ClassStatistics, a: np.ndarray, b: np.ndarray, parameters: 
     """
     directions = public()["directions"].numpy()
     x, y = (mechanism.contributions(source(each), parameters, directions) for each in (a, b))
-    if parameters.stage == "means":
+    if not parameters.products:
         return np.vecdot(x - y, x - y)
     xx, yy, xy = np.vecdot(x, x), np.vecdot(y, y), np.vecdot(x, y)
     return xx * xx + yy * yy - 2 * xy * xy

@@ -12,7 +12,7 @@ import torch
 
 from clients.local import LocalClient, open_local_client
 from fedpdm import wire
-from fedpdm.privacy.estimation import class_means, pooled_directions
+from fedpdm.privacy.components import told_before
 from fedpdm.privacy.ledger import append, read_ledger
 from fedpdm.privacy.mechanism import (
     ReleasedStatistics,
@@ -28,8 +28,9 @@ from tests.support.leaks import Search, private_things, windows
 from tests.support.statistics_toys import MECHANISM
 
 SECTIONS: dict[str, dict[str, Any]] = {
-    "run": {"rounds": 3},
+    "run": {"rounds": 5},
     "coarse": {"training": "server"},
+    "statistics": {"components": 2, "component_rounds": 2},
     "privacy": {"release": "statistics", "clip_norm": 6.0},
 }
 
@@ -63,22 +64,22 @@ def local_of(federation: Federation, client: int) -> LocalClient:
 
 
 def stored(local: LocalClient) -> list[dict[str, torch.Tensor]]:
-    """The tensors of a client's three releases, in order."""
+    """The tensors of a client's releases, in order: of all kinds of sums."""
     return [
         read_tensors(local.releases.root / "releases" / record.file)[0]
         for record in local.releases.ledger().releases()
     ]
 
 
-def public_of(federation: Federation) -> dict[str, torch.Tensor]:
-    """What the server told clients in the third round, made again from what it got."""
+def public_of(federation: Federation, stage: StatisticsParameters) -> dict[str, torch.Tensor]:
+    """What the server told clients before a round, made again from what it got."""
     run = RunDirectory(Path(str(federation.run_config["run-dir"])))
-    first, second = (
-        [restore_release(*upload) for upload in run.load_uploads(part=part)]
-        for part in ("means", "pooled")
-    )
-    means, pooled = class_means(first), pooled_directions(second)  # type: ignore[arg-type]
-    return {**means.public(), **pooled.public(48)}
+
+    def sums(part: str) -> list[ReleasedStatistics]:
+        kept = [restore_release(*upload) for upload in run.load_uploads(part=part)]
+        return [each for each in kept if isinstance(each, ReleasedStatistics)]
+
+    return told_before(stage, sums)
 
 
 def exact_sums(federation: Federation, client: int) -> set[bytes]:
@@ -86,9 +87,9 @@ def exact_sums(federation: Federation, client: int) -> set[bytes]:
     local = local_of(federation, client)
     train = local.held.images.subset(local.held.train)
     pieces: set[bytes] = set()
-    public = public_of(federation)
     for kept, parameters in zip(stored(local), local.setup.release_plan.rounds, strict=True):
         assert isinstance(parameters, StatisticsParameters)
+        public = public_of(federation, parameters)
         source = ReleaseSource(images=train.images, labels=train.labels, public=public)
         sums = MECHANISM.exact_sums(source, parameters, kept["directions"].numpy())
         for row in sums:
@@ -122,7 +123,7 @@ def test_payloads_are_the_stored_sums_and_only_when_asked(
     for client in (0, 1):
         local = local_of(federation, client)
         answers = federation.of("train", client)
-        assert len(answers) == 3
+        assert len(answers) == 5
         for sent, kept in zip(answers, stored(local), strict=True):
             released = wire.decode_release(
                 sent.payload, who="it", client_id=client, mechanism="statistics"
@@ -154,7 +155,7 @@ def test_messages_are_a_function_of_the_sums(
         assert now.held.train_labels.tolist() == was.held.train_labels.tolist()
         mine = now.held.images.subset(now.held.train)
         append(read_ledger(now.releases.root / "ledger.jsonl"), "opened", {"client_id": client})
-        for number in (1, 2, 3):
+        for number in range(1, 6):
             name = f"{number:06d}.safetensors"
             kept, metadata = read_tensors(was.releases.root / "releases" / name)
             kept["digests"] = torch.from_numpy(mine.image_digests().copy())
@@ -167,5 +168,5 @@ def test_messages_are_a_function_of_the_sums(
     for one, other in zip(*each, strict=True):
         assert one.timeless() == other.timeless(), (one.client, one.kind)
     for client in (0, 1):  # the pictures did matter, to what stays
-        fine = [local_of(f, client).store.load_state(3, "fine") for f in (first, second)]
+        fine = [local_of(f, client).store.load_state(5, "fine") for f in (first, second)]
         assert any(not torch.equal(fine[0][name], fine[1][name]) for name in fine[0])

@@ -28,7 +28,7 @@ from fedpdm.attacks.sum_canaries import SumView, Whole
 from fedpdm.attacks.sum_linkage import auc_of_mu
 from fedpdm.data import ImageSet
 from fedpdm.evaluation.synthesis import Synthesizer
-from fedpdm.privacy.estimation import class_means
+from fedpdm.privacy.components import told_before
 from fedpdm.privacy.events import implied_event, release_parameters
 from fedpdm.privacy.mechanism import (
     IMAGES,
@@ -80,9 +80,12 @@ def open_sums(run: RunDirectory, one: Synthesizer, releases: Path | None = None)
     client, own = one.own.client_id, one.own
     folder = run.client_path(client) if releases is None else releases / str(client)
     plan = set_up(one.config, own.images).release_plan
-    sent = [restore_release(*upload) for upload in run.load_uploads(part="means")]
-    first = [each for each in sent if isinstance(each, ReleasedStatistics)]
-    public = class_means(first).public()
+
+    def sent(stage: str) -> list[ReleasedStatistics]:
+        uploads = [restore_release(*upload) for upload in run.load_uploads(part=stage)]
+        return [each for each in uploads if isinstance(each, ReleasedStatistics)]
+
+    known: dict[str, Mapping[str, torch.Tensor]] = {}  # what clients were told, by stage
     place = {bytes(row): at for at, row in enumerate(own.images.image_digests())}
     views = []
     for record in ReleaseStore(folder).ledger().releases():
@@ -97,7 +100,10 @@ def open_sums(run: RunDirectory, one: Synthesizer, releases: Path | None = None)
             {name: tensor[None] for name, tensor in tensors.items()}, metadata
         )
         assert isinstance(released, ReleasedStatistics)
-        views.append((SumView(released, public), np.array([place[d] for d in digests])))
+        if made.stage not in known:
+            known[made.stage] = told_before(made, sent)
+        view = SumView(released, known[made.stage])
+        views.append((view, np.array([place[d] for d in digests])))
     planned = [each for each in plan.rounds if isinstance(each, StatisticsParameters)]
     found = ClientSums(views=views, images=own.images, planned=planned)
     if {view.parameters.stage for view, _ in views} != {each.stage for each in planned}:

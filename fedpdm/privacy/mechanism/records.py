@@ -26,6 +26,7 @@ __all__ = [
     "event_of",
     "join",
     "mechanism_field",
+    "parameter_fields",
     "read_release_metadata",
     "recorded_event",
     "release_metadata",
@@ -72,6 +73,16 @@ def mechanism_field(parameters: Parameters) -> dict[str, str]:
     return {} if name == IMAGES else {"mechanism": name}
 
 
+def parameter_fields(parameters: Parameters) -> dict[str, Any]:
+    """What records say of the parameters: all fields but those that are marked `younger` (than
+    records without them) and at their default."""
+    return {
+        each.name: getattr(parameters, each.name)
+        for each in dataclasses.fields(parameters)
+        if not (each.metadata.get("younger") and getattr(parameters, each.name) == each.default)
+    }
+
+
 def recorded_event(parameters: Parameters, record: Mapping[str, Any]) -> PrivacyEvent:
     """The event in a record of these parameters.
 
@@ -92,16 +103,21 @@ def recorded_event(parameters: Parameters, record: Mapping[str, Any]) -> Privacy
 
 
 def _fields_of(kind: type[Any], record: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a dataclass in a record, each converted to its type."""
+    """The fields of a dataclass in a record, each converted to its type; a younger one may be
+    missing."""
     hints = typing.get_type_hints(kind)
-    return {each.name: hints[each.name](record[each.name]) for each in dataclasses.fields(kind)}
+    return {
+        each.name: hints[each.name](record[each.name])
+        for each in dataclasses.fields(kind)
+        if each.name in record or not each.metadata.get("younger")
+    }
 
 
 def release_metadata(
     parameters: Parameters, event: PrivacyEvent, *, noise_source: str, seeded: bool
 ) -> dict[str, str]:
     """What a release was made with as strings, exact to the bit (`restore_release` reads them)."""
-    fields = dataclasses.asdict(parameters) | dataclasses.asdict(event)
+    fields = parameter_fields(parameters) | dataclasses.asdict(event)
     return {
         **mechanism_field(parameters),
         **{name: v if isinstance(v, str) else repr(v) for name, v in fields.items()},

@@ -1,4 +1,4 @@
-"""Class statistics: noised sums over a client's images, in three rounds. `statistics`.
+"""Class statistics: noised sums over a client's images, in three rounds or more. `statistics`.
 
 With y the public label and x the coordinates of an image in a public basis
 (`fedpdm.privacy.mechanism.basis`), a client sends
@@ -8,18 +8,25 @@ With y the public label and x the coordinates of an image in a public basis
     classes   for each class   sum of z z^T,   z = CLIP(W (x - m_y), C_r)
 
 where m and W are what the server made of earlier rounds (`fedpdm.privacy.estimation`): whatever
-they are, the result is clipped. Each number has its own noise. Neighbours: one image replaced by
-any other of the same label. That moves the first sum by at most 2 C, the others by sqrt(2) C_r^2.
+they are, the result is clipped. Where a class is a mixture of J Gaussians, further rounds follow,
+
+    components-N   for each class and component   sum of (z, C_r) over the images that are nearest
+
+to that component's centre in the server's eyes so far: the C_r adds up to how many these are, times
+C_r. Each number has its own noise. Neighbours: one image replaced by any other of the same label.
+That moves the first sum by at most 2 C, those of products by sqrt(2) C_r^2, and those of components
+by 2 C_r: in one component by |a - b| <= 2 C_r, and from one to another by sqrt(|a|^2 + |b|^2 +
+2 C_r^2), which is no more.
 
 It works on the noise's grid of `GRID` steps per standard deviation: each image's contribution
 becomes whole steps (`fedpdm.privacy.mechanism.whole`), so sums are whole numbers, and noise of
 whole steps is added to them once. A round with Gaussian-DP parameter mu has sums of squares of at
 most
 
-    L = (GRID mu / 2)^2 (means),   L = GRID mu / sqrt(2) (the others),
+    L = (GRID mu / 2)^2 (means, components),   L = GRID mu / sqrt(2) (products),
 
-rounded down; the sensitivities 2 sqrt(L) and sqrt(2) L are then at most GRID mu. Rounds compose to
-mu^2 = mu_1^2 + mu_2^2 + mu_3^2, exactly.
+rounded down; the sensitivities 2 sqrt(L) and sqrt(2) L are then at most GRID mu. (An image counts
+isqrt(L) steps in a component.) Rounds compose to mu^2 = mu_1^2 + mu_2^2 + ..., exactly.
 
 How many images of each class are in a sum is public and sent along. A class without images has no
 sum: zeros without noise.
@@ -52,7 +59,9 @@ from fedpdm.privacy.mechanism.sums import (
     ReleasedStatistics,
     StatisticsParameters,
     check_shapes,
+    check_stage,
     check_sums,
+    component_stage,
 )
 from fedpdm.privacy.mechanism.whole import (
     pack_symmetric,
@@ -62,7 +71,7 @@ from fedpdm.privacy.mechanism.whole import (
 from fedpdm.privacy.noise import GRID, NoiseSource
 from fedpdm.privacy.types import GaussianEvent
 
-__all__ = ["ClassStatistics"]
+__all__ = ["ClassStatistics", "in_places"]
 
 RESIDUAL_SHARE = 0.72  # of clip_norm: C_r by default
 LARGEST_MU = 1000.0  # of a round: far beyond any privacy, and sums stay exact
@@ -79,13 +88,14 @@ class ClassStatistics(ReleaseMechanism[StatisticsParameters]):
     def plan(
         self, config: RunConfig, schedule: NoiseSchedule, *, shift: float, num_classes: int
     ) -> tuple[StatisticsParameters, ...]:
-        """Three rounds that share `privacy.epsilon` as the section `statistics` says."""
+        """Rounds that share `privacy.epsilon` as the section `statistics` says."""
         privacy, section = config.privacy, config.statistics
         if privacy.epsilon is None:
             raise ConfigError("privacy.epsilon: release statistics needs it, and no t0; got null")
         rules = accounting_named(privacy.accounting)
         mu = 1.0 / rules.multiplier(epsilon=privacy.epsilon, delta=privacy.delta)
         residual = section.residual_norm or RESIDUAL_SHARE * privacy.clip_norm
+        moves = [component_stage(number) for number in range(1, section.moves + 1)]
         less = 1.0
         while True:  # rounding errs low
             rounds = tuple(
@@ -98,8 +108,9 @@ class ClassStatistics(ReleaseMechanism[StatisticsParameters]):
                     num_classes=num_classes,
                     shift=float(shift),
                     grid=GRID,
+                    components=section.components if stage in moves else 1,
                 )
-                for stage, share in zip(STAGES, section.shares, strict=True)
+                for stage, share in zip((*STAGES, *moves), section.shares, strict=True)
             )
             event = compose([self.event(parameters) for parameters in rounds])
             if rules.epsilon(event, delta=privacy.delta) <= privacy.epsilon:
@@ -118,8 +129,7 @@ class ClassStatistics(ReleaseMechanism[StatisticsParameters]):
         return GaussianEvent(noise_multiplier=1.0 / parameters.mu if parameters.mu > 0 else 0.0)
 
     def check(self, parameters: StatisticsParameters) -> None:
-        if parameters.stage not in STAGES:
-            raise ValueError(f"stage must be one of {', '.join(STAGES)}, got {parameters.stage!r}")
+        check_stage(parameters)
         if not 0.0 < parameters.mu <= LARGEST_MU:
             raise ValueError(f"mu must be in (0, {LARGEST_MU:g}], got {parameters.mu}")
         if not 0.0 < parameters.clip_norm < math.inf:
@@ -146,7 +156,7 @@ class ClassStatistics(ReleaseMechanism[StatisticsParameters]):
         pixels = math.prod(image_shape)
         p, classes = min(parameters.dimensions, pixels), parameters.num_classes
         rows = 1 if parameters.stage == "pooled" else classes
-        q = min(parameters.directions, p) if parameters.stage == "classes" else 0
+        q = min(parameters.directions, p) if parameters.projected else 0
         return {
             "counts": ("I64", (classes,)),
             "sums": ("I64", (rows, parameters.size(pixels))),
@@ -162,7 +172,7 @@ class ClassStatistics(ReleaseMechanism[StatisticsParameters]):
         if counts.shape != shape["counts"][1]:
             raise ValueError(f"labels must be in [0, {parameters.num_classes - 1}]")
         directions = np.zeros(shape["directions"][1], dtype=np.float32)
-        if parameters.stage == "classes":
+        if parameters.projected:
             given = public_array(source, "directions", (None, directions.shape[1]))
             if len(given) > len(directions):
                 raise ValueError(f"directions must be at most {len(directions)}, got {len(given)}")
@@ -194,7 +204,7 @@ class ClassStatistics(ReleaseMechanism[StatisticsParameters]):
             )
             for row in range(len(sums)):
                 chosen = whole if parameters.stage == "pooled" else whole[labels == row]
-                if parameters.stage == "means":
+                if not parameters.products:
                     sums[row] += chosen.sum(axis=0)
                 elif len(chosen):
                     sums[row] += pack_symmetric(sum_of_products(chosen))
@@ -209,9 +219,14 @@ class ClassStatistics(ReleaseMechanism[StatisticsParameters]):
         if parameters.stage != "means":
             means = public_array(source, "means", (parameters.num_classes, x.shape[1]))
             x -= means[source.labels]
-        if parameters.stage == "classes":
+        if parameters.projected:
             x = x @ directions.T.astype(np.float64)
-        return whole_vectors(x, steps=parameters.steps, limit=parameters.limit)
+        whole = whole_vectors(x, steps=parameters.steps, limit=parameters.limit)
+        if parameters.moves:
+            places = parameters.num_classes * parameters.components
+            centers = public_array(source, "centers", (places, whole.shape[1]))
+            whole = in_places(whole, source.labels, centers, parameters)
+        return whole
 
     def gather(
         self, stored: Sequence[StoredRelease], digests: Sequence[bytes], labels: np.ndarray
@@ -231,8 +246,9 @@ class ClassStatistics(ReleaseMechanism[StatisticsParameters]):
         return released
 
     def describe(self, parameters: StatisticsParameters) -> str:
+        of = f" of {parameters.components}" if parameters.moves else ""
         return (
-            f"class statistics ({parameters.stage}), mu {parameters.mu:.4g}, clip norm "
+            f"class statistics ({parameters.stage}{of}), mu {parameters.mu:.4g}, clip norm "
             f"{parameters.clip_norm:g} around {parameters.shift:g}"
         )
 
@@ -244,6 +260,15 @@ class ClassStatistics(ReleaseMechanism[StatisticsParameters]):
                 "for each class the sum of its images, each shortened to a length of at most "
                 f"{parameters.clip_norm:g} and all together covered once with {noise} (pixels run "
                 "from -1 to 1). An image is hidden among all possible ones of its class."
+            )
+        if parameters.moves:
+            return (
+                "Then, once or several times, the images of each class are divided into "
+                f"{parameters.components} groups of similar ones, and for each group two things "
+                "are sent, each time with noise of its own: the sum of its images' "
+                f"{parameters.directions} features, each image shortened to a length of at most "
+                f"{parameters.clip_norm:g}, and how many they are; covered once with {noise} (on "
+                f"how many, of {parameters.grid / parameters.weight:.3g} images)."
             )
         where = (
             "Then one table is sent for all images together:"
@@ -262,6 +287,23 @@ class ClassStatistics(ReleaseMechanism[StatisticsParameters]):
             "shift": parameters.shift,
             "dimensions": parameters.dimensions,
         }
+
+
+def in_places(
+    whole: np.ndarray, labels: np.ndarray, centers: np.ndarray, parameters: StatisticsParameters
+) -> np.ndarray:
+    """Vectors int64 (n, q), each with its count at the place of the nearest centre of its class:
+    int64 (n, J (q + 1)), zero at all other places. `centers` is float64 (K J, q), in units."""
+    n, q = whole.shape
+    near = centers.reshape(parameters.num_classes, parameters.components, q) * parameters.steps
+    placed = np.zeros((n, parameters.components, q + 1), dtype=np.int64)
+    for k in np.unique(labels):
+        own = np.flatnonzero(labels == k)
+        far = np.vecdot(near[k], near[k]) - 2.0 * whole[own].astype(np.float64) @ near[k].T
+        place = far.argmin(axis=1)
+        placed[own, place, :q] = whole[own]
+        placed[own, place, q] = parameters.weight
+    return placed.reshape(n, -1)
 
 
 def public_array(source: ReleaseSource, name: str, shape: tuple[int | None, int]) -> np.ndarray:

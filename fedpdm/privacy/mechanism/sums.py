@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -12,9 +13,18 @@ from fedpdm.privacy.mechanism.whole import packed_size
 from fedpdm.privacy.noise import LARGEST
 from fedpdm.privacy.types import Parameters, Release
 
-__all__ = ["STAGES", "ReleasedStatistics", "StatisticsParameters", "check_shapes", "check_sums"]
+__all__ = [
+    "STAGES",
+    "ReleasedStatistics",
+    "StatisticsParameters",
+    "check_shapes",
+    "check_stage",
+    "check_sums",
+    "component_stage",
+]
 
 STAGES = ("means", "pooled", "classes")
+_MOVES = re.compile(r"components-[1-9][0-9]?")
 MOST_IMAGES = 1 << 32  # in a sum, and sums in a release: what is claimed beyond is refused
 MOST_PARTS = 4096
 
@@ -23,10 +33,11 @@ MOST_PARTS = 4096
 class StatisticsParameters(Parameters):
     """What one round of sums was made with.
 
-    `stage` is one of `STAGES`, `mu` the round's Gaussian-DP parameter, `clip_norm` C or C_r in
-    units of shifted images in [-1, 1], `dimensions` the most rows of the basis, `directions` the
-    most rows of W, `num_classes` K, `shift` the public constant that is subtracted, `grid` as that
-    of `ReleaseParameters`.
+    `stage` is one of `STAGES` or a `component_stage`, `mu` the round's Gaussian-DP parameter,
+    `clip_norm` C or C_r in units of shifted images in [-1, 1], `dimensions` the most rows of the
+    basis, `directions` the most rows of W, `num_classes` K, `shift` the public constant that is
+    subtracted, `grid` as that of `ReleaseParameters`, `components` J the places that a class has in
+    a component stage (else 1).
     """
 
     mechanism: ClassVar[str] = "statistics"
@@ -39,13 +50,34 @@ class StatisticsParameters(Parameters):
     num_classes: int
     shift: float
     grid: int
+    components: int = field(default=1, metadata={"younger": True})
+
+    @property
+    def moves(self) -> bool:
+        """Whether images are summed by the component that they are nearest to."""
+        return self.stage not in STAGES
+
+    @property
+    def products(self) -> bool:
+        """Whether sums are of products a a^T, and not of the vectors a."""
+        return self.stage in ("pooled", "classes")
+
+    @property
+    def projected(self) -> bool:
+        """Whether images are read in the directions W."""
+        return self.moves or self.stage == "classes"
 
     @property
     def limit(self) -> int:
-        """Largest sum of squares of an image's whole steps."""
-        if self.stage == "means":
-            return math.floor((self.grid * self.mu / 2.0) ** 2)
-        return math.floor(self.grid * self.mu / math.sqrt(2.0))
+        """Largest sum of squares of an image's whole steps, without what counts it."""
+        if self.products:
+            return math.floor(self.grid * self.mu / math.sqrt(2.0))
+        return math.floor((self.grid * self.mu / 2.0) ** 2)
+
+    @property
+    def weight(self) -> int:
+        """In whole steps: an image's count of one in a component stage."""
+        return math.isqrt(self.limit)
 
     @property
     def steps(self) -> float:
@@ -55,26 +87,29 @@ class StatisticsParameters(Parameters):
     @property
     def sigma(self) -> float:
         """Standard deviation of the noise on a number, in units of images, or of their squares."""
-        return self.grid / self.steps ** (1 if self.stage == "means" else 2)
+        return self.grid / self.steps ** (2 if self.products else 1)
 
     @property
     def sensitivity(self) -> float:
         """In whole steps: by how much replacing an image by another of its label moves the sums."""
-        if self.stage == "means":
-            return 2.0 * math.sqrt(self.limit)
-        return math.sqrt(2.0) * self.limit
+        if self.products:
+            return math.sqrt(2.0) * self.limit
+        return 2.0 * math.sqrt(self.limit)
 
     @property
     def largest(self) -> int:
         """In whole steps: the most that an image adds to a number of a sum, in magnitude."""
-        return math.isqrt(self.limit) if self.stage == "means" else self.limit
+        return self.limit if self.products else math.isqrt(self.limit)
 
     def size(self, image_dimensions: int) -> int:
         """Numbers in each sum, of images with so many pixels times channels."""
         p = min(self.dimensions, image_dimensions)
         if self.stage == "means":
             return p
-        return packed_size(p if self.stage == "pooled" else min(self.directions, p))
+        q = min(self.directions, p)
+        if self.moves:
+            return self.components * (q + 1)
+        return packed_size(p if self.stage == "pooled" else q)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +117,9 @@ class ReleasedStatistics(Release):
     """R noised sums of one client, in whole steps: one for each time that it released new images.
 
     `counts` is int64 (R, K), images of each class in a sum. `sums` is int64 (R, K, p) for means,
-    (R, 1, packed p x p) for pooled, (R, K, packed q x q) for classes. `directions` is float32
-    (R, q, p), the W that sums were made with, q = 0 but for classes.
+    (R, 1, packed p x p) for pooled, (R, K, packed q x q) for classes, (R, K, J (q + 1)) for
+    components: of each the sum of its images and their number, in steps of `weight`. `directions`
+    is float32 (R, q, p), the W that sums were made with, q = 0 for means and pooled.
 
     The total of several clients' sums is one as well, with R = 1 and `totalled`, int64 (R, rows):
     how many noised sums are in each. Of a client it is None.
@@ -108,6 +144,20 @@ class ReleasedStatistics(Release):
         return own if self.totalled is None else {**own, "totalled": self.totalled}
 
 
+def component_stage(number: int) -> str:
+    """The stage in which components move for the `number`-th time, from 1."""
+    return f"components-{number}"
+
+
+def check_stage(parameters: StatisticsParameters) -> None:
+    """`ValueError` for a stage that there is not, or with another number of components."""
+    stage, components = parameters.stage, parameters.components
+    if stage not in STAGES and not _MOVES.fullmatch(stage):
+        raise ValueError(f"stage must be one of {', '.join(STAGES)}, components-N, got {stage!r}")
+    if components < 1 or (components > 1) != parameters.moves:
+        raise ValueError(f"components must be 1, or more in components-N, got {components}")
+
+
 def check_shapes(released: ReleasedStatistics) -> None:
     """`ValueError` for types and shapes that no sums with these parameters have."""
     parameters, totalled = released.parameters, released.totalled
@@ -115,7 +165,7 @@ def check_shapes(released: ReleasedStatistics) -> None:
     rows = 1 if parameters.stage == "pooled" else parameters.num_classes
     parts = counts.shape[0] if counts.ndim else 0
     p = directions.shape[-1] if directions.ndim else 0
-    q = min(parameters.directions, p) if parameters.stage == "classes" else 0
+    q = min(parameters.directions, p) if parameters.projected else 0
     if (
         (counts.dtype, sums.dtype, directions.dtype) != (torch.int64, torch.int64, torch.float32)
         or not 1 <= parts <= MOST_PARTS
