@@ -61,7 +61,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with quiet(options):
             code = options.action(options)
+        sys.stdout.flush()
         return int(code or 0)
+    except BrokenPipeError:  # whoever read has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nothing is left to flush at exit
+        return 0
     except KeyboardInterrupt:
         print("interrupted; nothing is lost, --resume continues a run", file=sys.stderr)
         return 130
@@ -93,6 +97,7 @@ def _parser() -> Parser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print it and end")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     run = commands.add_parser("run", help="train a federation (Ray simulation through flwr run)")
@@ -161,6 +166,16 @@ def _parser() -> Parser:
     add_completion_parser(commands, parser)
     equip(parser)
     return parser
+
+
+class _Version(argparse.Action):
+    """Prints the version when it is asked for: reading it takes time."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import version
+
+        print(f"fedpdm {version('fedpdm')}")
+        parser.exit()
 
 
 def _run(options: argparse.Namespace) -> int:

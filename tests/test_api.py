@@ -325,5 +325,5 @@ def test_a_federation_and_its_export(tmp_path: Path) -> None:
     pipeline.set_progress_bar_config(disable=True)
     drawn = pipeline([0], num_inference_steps=2, output_type="np").images
     assert drawn.shape == (1, 8, 8, 3)
-    with pytest.raises(ConfigError, match="holds this run already"):
+    with pytest.raises(ConfigError, match="this run has finished; choose another --out"):
         fedpdm.run(config, tmp_path / "run")

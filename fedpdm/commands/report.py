@@ -19,7 +19,7 @@ In simulation it shows samples of models trained on raw images: it is as private
 """
 EXAMPLES = """\
 examples:
-  fedpdm report runs/eps3 --out eps3.html
+  fedpdm report runs/eps3
   fedpdm report runs/eps3 runs/eps10 runs/alone --out compared.html
   fedpdm report runs/eps3 --attacks attacks/eps3 --out eps3.html
 """
@@ -34,7 +34,9 @@ def add_report_parser(commands: Any) -> None:
         epilog=EXAMPLES,
     )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directory")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE.html")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE.html", help="default, of one run: RUN/report.html"
+    )
     parser.add_argument(
         "--attacks", type=Path, action="append", default=[], metavar="DIR",
         help="holds attacks.json; once per run, in their order; default: in the run directory",
@@ -50,6 +52,10 @@ def add_report_parser(commands: Any) -> None:
 
 def run_report(options: argparse.Namespace) -> None:
     """The command's action. `ValueError` with one line for what cannot be read or written."""
+    if options.out is None:
+        if len(options.runs) > 1:
+            raise ValueError(f"--out: is needed for a page about {len(options.runs)} runs")
+        options.out = options.runs[0] / "report.html"
     if options.out.suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"--out: must end in .html, got {options.out}")
     if options.out.is_dir():

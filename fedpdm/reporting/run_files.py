@@ -138,6 +138,15 @@ def finish_run(
     log.say(summarise(run))
 
 
+def _no_metrics(config: RunConfig) -> str:
+    """Why there is no table of image metrics."""
+    if not config.run.simulation:
+        return "No image metrics: they are of raw images, which stay at the participants."
+    if not config.evaluation.image_metrics:
+        return "No image metrics: evaluation.image_metrics is false."
+    return "No image metrics: no client has images to compare with."
+
+
 def summarise(run: RunDirectory) -> str:
     """The closing summary of a finished run: places, privacy statement, metrics table."""
     privacy = run.read_json("privacy.json")
@@ -158,7 +167,7 @@ def summarise(run: RunDirectory) -> str:
             lines.append(f"  {name:<19} {what}")
     lines += ["", *_privacy_lines(privacy), ""]
     table = metrics_table(final["clients"])
-    lines += table if table else ["No image metrics: they need raw data, and simulation."]
+    lines += table if table else [_no_metrics(run.config())]
     lines.append("")
     if final.get("heldout_coarse_loss") is not None:
         what = "images" if "baseline" in privacy else "releases"

@@ -77,13 +77,15 @@ class RunDirectory:
                     f"{self.root}: holds a run of another config "
                     f"({', '.join(differing_keys(known, config))}); choose another --out"
                 )
+            finished = "final" in (self.load_checkpoint() or (0, {}, {}))[2]
+            if finished:
+                advice = "nothing to resume" if resume else "choose another --out"
+                raise ConfigError(f"{self.root}: this run has finished; {advice}")
             if not resume:
                 raise ConfigError(
                     f"{self.root}: holds this run already; --resume continues it, or choose "
                     "another --out"
                 )
-            if "final" in (self.load_checkpoint() or (0, {}, {}))[2]:
-                raise ConfigError(f"{self.root}: this run has finished; nothing to resume")
             self._check_files(config)
         elif resume:
             raise ConfigError(f"{self.root}: no run to resume (config.yaml is missing)")

@@ -163,6 +163,7 @@ def test_finished_run(tmp_path: Path, refuser: Refuser) -> None:
     claim(tmp_path / "out", finished=True)
     line = refuser.run_line(flags=("--resume",))
     assert "out: this run has finished; nothing to resume" in line
+    assert "out: this run has finished; choose another --out" in refuser.run_line()
 
 
 def test_foreign_directory(tmp_path: Path, refuser: Refuser) -> None:

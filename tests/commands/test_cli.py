@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -71,6 +73,25 @@ def test_no_heavy_library_for_light_questions(arguments: list[str]) -> None:
         "print('heavy:', sorted(heavy & sys.modules.keys()))"
     )
     assert python("-c", code).stdout.splitlines()[-1] == "heavy: []"
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        call("--version")
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"fedpdm {importlib.metadata.version('fedpdm')}\n"
+
+
+def test_a_reader_that_has_enough_is_no_error() -> None:
+    """As `fedpdm config | head -1`, with a pipe that nobody reads from the start."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "wb") as pipe:
+        done = subprocess.run(
+            [sys.executable, "-m", "fedpdm.cli", "config"], cwd=ROOT, stdout=pipe,
+            stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -117,7 +117,7 @@ def test_quiet_run_says_nothing(
     assert capsys.readouterr().out == ""
     assert "round 1/1" in (tmp_path / "out" / "log.txt").read_text()
     assert in_process("small.yaml", "--out", "out", "--quiet") == 2  # errors are said all the same
-    assert "holds this run already" in capsys.readouterr().err
+    assert "this run has finished; choose another --out" in capsys.readouterr().err
 
 
 @pytest.mark.slow

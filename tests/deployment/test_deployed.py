@@ -200,7 +200,7 @@ def test_bad_input_ends_with_2_and_one_line(
     experiment = federation.root / "run.yaml"
     for arguments, line in (
         (("start", *state, "--fleet", "127.0.0.1:1"), "the SuperLink runs already"),
-        (("run", experiment, *state, "--out", finished.out), "holds this run already"),
+        (("run", experiment, *state, "--out", finished.out), "this run has finished"),
         (("run", "--resume", *state, "--out", finished.out), "this run has finished"),
         (("run", experiment, *state, "--out", "x", "--set", "run.rounds=0"), "run.rounds: must be"),
         (("status", "--state", federation.root / "none"), "federation.json is missing"),

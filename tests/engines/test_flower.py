@@ -42,11 +42,11 @@ def leftovers(out: Path) -> list[str]:
 
 
 def test_same_weights_as_in_process_bit_for_bit(tmp_path: Path, small_run: Path) -> None:
-    """Also behind a proxy that nobody answers at, and where TMPDIR is too long for Ray's sockets."""
+    """Also behind a proxy where nobody answers, and with a TMPDIR too long for Ray's sockets."""
     config, out = small_config(), tmp_path / "flower"
     temporary = tmp_path / ("t" * 82)
     temporary.mkdir()
-    surroundings = {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy")}
+    surroundings = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
     surroundings["TMPDIR"] = str(temporary)
     done = subprocess.run(
         command(tmp_path, config, out), capture_output=True, text=True,

@@ -408,8 +408,11 @@ def test_the_command_writes_the_page(
     assert told["out"] == str(out)
     assert told["bytes"] == len(out.read_bytes())
     assert Page(out.read_text()).all("h1")[0][2] == f"Report: {CONFIG.name}"
-    assert call("report", trained, "--out", out, "--no-film", "--quiet") == 0
+    beside = trained / "report.html"
+    assert call("report", trained, "--no-film", "--quiet") == 0
     assert capsys.readouterr() == ("", "")
+    assert beside.read_bytes() == out.read_bytes()
+    beside.unlink()
 
 
 def test_the_command_refuses(
@@ -417,6 +420,7 @@ def test_the_command_refuses(
 ) -> None:
     (tmp_path / "folder.html").mkdir()
     for arguments, words in (
+        ((trained, trained), "--out: is needed for a page about 2 runs"),
         ((trained, "--out", tmp_path / "page.txt"), "--out: must end in .html"),
         ((tmp_path, "--out", tmp_path / "page.html"), "is not a run directory"),
         ((trained, "--out", tmp_path / "folder.html"), "is a directory"),

@@ -162,6 +162,7 @@ def test_one_client_has_no_mean_and_no_client_no_table() -> None:
 
 def finish(root: Path, config: RunConfig, clients: list[dict[str, Any]]) -> RunDirectory:
     run = RunDirectory(root)
+    run.open(config, resume=False)
     history = {"rounds": [], "final": {"heldout_coarse_loss": 0.98765, "clients": clients}}
     store_samples(run, 0)
     finish_run(run, set_up(config), RunLog(run), [], {"w": torch.ones(2)}, history)
@@ -210,7 +211,7 @@ def test_summary_of_a_deployed_run(tmp_path: Path) -> None:
     told = summarise(run)
     assert not (tmp_path / "samples.png").exists()
     assert "SIMULATION" not in told
-    assert "No image metrics" in told
+    assert "No image metrics: they are of raw images, which stay at the partic" in told
     assert "SIMULATION" not in (tmp_path / "privacy.txt").read_text()
     assert "operating-system" in run.read_json("privacy.json")["noise_source"]
 
