@@ -56,17 +56,24 @@ def measure_images(
     if not (local.raw_metrics and config.evaluation.image_metrics and local.reference):
         return {}
     parts = {}
+    where = _where(local)
     for group, classes in held.groups.items():
         judge = ImageJudge(local.reference, classes)
         labels = group_labels(classes, config.evaluation.num_images)
         for method, models in methods.items():
-            images = models.draw_pixels(labels, generator=generator)
+            shown = models.shown(f"{where} samples of {group}, {method}", len(labels))
+            images = shown.draw_pixels(labels, generator=generator)
             parts[f"{group}_{method}"] = judge.score(images, labels)
         rows = np.flatnonzero(np.isin(held.images.labels, classes))
         if len(rows) >= 2:  # fewer have no spread to compare
             own = held.images.images[rows], held.images.labels[rows]
             parts[f"{group}_own"] = judge.score(*own)
     return merge_named(parts)
+
+
+def _where(local: LocalClient) -> str:
+    """Client and round, as in the progress of training: what `fedpdm run` shows."""
+    return f"client {local.client_id} round {local.store.last_round()}"
 
 
 def _choice(
@@ -83,7 +90,9 @@ def _choice(
     last = local.store.last_round()
     choice = load_choice(local.store, round=last)
     if choice is None:
-        choice = choose_sampling(local.setup, local.held, coarse, fine, device=device)
+        choice = choose_sampling(
+            local.setup, local.held, coarse, fine, device=device, where=_where(local)
+        )
         save_choice(local.store, choice, round=last)
         if not local.config.run.simulation:
             print(f"client {local.client_id}: samples with {choice.words}", flush=True)
@@ -98,7 +107,8 @@ def _store_pictures(
     labels = np.arange(spec.num_classes, dtype=np.int64).repeat(local.config.sampling.per_class)
     arrays: dict[str, np.ndarray] = {"labels": labels}
     for method, models in methods.items():
-        output = models.draw(labels, generator=generator)
+        shown = models.shown(f"{_where(local)} samples, {method}", len(labels))
+        output = shown.draw(labels, generator=generator)
         arrays[method] = denormalize(output.images.cpu(), shift=spec.shift).numpy()
         if output.coarse is not None:
             arrays["coarse"] = denormalize(output.coarse.cpu(), shift=spec.shift).numpy()

@@ -13,9 +13,24 @@ from torch import Tensor
 from fedpdm.diffusion.denoisers import NO_LABEL, DenoisingFunction
 from fedpdm.diffusion.gaussian import ClassGaussians, GaussianDenoiser
 from fedpdm.diffusion.schedule import NoiseSchedule, q_sample
-from fedpdm.diffusion.twostage import SamplerOutput, SamplerSettings, refine, sample_two_stage
+from fedpdm.diffusion.twostage import (
+    SamplerOutput,
+    SamplerSettings,
+    refine,
+    refining,
+    sample_two_stage,
+    stages,
+    steps_of,
+)
 
-__all__ = ["READ_AT", "begin", "likeliest", "read_level", "sample_from_gaussians"]
+__all__ = [
+    "READ_AT",
+    "begin",
+    "likeliest",
+    "read_level",
+    "sample_from_gaussians",
+    "steps_from_gaussians",
+]
 
 READ_AT = 0.15  # of T: where class posteriors are read
 
@@ -65,6 +80,17 @@ def likeliest(
     ]
     known = inside & own.isfinite().all(dim=1)
     return first + torch.where(known, own.argmax(dim=1), 0)
+
+
+def steps_from_gaussians(
+    coarse: GaussianDenoiser, fine: DenoisingFunction | None, settings: SamplerSettings
+) -> int:
+    """Steps that `sample_from_gaussians` takes for an image, over all of its candidates."""
+    if fine is None:
+        return 0
+    mixed = settings.coarse_share is not None
+    chains = stages(coarse, fine, settings) if mixed else (refining(fine, settings, t=settings.t0),)
+    return settings.candidates * steps_of(chains, settings)
 
 
 def sample_from_gaussians(

@@ -16,7 +16,7 @@ import torch
 from fedpdm.diffusion.denoisers import DenoisingFunction
 from fedpdm.diffusion.schedule import NoiseSchedule
 
-__all__ = ["SCHEDULERS", "make_scheduler", "sample"]
+__all__ = ["SCHEDULERS", "chain_length", "make_scheduler", "sample"]
 
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddpm": ("DDPMScheduler", {"variance_type": "fixed_small", "clip_sample": False}),
@@ -62,6 +62,18 @@ def make_scheduler(name: str, betas: np.ndarray) -> Any:
         raise ValueError(f"sampling.scheduler {name!r} cannot be used here: {line}") from None
 
 
+def chain_length(schedule: NoiseSchedule, *, t: int, scheduler: str, num_steps: int) -> int:
+    """How often `sample` asks its denoiser from level t on."""
+    return len(_chain(schedule, t, scheduler, num_steps).timesteps) if t else 0
+
+
+def _chain(schedule: NoiseSchedule, t: int, scheduler: str, num_steps: int) -> Any:
+    """The scheduler with its steps from t >= 1 down."""
+    chain = make_scheduler(scheduler, schedule.betas[:t])
+    chain.set_timesteps(min(num_steps, t))
+    return chain
+
+
 @torch.no_grad()
 def sample(
     denoiser: DenoisingFunction,
@@ -95,8 +107,7 @@ def sample(
         raise ValueError(f"sampling.num_steps must be at least 1, got {num_steps}")
     if start == 0:
         return x_t
-    chain = make_scheduler(scheduler, schedule.betas[:start])
-    chain.set_timesteps(min(num_steps, start))
+    chain = _chain(schedule, start, scheduler, num_steps)
     takes_generator = "generator" in inspect.signature(chain.step).parameters
     extra = {"generator": generator} if takes_generator else {}
     # Schedulers in sigma space want x_t / sqrt(abar_t); the others scale by 1.

@@ -13,7 +13,7 @@ With one model alone, it does all.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fedpdm.diffusion.combined import Guided, HandOver, Mixed, Unclipped, Unlabelled, Watched
 from fedpdm.diffusion.denoisers import DenoisingFunction
-from fedpdm.diffusion.sampling import sample
+from fedpdm.diffusion.sampling import chain_length, sample
 from fedpdm.diffusion.schedule import NoiseSchedule
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "sample_in_batches",
     "sample_two_stage",
     "stages",
+    "steps_of",
 ]
 
 CHAINS = ("truncated", "noise_to_noise")
@@ -60,6 +61,7 @@ class SamplerSettings:
         candidates: with class Gaussians, images drawn for each one that is kept
             (`fedpdm.diffusion.from_gaussians`).
         batch_size: images that are drawn at a time.
+        watch: told at each step of a chain how many images it denoised.
 
     Raises:
         ValueError: t0 or num_steps out of range, unknown chain, a share or no labels with a chain
@@ -76,6 +78,7 @@ class SamplerSettings:
     fine_labels: bool = True
     candidates: int = 1
     batch_size: int = 256
+    watch: Callable[[int], None] | None = None
 
     def __post_init__(self) -> None:
         T = self.schedule.num_steps
@@ -174,7 +177,7 @@ def run_stages(
     """One chain after the other, each from where the one before it ended."""
     for stage in chains:
         x = sample(
-            stage.denoiser,
+            _watched(stage.denoiser, settings.watch),
             x,
             labels=labels,
             schedule=settings.schedule,
@@ -184,6 +187,19 @@ def run_stages(
             num_steps=stage.num_steps,
         )
     return x
+
+
+def _watched(denoiser: DenoisingFunction, watch: Callable[[int], None] | None) -> DenoisingFunction:
+    return Watched(denoiser, lambda x_t, t, x0_hat: watch(len(x_t))) if watch else denoiser
+
+
+def steps_of(chains: Sequence[Stage], settings: SamplerSettings) -> int:
+    """Steps that `run_stages` takes for an image."""
+    options = {"scheduler": settings.scheduler}
+    return sum(
+        chain_length(settings.schedule, t=each.start, num_steps=each.num_steps, **options)
+        for each in chains
+    )
 
 
 def sample_two_stage(

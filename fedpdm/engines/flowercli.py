@@ -192,7 +192,8 @@ def _shown(raw: str) -> Iterator[str]:
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _OURS = re.compile(
-    r"(?<!\S)(round \d+(/\d+| fit| evaluate)|client \d+ round \d+|resumed after round)\b.*"
+    r"(?<!\S)(round \d+(/\d+| fit| evaluate)|client \d+ round \d+|client \d+ [\w ,]+: \w+ \d+/\d+"
+    r"|resumed after round)\b.*"
 )
 
 

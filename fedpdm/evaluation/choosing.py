@@ -12,14 +12,15 @@ combination is judged twice (docs/method.md section 5):
   of held-out images, or of the Gaussians' draws of these classes that nothing has refined,
   whichever is more.
 
-Of what is accepted the smallest distance wins. All combinations begin with the same draws and the
-same noise, which come from the run's seed. Nothing of this leaves the client.
+Of what is accepted the smallest distance wins; of what is not, no distance is computed. All
+combinations begin with the same draws and the same noise, which come from the run's seed. Nothing
+of this leaves the client.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -31,10 +32,11 @@ from fedpdm.data.client_images import ClientImages
 from fedpdm.diffusion.denoisers import DenoisingFunction
 from fedpdm.diffusion.from_gaussians import begin, likeliest, read_level
 from fedpdm.diffusion.gaussian import GaussianDenoiser
-from fedpdm.diffusion.twostage import refine
+from fedpdm.diffusion.twostage import SamplerSettings, refine, refining, steps_of
 from fedpdm.evaluation.features import SmallClassifier, fit_classifier, predict
 from fedpdm.evaluation.measures import group_labels
 from fedpdm.evaluation.metrics import kernel_distance, near_copy_fraction
+from fedpdm.jobs.progress import sum_progress, work_progress
 from fedpdm.rng import Purpose, seed_sequence, torch_generator
 from fedpdm.setup.build import sampler_settings
 from fedpdm.setup.choice import CANDIDATES, SamplingChoice, fallback
@@ -55,7 +57,10 @@ NEIGHBORS: Final = 50
 
 
 def most_calls() -> int:
-    """The most that a choice asks of the fine model, in images that it denoises once."""
+    """The most that a choice asks of the fine model, in images that it denoises once.
+
+    Half of it is for near-copies, of every combination; the rest for distances, of those that are
+    accepted."""
     return len(LEVELS) * 2 * CANDIDATES * (IMAGES + FEW) * NUM_STEPS
 
 
@@ -66,11 +71,12 @@ def choose_sampling(
     fine: DenoisingFunction,
     *,
     device: torch.device,
+    where: str,
 ) -> SamplingChoice:
     """The choice of a client that holds these images, with its finished models.
 
-    Where that cannot be done (few images are held out, or they are too large for the classifier),
-    `fallback`, which says so.
+    `where` names the client in what is shown of progress. Where there is nothing to choose by (few
+    images are held out, or they are too large for the classifier), `fallback`, which says so.
     """
     if setup.config.sampling.coarse_worth is not None:
         return fallback(setup, "sampling.coarse_worth mixes both models")
@@ -86,30 +92,29 @@ def choose_sampling(
             f"needed {LEAST} of 2, {LEAST_OF_CLASS} of each",
         )
     rare = sorted(set(held.train_labels.tolist()) - set(there)) or judged
-    judge = _Judge.of(setup, held, coarse, judged, rare, heldout, device=device)
     levels, told, counts = _options(setup)
+    judge = _Judge.of(
+        setup, held, coarse, judged, rare, heldout, device=device, most=max(counts), where=where
+    )
+    tried = [
+        SamplingChoice(handover=level, fine_labels=labels, candidates=count, why="")
+        for level, labels, count in itertools.product(levels, told, counts)
+    ]
     without = {count: judge.copies_without(count) for count in counts}
-    tried = []
-    for level, labels in itertools.product(levels, told):
-        images = judge.drawn(fine, level=level, fine_labels=labels, count=max(counts))
-        for count in counts:
-            distance, copies = judge.scores(images, count=count, of=max(counts))
-            choice = SamplingChoice(
-                handover=level,
-                fine_labels=labels,
-                candidates=count,
-                why="",
-                scores={
-                    "distance": distance,
-                    "near_copies": copies,
-                    "near_copies_without_copying": without[count],
-                },
-            )
-            tried.append((choice, copies - _accepted(without[count]), distance))
-    most = max(0.0, min(over for _, over, _ in tried))
-    best, *_ = min((one for one in tried if one[1] <= most), key=lambda one: one[2])
-    why = f"chosen among {len(tried)} on {len(heldout)} held-out images of {len(judged)} classes"
-    return replace(best, why=why)
+    copies = judge.near_copies(fine, tried)
+    over = [c - _accepted(without[one.candidates]) for one, c in zip(tried, copies, strict=True)]
+    kept = np.flatnonzero(np.array(over) <= max(0.0, min(over))).tolist()
+    distances = judge.distances(fine, [tried[k] for k in kept])
+    best = kept[int(np.argmin(distances))]
+    return replace(
+        tried[best],
+        why=f"chosen among {len(tried)} on {len(heldout)} held-out images of {len(judged)} classes",
+        scores={
+            "distance": min(distances),
+            "near_copies": copies[best],
+            "near_copies_without_copying": without[tried[best].candidates],
+        },
+    )
 
 
 def _options(setup: RunSetup) -> tuple[list[int], list[bool], list[int]]:
@@ -140,12 +145,14 @@ def _judged_classes(held: ClientImages, coarse: GaussianDenoiser) -> list[int]:
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Judge:
     """`labels` int64 (N,) of the images that are drawn: those of `classes` first, then the rare
-    ones. `real` are features of held-out images by class."""
+    ones; `most` candidates for each at most. `real` are features of held-out images by class."""
 
     setup: RunSetup
     coarse: GaussianDenoiser
     device: torch.device
+    where: str
     seed: tuple[int, int]
+    most: int
     classes: Sequence[int]
     labels: np.ndarray
     num_judged: int
@@ -165,13 +172,15 @@ class _Judge:
         heldout: np.ndarray,
         *,
         device: torch.device,
+        most: int,
+        where: str,
     ) -> _Judge:
         images, seed = held.images, (setup.config.run.seed, held.client_id)
         training, own = images.images[held.train], held.train_labels
         classifier, _ = fit_classifier(
             training, own, num_classes=images.num_classes, num_steps=CLASSIFIER_STEPS,
             seed=seed_sequence(seed[0], Purpose.CHOICE, client=seed[1]), device=device,
-            what="classifier of the choice",
+            what="classifier of the choice", progress=work_progress(f"{where} choice, classifier"),
         )  # fmt: skip
         features = predict(classifier, images.images[heldout], features=True).astype(np.float64)
         labels = [group_labels(classes, IMAGES), group_labels(rare, FEW)]
@@ -179,7 +188,9 @@ class _Judge:
             setup=setup,
             coarse=coarse,
             device=device,
+            where=where,
             seed=seed,
+            most=most,
             classes=classes,
             labels=np.concatenate(labels),
             num_judged=IMAGES,
@@ -192,11 +203,34 @@ class _Judge:
     def copies_without(self, count: int) -> float:
         """The share of near-copies without copying: of held-out images, or of draws of
         the rare classes that nothing has refined, the best of `count`; whichever is more."""
-        labels = torch.from_numpy(self.labels[self.num_judged :]).to(self.device)
+        labels = self._labels(self._rare)
         gaussians, generator = self.coarse.gaussians, self._generator()
         x_0 = gaussians.draw(labels.repeat_interleave(count), generator=generator)
         kept = x_0[self._best(x_0, labels, count)].view(-1, *self.setup.spec.shape)
         return max(self.copies_of_real, _copies(self._pixels(kept), self.training))
+
+    def near_copies(self, fine: DenoisingFunction, tried: Sequence[SamplingChoice]) -> list[float]:
+        """Of each way to sample, the share of near-copies among images of the rare classes."""
+        drawn = self._drawn(fine, tried, rows=self._rare, what="near-copies")
+        return [_copies(pixels, self.training) for pixels in drawn]
+
+    def distances(self, fine: DenoisingFunction, tried: Sequence[SamplingChoice]) -> list[float]:
+        """Of each way to sample, the mean distance over the judged classes."""
+        rows = slice(0, self.num_judged)
+        found = []
+        for pixels in self._drawn(fine, tried, rows=rows, what="distances"):
+            features = predict(self.classifier, pixels, features=True).astype(np.float64)
+            of_class = self.labels[rows]
+            parts = [kernel_distance(features[of_class == k], self.real[k]) for k in self.classes]
+            found.append(float(np.mean(parts)))
+        return found
+
+    @property
+    def _rare(self) -> slice:
+        return slice(self.num_judged, None)
+
+    def _labels(self, rows: slice) -> torch.Tensor:
+        return torch.from_numpy(self.labels[rows]).to(self.device)
 
     def _best(self, images: torch.Tensor, labels: torch.Tensor, count: int) -> torch.Tensor:
         abar = read_level(self.setup.schedule)
@@ -210,36 +244,54 @@ class _Judge:
         seed, client = self.seed
         return torch_generator(seed, Purpose.CHOICE, client=client, device=self.device)
 
-    def drawn(
-        self, fine: DenoisingFunction, *, level: int, fine_labels: bool, count: int
-    ) -> torch.Tensor:
-        """`count` images for each label, one after another: float32 (N count, C, H, W)."""
-        choice = SamplingChoice(handover=level, fine_labels=fine_labels, candidates=count, why="")
-        settings = sampler_settings(self.setup, choice=choice)
-        settings = replace(settings, num_steps=min(settings.num_steps, NUM_STEPS))
-        generator = self._generator()
-        wanted = torch.from_numpy(self.labels).to(self.device).repeat_interleave(count)
-        _, x = begin(
-            self.coarse.gaussians, settings, image_shape=self.setup.spec.shape, labels=wanted,
-            generator=generator,
-        )  # fmt: skip
-        parts = zip(x.split(settings.batch_size), wanted.split(settings.batch_size), strict=True)
-        return torch.cat(
-            [
-                refine(fine, part, settings, t=level, labels=labels, generator=generator)
-                for part, labels in parts
-            ]
-        )
+    def _drawn(
+        self, fine: DenoisingFunction, tried: Sequence[SamplingChoice], *, rows: slice, what: str
+    ) -> Iterator[np.ndarray]:
+        """For each way to sample the images uint8 (N, C, H, W) of the labels at `rows`.
 
-    def scores(self, images: torch.Tensor, *, count: int, of: int) -> tuple[float, float]:
-        """(distance, share of near-copies) of the best of the first `count` images of each `of`."""
-        first = images.view(len(self.labels), of, *images.shape[1:])[:, :count].flatten(0, 1)
-        labels = torch.from_numpy(self.labels).to(self.device)
-        pixels = self._pixels(first[self._best(first, labels, count)])
-        judged, of_class = pixels[: self.num_judged], self.labels[: self.num_judged]
-        features = predict(self.classifier, judged, features=True).astype(np.float64)
-        distances = [kernel_distance(features[of_class == k], self.real[k]) for k in self.classes]
-        return float(np.mean(distances)), _copies(pixels[self.num_judged :], self.training)
+        Ways that differ in their candidates alone stand together and share what is drawn.
+        """
+        ways = [
+            (self._settings(same[0]), [one.candidates for one in same])
+            for same in (
+                list(group)
+                for _, group in itertools.groupby(tried, lambda o: (o.handover, o.fine_labels))
+            )
+        ]
+        labels = self._labels(rows)
+        total = sum(
+            max(counts) * steps_of([refining(fine, settings, t=settings.t0)], settings)
+            for settings, counts in ways
+        )
+        show = sum_progress(f"{self.where} choice, {what}", "step", len(labels) * total)
+        for settings, counts in ways:
+            settings = replace(settings, watch=show)
+            images = self._refined(fine, settings, rows=rows, count=max(counts))
+            for count in counts:
+                first = images[:, :count].flatten(0, 1)
+                yield self._pixels(first[self._best(first, labels, count)])
+
+    def _settings(self, choice: SamplingChoice) -> SamplerSettings:
+        settings = sampler_settings(self.setup, choice=choice)
+        return replace(settings, num_steps=min(settings.num_steps, NUM_STEPS))
+
+    def _refined(
+        self, fine: DenoisingFunction, settings: SamplerSettings, *, rows: slice, count: int
+    ) -> torch.Tensor:
+        """The first `count` candidates for each label at `rows`: float32 (N, count, C, H, W)."""
+        generator, level, shape = self._generator(), settings.t0, self.setup.spec.shape
+        labels = self._labels(slice(None)).repeat_interleave(self.most)
+        _, x = begin(
+            self.coarse.gaussians, settings, image_shape=shape, labels=labels, generator=generator
+        )
+        x = x.view(-1, self.most, *shape)[rows, :count].flatten(0, 1)
+        wanted = self._labels(rows).repeat_interleave(count)
+        parts = zip(x.split(settings.batch_size), wanted.split(settings.batch_size), strict=True)
+        refined = [
+            refine(fine, part, settings, t=level, labels=told, generator=generator)
+            for part, told in parts
+        ]
+        return torch.cat(refined).view(-1, count, *shape)
 
 
 def _accepted(without: float) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-__all__ = ["count_progress", "work_progress"]
+__all__ = ["count_progress", "sum_progress", "work_progress"]
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -24,6 +24,18 @@ def count_progress(title: str, unit: str) -> Callable[[int, int], None]:
     """A callback (done, in all) for work without a loss."""
     show = _progress(title, unit)
     return lambda done, total: show(done, total, "")
+
+
+def sum_progress(title: str, unit: str, total: int) -> Callable[[int], None]:
+    """A callback (done since it was called last) for `total` pieces of work."""
+    show, done = count_progress(title, unit), 0
+
+    def add(more: int) -> None:
+        nonlocal done
+        done += more
+        show(done, total)
+
+    return add
 
 
 def _progress(title: str, unit: str) -> Callable[[int, int, str], None]:

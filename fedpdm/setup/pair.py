@@ -7,8 +7,8 @@ weights are used.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
 import torch
@@ -17,11 +17,18 @@ from fedpdm.config import RunConfig
 from fedpdm.data import denormalize
 from fedpdm.data.spec import ImageSpec
 from fedpdm.diffusion.denoisers import Denoiser, DenoisingFunction
-from fedpdm.diffusion.from_gaussians import sample_from_gaussians
+from fedpdm.diffusion.from_gaussians import sample_from_gaussians, steps_from_gaussians
 from fedpdm.diffusion.gaussian import GaussianDenoiser
 from fedpdm.diffusion.training import select_device
-from fedpdm.diffusion.twostage import SamplerOutput, SamplerSettings, sample_in_batches
+from fedpdm.diffusion.twostage import (
+    SamplerOutput,
+    SamplerSettings,
+    sample_in_batches,
+    stages,
+    steps_of,
+)
 from fedpdm.diffusion.weights import ema_weights, load_named
+from fedpdm.jobs.progress import sum_progress
 from fedpdm.setup.build import build_denoiser, build_gaussians, sampler_settings
 from fedpdm.setup.choice import SamplingChoice
 from fedpdm.setup.run_setup import RunSetup, set_up
@@ -50,6 +57,17 @@ class ModelPair(Generic[D_co]):
     spec: ImageSpec
     settings: SamplerSettings
     device: torch.device
+
+    def steps(self) -> int:
+        """Steps of the chains for an image, over all of its candidates."""
+        if isinstance(self.coarse, GaussianDenoiser):
+            return steps_from_gaussians(self.coarse, self.fine, self.settings)
+        return steps_of(stages(self.coarse, self.fine, self.settings), self.settings)
+
+    def shown(self, title: str, num_images: int) -> Self:
+        """The same models, which show under this title how far `num_images` samples are."""
+        watch = sum_progress(title, "step", num_images * self.steps())
+        return replace(self, settings=replace(self.settings, watch=watch))
 
     def draw(self, labels: np.ndarray, *, generator: torch.Generator) -> SamplerOutput:
         """One sample for each label, int64 (N,), -1 for none, in the models' scale."""

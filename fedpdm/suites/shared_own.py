@@ -136,7 +136,10 @@ def _choose(source: Synthesizer) -> SamplingChoice:
     assert isinstance(source.coarse, GaussianDenoiser)
     assert source.fine is not None
     setup = set_up(source.config, source.own.images)
-    return choose_sampling(setup, source.own, source.coarse, source.fine, device=source.device)
+    return choose_sampling(
+        setup, source.own, source.coarse, source.fine, device=source.device,
+        where=f"client {source.own.client_id}",
+    )  # fmt: skip
 
 
 def _lengths(
@@ -151,7 +154,8 @@ def _lengths(
         classes = own.groups[group]
         labels = group_labels(classes, min(scorer.count, LENGTH_IMAGES))
         print(f"client {own.client_id}, {group}: after {number} of {rounds} rounds")
-        drawn = source.sample(labels, seed=scorer.config.run.seed), labels
+        shown = source.shown(f"client {own.client_id} samples of {group}", len(labels))
+        drawn = shown.sample(labels, seed=scorer.config.run.seed), labels
         scores = scorer.scores(drawn, group=group, classes=classes, own=own)
         points.append({"share": number / rounds, "group": group, "scores": scores})
     return points
@@ -175,7 +179,8 @@ def _use(scorer: Scorer, source: Synthesizer, *, alone: bool) -> dict[str, Any]:
         )  # fmt: skip
 
     labels = group_labels(minority, scorer.count)
-    answers = {"samples": network("samples", (source.sample(labels, seed=seed), labels))}
+    shown = source.shown(f"client {client} samples for a classifier", len(labels))
+    answers = {"samples": network("samples", (shown.sample(labels, seed=seed), labels))}
     if alone:
         answers["own"] = network("own", None)
         answers["others"] = network("others", scorer.others(client, minority))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,13 @@ from clients import samples
 from fedpdm import wire
 from fedpdm.config import ConfigError, RunConfig
 from fedpdm.diffusion.gaussian import GaussianDenoiser
+from fedpdm.engines.flowercli import _shown
 from fedpdm.engines.inprocess import run_in_process
 from fedpdm.engines.run_checks import check_models
 from fedpdm.evaluation import choosing
 from fedpdm.evaluation.synthesis import open_synthesizer
 from fedpdm.evaluation.trajectory import record_states
+from fedpdm.jobs import progress
 from fedpdm.privacy.mechanism import door
 from fedpdm.publishing.export import export_pipeline, load_pipeline
 from fedpdm.reporting.page.html import render_report
@@ -141,6 +144,30 @@ def test_a_choice_is_made_once(
     monkeypatch.undo()
     run_in_process(config_of(), tmp_path / "run")
     assert choice_of(tmp_path / "run") == choice_of(finished)
+
+
+def test_a_run_shows_how_far_choice_and_samples_are(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By lines that both engines let through."""
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(choosing, "CLASSIFIER_STEPS", 40)  # told of every 20
+    monkeypatch.setattr(samples, "load_choice", lambda *_, **__: None)
+    monkeypatch.setattr(samples, "save_choice", lambda *_, **__: None)
+    shared = read_tensors(finished / "coarse.safetensors")[0]
+    client = client_of(config_of(), finished, 0)
+    _, _, metrics = client.evaluate(wire.encode_model(shared), {"final": True, "round": 3})
+    assert "error" not in metrics
+    lines = capsys.readouterr().err.splitlines()
+    for what in (
+        "choice, classifier", "choice, near-copies", "choice, distances", "samples, pfdm",
+        "samples, alone", "samples of majority, pfdm", "samples of minority, alone",
+    ):  # fmt: skip
+        own = [each for each in lines if each.startswith(f"client 0 round 3 {what}: step ")]
+        assert own, what
+        assert all(re.search(r" s left$", each) for each in own)
+        shown = list(_shown(f"\x1b[36m(ClientAppActor pid=1)\x1b[0m {own[0]}"))
+        assert shown == [own[0]]
 
 
 def test_a_deployed_clients_owner_is_told(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from fedpdm.data.spec import ImageSpec
 from fedpdm.diffusion.gaussian import GaussianDenoiser
 from fedpdm.evaluation import choosing
 from fedpdm.evaluation.choosing import choose_sampling, most_calls
+from fedpdm.jobs import progress
 from fedpdm.setup.choice import SamplingChoice, fallback
 from fedpdm.setup.run_setup import RunSetup, set_up_for
 from tests.support.gaussian_toys import PIXELS, SIDE, client_with, gaussians_of
@@ -97,7 +99,9 @@ def choice_of(
     setup, held = setup_of(**sections), held or client()
     fine = Fine(setup, held, fault)
     coarse = GaussianDenoiser(GAUSSIANS, setup.schedule)
-    return choose_sampling(setup, held, coarse, fine, device=torch.device("cpu")), fine
+    return choose_sampling(
+        setup, held, coarse, fine, device=torch.device("cpu"), where="a test"
+    ), fine
 
 
 def test_a_fine_model_that_copies_when_told_is_not_told() -> None:
@@ -112,6 +116,32 @@ def test_a_fine_model_that_copies_when_told_is_not_told() -> None:
     )
     assert forced.fine_labels  # the config stands
     assert forced.scores["near_copies"] > 0.9
+
+
+def test_no_distance_is_computed_of_what_is_not_accepted() -> None:
+    """Told the rare class the model copies: the other half of these images is never drawn."""
+    sampling = {"candidates": 1, "handover": 300}
+    _, honest = choice_of(sampling=sampling)
+    choice, copying = choice_of("copies", sampling=sampling)
+    alone, _ = choice_of("copies", sampling={**sampling, "fine_labels": False})
+    assert honest.calls == 2 * 96 * 8
+    assert copying.calls == (96 + 48) * 8
+    assert choice.scores == alone.scores
+    assert "chosen among 2" in choice.why
+
+
+def test_how_far_a_choice_is_is_shown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+    choice_of(sampling={"candidates": 2, "handover": 100})
+    lines = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"a test choice, classifier: step 20/60, loss .*, \d+ s left", lines[0])
+    for what in ("near-copies", "distances"):
+        own = [each for each in lines if f"choice, {what}: step " in each]
+        total = 2 * 2 * 48 * 8  # labels or none, candidates, images, steps
+        assert own[0].startswith(f"a test choice, {what}: step 96/{total}, ")
+        assert len(own) == 2 * 8 - 1  # the last step ends it
 
 
 def test_a_hand_over_where_the_fine_model_fails_is_not_chosen() -> None:
@@ -182,11 +212,15 @@ def test_what_cannot_be_compared_has_the_fallback() -> None:
     setup = setup_of(sampling={"coarse_worth": 10.0})
     coarse = GaussianDenoiser(GAUSSIANS, setup.schedule)
     held = client()
-    choice = choose_sampling(setup, held, coarse, Fine(setup, held), device=torch.device("cpu"))
+    choice = choose_sampling(
+        setup, held, coarse, Fine(setup, held), device=torch.device("cpu"), where="a test"
+    )
     assert choice == fallback(setup, "sampling.coarse_worth mixes both models")
     spec = ImageSpec(channels=1, resolution=160, num_classes=3, shift=0.0)
     large = set_up_for(setup_of().config, spec)
-    choice = choose_sampling(large, held, coarse, Fine(setup, held), device=torch.device("cpu"))
+    choice = choose_sampling(
+        large, held, coarse, Fine(setup, held), device=torch.device("cpu"), where="a test"
+    )
     assert choice.why == "nothing is chosen on images of this size"
 
 
