@@ -112,7 +112,11 @@ def _print_json(
         "suite": suite.name,
         "profile": profile,
         "results": [] if ablation else load_results(folder),
-        "variants": load_variants(folder, ablation, suite.ablation(ablation)) if ablation else {},
+        "variants": load_variants(
+            folder, ablation, suite.ablation(ablation), suite.profile(profile)
+        )
+        if ablation
+        else {},
         "failed": [{"cell": title, "error": line} for title, line in failed],
     }
     print(json_text(facts))

@@ -52,6 +52,7 @@ LONGEST_TEXT = 4096  # characters of a value; a path has no more
 _UNSEEN = ("Cc", "Zl", "Zp")  # control characters and line separators
 YOUNGER_KEYS = (
     ("privacy", "release", "images"),
+    ("privacy", "noise_draw", 0),
     ("fine", "augment", "none"),
     ("sampling", "handover", None),
     ("sampling", "fine_labels", None),

@@ -142,6 +142,10 @@ class PrivacyConfig:
         "what clients release: a registered mechanism, or package.module:NAME (docs/extending.md)",
         form=(r"[\w.]{1,200}(:[\w.]{1,200})?", "a name, or package.module:NAME"),
     )
+    noise_draw: int = key(
+        0, "simulation only: another number draws the release's seeded noise anew, all else alike",
+        low=0,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,6 +287,11 @@ class RunConfig:
         if self.partition.kind == "own" and self.run.simulation and self.partition.num_clients > 1:
             raise ConfigError(
                 "partition.kind: own has one client in simulation; set num_clients: 1"
+            )
+        if privacy.noise_draw and not self.run.simulation:
+            raise ConfigError(
+                "privacy.noise_draw: must be 0 outside simulation, where noise is drawn by the "
+                f"operating system, got {privacy.noise_draw}"
             )
         self._check_shared_model()
         if self.has_statistics:

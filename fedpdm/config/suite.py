@@ -17,7 +17,7 @@ from typing import Any
 from fedpdm.config.reading import build_section, config_from_mapping, read_mapping
 from fedpdm.config.schema import ConfigError, RunConfig, check_name, key
 
-__all__ = ["BATCH", "Method", "Profile", "Suite", "load_paper_values", "load_suite"]
+__all__ = ["BATCH", "Method", "Profile", "Suite", "load_paper_values", "load_suite", "numbered"]
 
 BATCH = 32
 """Images of a step of the budget; a step with a larger batch counts as several."""
@@ -33,13 +33,15 @@ class Profile:
     `steps` are gradient steps of 32 images per client in a whole run, of all models together. With
     `shared_steps` they are those of the clients' own models alone, of which only the scored clients
     train one, for all methods: these then differ in the shared model alone, and a shared model that
-    is trained takes `shared_steps`. `table` takes the place of the suite's.
+    is trained takes `shared_steps`. `table` takes the place of the suite's. With more than one of
+    `draws` an ablation is run on the first seed alone, once for each draw of the releases' noise.
     """
 
     rounds: int = key(5, "federated rounds", low=1)
     steps: int = key(100, "gradient steps of 32 images per client, all models together", low=1)
     seeds: int = key(1, "runs per method", low=1)
     first_seed: int = key(0, "the seeds count from here", low=0)
+    draws: int = key(1, "of the noise, in ablations, on the first seed", low=1)
     clients: int = key(1, "clients evaluated, from client 0 on", low=1)
     shared_steps: int | None = key(
         None, "steps of the shared model; own models are then shared by all methods", low=1
@@ -128,10 +130,12 @@ class Suite:
         method: str,
         *,
         seed: int,
+        draw: int = 0,
         overrides: Sequence[Mapping[str, Any]] = (),
         label: str = "",
     ) -> RunConfig:
-        """The run of one cell. `overrides` come last; steps and seed are the budget's and `seed`.
+        """The run of one cell. `overrides` come last; steps, seed and draw are the budget's, `seed`
+        and `draw`.
 
         `label` tells variants apart in the run's name.
         """
@@ -140,10 +144,12 @@ class Suite:
         for part in (size.set, row.set, *overrides):
             mapping = merge(mapping, part)
         kind = f"{method}-{label}" if label else method
-        mapping["name"] = f"{self.name}-{profile}-{kind}-seed{seed}"
+        mapping["name"] = f"{self.name}-{profile}-{kind}-{numbered(seed, draw)}"
         config_from_mapping(mapping)  # refuses what the lines below could not read
         rounds = (mapping.get("run") or {}).get("rounds", size.rounds)
         mapping = merge(mapping, {"run": {"seed": seed, "rounds": rounds}})
+        if draw:
+            mapping = merge(mapping, {"privacy": {"noise_draw": draw}})
         budgets = {"coarse": row.shared * size.steps, "fine": (1.0 - row.shared) * size.steps}
         if size.shared_steps is not None:
             if row.shared == 1.0:
@@ -164,6 +170,11 @@ class Suite:
             section["steps_per_round"] = steps
             section.setdefault("warmup_steps", min(50, max(1, steps * rounds // 10)))
         return config_from_mapping(mapping)
+
+
+def numbered(seed: int, draw: int) -> str:
+    """`seedK`, and for a draw of the noise but the first `seedK-drawD`: in names of runs, files."""
+    return f"seed{seed}-draw{draw}" if draw else f"seed{seed}"
 
 
 def merge(base: Mapping[str, Any], part: Mapping[str, Any]) -> dict[str, Any]:

@@ -119,11 +119,15 @@ def plan_release(
 def build_noise(config: RunConfig, *, client: int, release: int) -> NoiseSource:
     """Seeded noise in simulation, operating-system noise everywhere else.
 
-    The seeded stream is the client's and the release's own: no two releases share noise.
+    The seeded stream is the client's, the release's and the draw's (`privacy.noise_draw`) own: no
+    two releases share noise.
     """
     if config.run.simulation:
-        seed = config.run.seed
-        return SeededNoise(seed_sequence(seed, Purpose.RELEASE_NOISE, client=client, chunk=release))
+        stream = seed_sequence(
+            config.run.seed, Purpose.RELEASE_NOISE, client=client,
+            round=config.privacy.noise_draw, chunk=release,
+        )  # fmt: skip
+        return SeededNoise(stream)
     return SystemNoise()
 
 

@@ -2,7 +2,8 @@
 
 A result is `experiments/results/SUITE-PROFILE/METHOD-seedK.json`. An ablation's results lie one
 folder deeper, in `SUITE-PROFILE/ABLATION/VARIANT/`; a variant that changes nothing uses the table's
-own result. Beside each lies an .npz with some samples.
+own result. Further draws of the releases' noise are `METHOD-seedK-drawD.json`, those of the table's
+own runs in `SUITE-PROFILE/draws/`. Beside each lies an .npz with some samples.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedpdm.config.suite import Ablation
+from fedpdm.config.suite import Ablation, Profile
 from fedpdm.storage.files import read_json
 
 __all__ = [
+    "DRAWS",
     "Column",
     "Row",
     "cell_text",
@@ -27,6 +29,7 @@ __all__ = [
 ]
 
 MISSING = "-"
+DRAWS = "draws"  # folder, beside those of ablations
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,12 +59,24 @@ def load_results(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
-def load_variants(folder: Path, name: str, ablation: Ablation) -> dict[str, list[dict[str, Any]]]:
-    """Of each variant, the results of the ablation's methods, in the order of the suite."""
+def load_variants(
+    folder: Path, name: str, ablation: Ablation, profile: Profile
+) -> dict[str, list[dict[str, Any]]]:
+    """Of each variant, the results of the ablation's methods, in the order of the suite.
+
+    Where the profile has draws of the noise, those of its first seed.
+    """
+    seed = profile.first_seed if profile.draws > 1 else None
     found = {}
     for variant in ablation.variants:
-        where = folder / name / variant if ablation.variant(variant) else folder
-        found[variant] = [r for r in load_results(where) if r["method"] in ablation.methods]
+        own = (folder / name / variant,)
+        folders = own if ablation.variant(variant) else (folder, folder / DRAWS)
+        found[variant] = [
+            r
+            for where in (folders if seed is not None else folders[:1])
+            for r in load_results(where)
+            if r["method"] in ablation.methods and seed in (None, r["seed"])
+        ]
     return found
 
 
@@ -69,7 +84,7 @@ def rows(
     results: Iterable[Mapping[str, Any]], methods: Sequence[str], columns: Sequence[Column]
 ) -> list[Row]:
     """One row per method, also for those that were not run; a value is the mean over clients."""
-    kept = sorted(results, key=lambda result: result["seed"])
+    kept = sorted(results, key=lambda result: (result["seed"], result.get("draw", 0)))
     table = []
     for method in methods:
         own = [result for result in kept if result["method"] == method]
@@ -94,14 +109,18 @@ def _value(result: Mapping[str, Any], path: Sequence[str]) -> float | None:
     return sum(numbers) / len(numbers) if numbers else None
 
 
-def cell_text(values: Sequence[float], digits: int) -> str:
-    """`mean ± std` (divisor n - 1), the value alone for one seed, `-` where nothing was run."""
+def cell_text(values: Sequence[float], digits: int, *, error: bool = False) -> str:
+    """`mean ± std` (divisor n - 1), the value alone for one seed, `-` where nothing was run.
+
+    With `error` it is the standard error of the mean: std / sqrt(n).
+    """
     if not values:
         return MISSING
     mean = sum(values) / len(values)
     if len(values) == 1:
         return f"{mean:.{digits}f}"
     spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
+    spread /= math.sqrt(len(values)) if error else 1.0
     return f"{mean:.{digits}f} ± {spread:.{digits}f}"
 
 

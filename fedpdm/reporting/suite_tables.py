@@ -8,6 +8,7 @@ from typing import Any
 
 from fedpdm.config import ConfigError, Suite, load_paper_values, load_suite
 from fedpdm.config.reading import read_mapping
+from fedpdm.config.suite import Profile
 from fedpdm.evaluation.features import MapFeatures
 from fedpdm.reporting.method_samples import draw_method_samples
 from fedpdm.reporting.results import (
@@ -158,7 +159,7 @@ def suite_tables(suite: Suite, profile: str, results: Path, *, page: bool = Fals
         title = "Accuracy of the client's own classifier"
         lines += [f"### {title}" if page else title, "", *_layout(*use, page=page), ""]
     for name in suite.ablations:
-        lines += _ablation(suite, name, folder, page=page)
+        lines += _ablation(suite, suite.profile(profile), name, folder, page=page)
     seen = [(write(suite.method(m).title), write(suite.method(m).trust)) for m in methods]
     if page:
         lines += ["Trust: " + "; ".join(f"*{title}*: {words}" for title, words in seen) + ".", ""]
@@ -218,19 +219,20 @@ def _gaps(
     return lines
 
 
-def _ablation(suite: Suite, name: str, folder: Path, *, page: bool) -> list[str]:
-    ablation = suite.ablation(name)
+def _ablation(suite: Suite, size: Profile, name: str, folder: Path, *, page: bool) -> list[str]:
+    ablation, draws = suite.ablation(name), size.draws > 1
     if not (folder / name).is_dir():
         return []
-    found = load_variants(folder, name, ablation)
+    found = load_variants(folder, name, ablation, size)
     every = [result for results in found.values() for result in results]
     columns = [c for c in _columns(every) if c.title not in ("minutes",)]
-    head = [name, "method", "seeds", *[column.title for column in columns]]
+    head = [name, "method", "draws" if draws else "seeds", *[column.title for column in columns]]
     body: list[list[str]] = []
     missing, compared = [], []
     for variant, results in found.items():
         for row in rows(results, ablation.methods, columns):
-            values = [cell_text(v, c.digits) for v, c in zip(row.cells, columns, strict=True)]
+            cells = zip(row.cells, columns, strict=True)
+            values = [cell_text(v, c.digits, error=draws) for v, c in cells]
             if row.seeds:
                 title = suite.method(row.method).title
                 body.append([variant, title, str(len(row.seeds)), *values])
@@ -241,6 +243,9 @@ def _ablation(suite: Suite, name: str, folder: Path, *, page: bool) -> list[str]
     write = _paragraph if page else visible
     title = write(f"Ablation: {ablation.title}")
     lines = [f"### {title}" if page else title, "", *_layout(head, body, page=page), ""]
+    if draws:
+        words = f"Seed {size.first_seed}; mean ± standard error over draws of the releases' noise."
+        lines += [write(words), ""]
     if ablation.gaps:
         lines += map(write, _gaps(load_results(folder), compared, columns))
     return [*lines, write(f"Not run: {', '.join(missing)}."), ""] if missing else lines

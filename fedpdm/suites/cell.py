@@ -17,9 +17,11 @@ from typing import Any
 import numpy as np
 
 from fedpdm.config import RunConfig, config_to_json
+from fedpdm.config.suite import numbered
 from fedpdm.evaluation.assessment import assess_run
 from fedpdm.privacy.statement import baseline_statement
 from fedpdm.reporting.provenance import describe_machine
+from fedpdm.reporting.results import DRAWS
 from fedpdm.setup.pair import shared_weights
 from fedpdm.storage.files import StoreError, locked, read_json, write_atomic, write_json
 from fedpdm.storage.holding import held
@@ -36,13 +38,15 @@ PROMISED = ("guarantee", "epsilon", "delta")  # of a run's privacy statement
 class Cell:
     """What to run, and where its result goes.
 
-    `own_models`: own models are shared by all methods; `stop` and `above` as in a suite's method.
+    `draw` is that of the releases' noise; `own_models`: own models are shared by all methods;
+    `stop` and `above` as in a suite's method.
     """
 
     suite: str
     profile: str
     method: str
     seed: int
+    draw: int
     ablation: str | None
     variant: str | None
     clients: int
@@ -58,11 +62,13 @@ class Cell:
     @property
     def folder(self) -> Path:
         base = self.results / f"{self.suite}-{self.profile}"
-        return base / self.ablation / str(self.variant) if self.ablation else base
+        if self.ablation:
+            return base / self.ablation / str(self.variant)
+        return base / DRAWS if self.draw else base
 
     @property
     def result(self) -> Path:
-        return self.folder / f"{self.method}-seed{self.seed}.json"
+        return self.folder / f"{self.method}-{numbered(self.seed, self.draw)}.json"
 
     @property
     def scored(self) -> range:
@@ -72,12 +78,16 @@ class Cell:
     @property
     def title(self) -> str:
         variant = f" ({self.ablation} {self.variant})" if self.ablation else ""
-        return f"{self.method}{variant} seed {self.seed}"
+        draw = f" draw {self.draw}" if self.draw else ""
+        return f"{self.method}{variant} seed {self.seed}{draw}"
 
     @property
     def working(self) -> Path:
         """What a process holds while it runs this cell, and no other."""
-        parts = (self.suite, self.profile, self.ablation, self.variant, self.method, self.seed)
+        parts = (
+            self.suite, self.profile, self.ablation, self.variant, self.method, self.seed,
+            self.draw or None,
+        )  # fmt: skip
         return self.runs / "-".join(["working", *(str(part) for part in parts if part is not None)])
 
     @property
@@ -120,6 +130,7 @@ def _run_cell(cell: Cell) -> dict[str, Any]:
         "profile": cell.profile,
         "method": cell.method,
         "seed": cell.seed,
+        "draw": cell.draw,
         "ablation": cell.ablation,
         "variant": cell.variant,
         **trained,

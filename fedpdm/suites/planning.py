@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ def plan_cells(
     """Every cell, seed by seed, so that a table fills evenly.
 
     Args:
-        seeds: None: as many as the profile says.
+        seeds: None: as many as the profile says; of an ablation with draws, the first.
         methods, variants: empty: all of the table or, with `ablation`, of it.
         overrides: config keys that are set in every method.
         runs, results: where runs and results go; absolute.
@@ -47,8 +48,11 @@ def plan_cells(
         names = tuple(dict.fromkeys(variants)) or tuple(study.variants)
         changes = [(name, dict(study.variant(name))) for name in names]
         chosen = tuple(dict.fromkeys(methods)) or study.methods
+    draws = size.draws if ablation else 1
+    if seeds is None:
+        seeds = range(size.first_seed, size.first_seed + (size.seeds if draws == 1 else 1))
     cells = []
-    for seed in range(size.first_seed, size.first_seed + size.seeds) if seeds is None else seeds:
+    for seed, draw in itertools.product(seeds, range(draws)):
         for variant, change in changes:
             if not change:
                 variant = None  # the table's own cell, which need not run twice
@@ -57,15 +61,18 @@ def plan_cells(
                 if size.shared_steps is None and (row.stop, row.above) != ("last", "model"):
                     raise ConfigError(f"method {method}: needs a profile with shared_steps")
                 config = suite.compose(
-                    profile, method, seed=seed, overrides=[change, overrides],
+                    profile, method, seed=seed, draw=draw, overrides=[change, overrides],
                     label=f"{ablation}{variant}" if variant else "",
                 )  # fmt: skip
+                if draw and not config.kind.releases:
+                    continue  # there is no noise to draw
                 cells.append(
                     Cell(
                         suite=suite.name,
                         profile=profile,
                         method=method,
                         seed=seed,
+                        draw=draw,
                         ablation=ablation if variant else None,
                         variant=variant,
                         clients=size.clients,

@@ -72,7 +72,7 @@ def test_every_key_survives_every_round_trip() -> None:
     mapping: dict[str, Any] = {"name": "other"}
     for section, key in KEYS:
         mapping.setdefault(section, {})[key.name] = plausible(section, key)
-    mapping["privacy"]["t0"] = None
+    mapping["privacy"] |= {"t0": None, "noise_draw": 0}  # not with run.simulation: false
     mapping["partition"] |= {"kind": "iid"}
     mapping["evaluation"]["image_metrics"] = False
     mapping["schedule"] |= {"beta_start": 0.001, "beta_end": 0.3}
@@ -87,6 +87,7 @@ def test_every_key_survives_every_round_trip() -> None:
         exempt = (section, key.name) in {
             ("privacy", "t0"), ("coarse", "images"), ("sampling", "coarse_worth"),
             ("aggregation", "secure"), ("aggregation", "max_update_norm"),
+            ("privacy", "noise_draw"),
         }  # fmt: skip
         assert exempt or changed != getattr(getattr(RunConfig(), section), key.name)
     assert config_from_json(config_to_json(config)) == config
@@ -248,6 +249,19 @@ def test_classes_are_names_or_numbers() -> None:
     config = config_from_mapping({"data": {"classes": [3, "5"]}})
     assert config.data.classes == (3, "5")
     assert config_from_json(config_to_json(config)).data.classes == (3, "5")
+
+
+def test_a_draw_of_the_noise_is_for_simulations_and_no_draw_leaves_digests() -> None:
+    drawn = config_from_mapping({"privacy": {"noise_draw": 2}})
+    assert drawn.privacy.noise_draw == 2
+    assert config_from_json(config_to_json(drawn)) == drawn
+    assert "noise_draw" not in config_to_json(RunConfig())
+    assert config_from_mapping({"privacy": {"noise_draw": 0}}) == RunConfig()
+    outside = {"run": {"simulation": False}, "privacy": {"noise_draw": 2}}
+    with pytest.raises(ConfigError, match=r"^privacy\.noise_draw: must be 0 outside .* got 2$"):
+        config_from_mapping(outside)
+    with pytest.raises(ConfigError, match=r"^privacy\.noise_draw: must be at least 0, got -1$"):
+        config_from_mapping({"privacy": {"noise_draw": -1}})
 
 
 def test_valid_neighbours_of_the_refused() -> None:

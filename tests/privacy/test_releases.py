@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,25 @@ def test_a_second_release_has_noise_of_its_own(store: ReleaseStore, source: str)
     first, second = z[:20].ravel(), z[20:].ravel()
     assert abs(np.corrcoef(first, second)[0, 1]) < 5 / len(first) ** 0.5
     assert not (np.abs(first - second) < 1e-3).mean() > 0.01
+
+
+def test_a_draw_of_the_noise_is_another_stream_and_the_first_is_that_of_before() -> None:
+    def drawn(source: Any) -> np.ndarray:
+        noise = np.empty(1000, dtype=np.float32)
+        source.fill(noise)
+        return noise
+
+    def of(draw: int, client: int = 3, release: int = 2) -> np.ndarray:
+        config = small_config(privacy={"noise_draw": draw})
+        return drawn(build_noise(config, client=client, release=release))
+
+    seed = small_config().run.seed
+    before = np.random.SeedSequence(seed, spawn_key=(2, 3, 0, 2))  # purpose, client, round, release
+    assert np.array_equal(of(0), drawn(SeededNoise(before)))
+    assert np.array_equal(of(1), of(1))
+    streams = [of(0), of(1), of(2), of(1, client=4), of(1, release=3)]
+    for first, second in itertools.combinations(streams, 2):
+        assert abs(np.corrcoef(first, second)[0, 1]) < 5 / 1000**0.5
 
 
 def test_the_same_noise_twice_would_be_seen(store: ReleaseStore) -> None:

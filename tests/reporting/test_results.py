@@ -16,6 +16,7 @@ from PIL import Image
 from fedpdm.cli import main
 from fedpdm.commands.terminal import show
 from fedpdm.config import ConfigError, load_suite
+from fedpdm.config.suite import numbered
 from fedpdm.reporting.provenance import describe_machine
 from fedpdm.reporting.results import (
     Column,
@@ -117,7 +118,8 @@ def folder(tmp_path: Path) -> Path:
 def put(folder: Path, record: dict[str, Any], *below: str) -> Path:
     where = folder.joinpath("results", "toy-cpu", *below)
     where.mkdir(parents=True, exist_ok=True)
-    path = where / f"{record['method']}-seed{record['seed']}.json"
+    number = numbered(record["seed"], record.get("draw", 0))
+    path = where / f"{record['method']}-{number}.json"
     path.write_text(json.dumps(record))
     return path
 
@@ -324,6 +326,30 @@ def test_ablation_section(folder: Path) -> None:
         "Not run: alone 10.",
     ]
     assert {len(row) for row in table} == {len(table[0])}
+
+
+def test_draws_of_the_noise_have_a_standard_error(folder: Path) -> None:
+    """On one seed; draws of what changes nothing lie beside the table, which does not show them."""
+    suite = {**SUITE, "profiles": {"cpu": {"seeds": 3, "draws": 3}, "paper": {}}}
+    (folder / "toy.yaml").write_text(yaml.safe_dump(suite, sort_keys=False))
+    fill(folder)
+    for draw, (plain, changed) in enumerate([(7.5, 5), (8, 6), (10, 10)]):
+        for value, below in ((plain, ["draws"]), (changed, ["epsilon", "10"])):
+            if draw or below != ["draws"]:
+                put(folder, result("ours", 0, [value], [6]) | {"draw": draw}, *below)
+    text = suite_tables(load_suite(folder / "toy.yaml"), "cpu", folder / "results")
+    section = text[text.index("Ablation: privacy") :].splitlines()
+    table = [re.split(r"\s{2,}", line) for line in section[2:6]]
+    errors = [statistics.stdev(values) / 3**0.5 for values in ([7.5, 8, 10], [5, 6, 10])]
+    assert [[*row[:3], row[7]] for row in table] == [
+        ["epsilon", "method", "draws", "majority distance"],
+        ["1", "solo", "1", "10.00"],  # of the first seed alone
+        ["1", "our own", "3", f"8.50 ± {errors[0]:.2f}"],
+        ["10", "our own", "3", f"7.00 ± {errors[1]:.2f}"],
+    ]
+    assert "Seed 0; mean ± standard error over draws of the releases' noise." in section
+    own = text[: text.index("Ablation")].splitlines()
+    assert re.split(r"\s{2,}", next(o for o in own if o.startswith("our own")))[1] == "1"
 
 
 def test_ablation_names_its_features_whatever_variant_was_run(folder: Path) -> None:

@@ -41,6 +41,26 @@ def test_they_are_those_of_a_run_bit_for_bit(tmp_path: Path) -> None:
     assert not equal(stages[0], stages[-1])
 
 
+def test_a_draw_of_the_noise_changes_nothing_but_the_release(tmp_path: Path) -> None:
+    """A whole run with another draw: same images, same own models, another shared model."""
+    privacy = dataclasses.replace(CONFIG.privacy, noise_draw=1)
+    drawn = dataclasses.replace(CONFIG, privacy=privacy)
+    assert own_config(drawn) == own_config(CONFIG)
+    for name, config in (("first", CONFIG), ("second", drawn)):
+        run_in_process(config, tmp_path / name)
+    first, second = (RunDirectory(tmp_path / name) for name in ("first", "second"))
+    for client in range(CONFIG.partition.num_clients):
+        own = [
+            client_weights(ClientStore(run.client_path(client), store_label(config, client)))
+            for run, config in ((first, CONFIG), (second, drawn))
+        ]
+        assert equal(*own)
+    assert first.read_json("partition.json") == second.read_json("partition.json")
+    assert not equal(first.load_shared(), second.load_shared())
+    spent = [run.read_json("privacy.json")["epsilon"] for run in (first, second)]
+    assert spent[0] == spent[1]
+
+
 def test_one_model_serves_methods_that_differ_above_it(tmp_path: Path) -> None:
     other = small_config(
         run={"rounds": 2},

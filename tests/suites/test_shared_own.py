@@ -35,6 +35,17 @@ def suite_in(folder: Path) -> Suite:
     small["profiles"] = {
         "shared": {"rounds": 3, "steps": 36, "shared_steps": 6, "first_seed": 4, "table": [*TABLE]},
         "plain": {"rounds": 3, "steps": 36},
+        "drawn": {
+            "rounds": 3, "steps": 36, "shared_steps": 6, "first_seed": 4, "seeds": 2, "draws": 3,
+            "table": [*TABLE],
+        },
+    }  # fmt: skip
+    small["ablations"] = {
+        "budget": {
+            "methods": ["alone", "ours"],
+            "variants": {"1": {"privacy": {"epsilon": 1}}, "10": {}},
+        },
+        "other": {"methods": ["alone", "ours"], "variants": {"10": {}}},
     }
     (folder / "small.yaml").write_text(yaml.safe_dump(small))
     return load_suite(folder / "small.yaml")
@@ -125,6 +136,43 @@ def test_pictures_show_its_own_images(made: Made) -> None:
     with np.load(folder / "results" / "small-shared" / "statistics-seed4.npz") as arrays:
         assert {"own_majority", "own_minority", "minority", "real_minority"} <= set(arrays)
         assert arrays["own_minority"].dtype == np.uint8
+
+
+def test_an_ablation_with_draws_is_made_on_the_first_seed(tmp_path: Path) -> None:
+    """Draws of the table's own cells serve all ablations; a cell without noise has one."""
+
+    def named(ablation: str) -> list[str]:
+        cells = cells_of(tmp_path, "drawn", ablation=ablation)
+        assert {cell.seed for cell in cells} == {4}
+        assert all(cell.config.privacy.noise_draw == cell.draw for cell in cells)
+        assert len({cell.run_directory for cell in cells}) == len(cells)
+        base = tmp_path / "results" / "small-drawn"
+        return sorted(str(cell.result.relative_to(base)) for cell in cells)
+
+    plain = [
+        "alone-seed4.json", "draws/ours-seed4-draw1.json", "draws/ours-seed4-draw2.json",
+        "ours-seed4.json",
+    ]  # fmt: skip
+    assert named("budget") == sorted(
+        [*plain, *(f"budget/1/{name.removeprefix('draws/')}" for name in plain)]
+    )
+    assert named("other") == plain
+    table = cells_of(tmp_path, "drawn")
+    assert {(cell.seed, cell.draw) for cell in table} == {(4, 0), (5, 0)}
+    asked = cells_of(tmp_path, "drawn", ablation="other", seeds=[7])
+    assert {cell.seed for cell in asked} == {7}
+
+
+def test_a_drawn_cell_has_the_own_model_of_the_first_draw(made: Made) -> None:
+    folder, _ = made
+    kept = sorted((folder / "runs" / "own-models").iterdir())
+    drawn = next(c for c in cells_of(folder, "drawn", ablation="other") if c.draw == 1)
+    result = run_cell(drawn)
+    assert sorted((folder / "runs" / "own-models").iterdir()) == kept
+    assert (result["seed"], result["draw"]) == (4, 1)
+    assert drawn.title == "ours seed 4 draw 1"
+    assert finished(drawn)
+    assert result["config"]["privacy"]["noise_draw"] == 1
 
 
 def test_rows_that_need_shared_own_models_are_refused_elsewhere(tmp_path: Path) -> None:
