@@ -1,8 +1,9 @@
 """Finished models as a diffusers pipeline on disk, and pictures drawn with one.
 
 An exported directory needs diffusers and torch alone: U-Nets and scheduler as diffusers saves them,
-`pipeline.py` (a copy of `fedpdm.publishing.pipeline`), `privacy.json` (the run's statement) and a
-model card with the client's ledger. It can be uploaded to the Hugging Face Hub as it is.
+`pipeline.py` and `pfdm_sampling.py` (copies of the modules in `fedpdm.publishing`), `privacy.json`
+(the run's statement) and a model card with the client's ledger. It can be uploaded to the Hugging
+Face Hub as it is.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from fedpdm.privacy.statement import client_statement
 from fedpdm.publishing.class_counts import exported_share
 from fedpdm.publishing.class_gaussians import GaussianClasses
 from fedpdm.publishing.model_card import model_card
+from fedpdm.publishing.pfdm_sampling import TwoStageSampling
 from fedpdm.publishing.pipeline import PFDMPipeline
 from fedpdm.reporting.pictures import draw_image_grid
 from fedpdm.reporting.pictures.files import png_path
@@ -50,6 +52,7 @@ __all__ = ["export_pipeline", "load_pipeline", "sample_grid"]
 
 BATCH_SIZE = 256
 COMPONENT = GaussianClasses.__module__  # as `model_index.json` names it
+SAMPLING = "pfdm_sampling.py"  # as `pipeline.py` imports it
 # Of a run's statement: how many images paid what, and places on this machine.
 _KEPT_HERE = ("epsilon_distribution", "unreadable_stores")
 
@@ -304,6 +307,7 @@ def _write(pipeline: PFDMPipeline, privacy: Mapping[str, Any], card: str, out: P
         temporary.mkdir(parents=True)
         pipeline.save_pretrained(temporary, safe_serialization=True)
         _copy_source(PFDMPipeline, temporary / "pipeline.py")
+        _copy_source(TwoStageSampling, temporary / SAMPLING)
         if pipeline.gaussians is not None:  # diffusers finds a component's code by its module
             _copy_source(GaussianClasses, temporary / "gaussians" / f"{COMPONENT}.py")
         (temporary / "privacy.json").write_text(json_text(privacy) + "\n")

@@ -37,7 +37,8 @@ tags:
 
 ## Use
 
-In this directory, with diffusers and torch. `pipeline.py` will be executed: read it first.
+In this directory, with diffusers and torch. `pipeline.py` and `pfdm_sampling.py` will be executed:
+read them first.
 
 ```python
 from diffusers import DiffusionPipeline

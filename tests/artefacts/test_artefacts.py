@@ -238,12 +238,14 @@ def test_an_old_pipeline_loads_and_draws_the_same(old: Path) -> None:
     assert_samples(fedpdm.load_pipeline(old / "pipeline"), old)
 
 
-def test_an_old_pipeline_loads_with_the_code_in_it(old: Path) -> None:
-    folder = old / "pipeline"
-    pipeline = DiffusionPipeline.from_pretrained(
+def with_its_code(folder: Path) -> Any:
+    return DiffusionPipeline.from_pretrained(
         str(folder), custom_pipeline=str(folder / "pipeline.py"), trust_remote_code=True
     )
-    assert_samples(pipeline, old)
+
+
+def test_an_old_pipeline_loads_with_the_code_in_it(old: Path) -> None:
+    assert_samples(with_its_code(old / "pipeline"), old)
 
 
 def test_a_fresh_export_of_an_old_run_draws_the_same(
@@ -252,6 +254,10 @@ def test_a_fresh_export_of_an_old_run_draws_the_same(
     out = tmp_path / "fresh"
     called(capsys, "export", old / "finished", "--client", 0, "--out", out)
     assert_samples(fedpdm.load_pipeline(out), old)
+    assert (out / "pfdm_sampling.py").exists()
+    assert not (old / "pipeline" / "pfdm_sampling.py").exists()
+    for folder in (out, old / "pipeline", out):  # in one process, each with its own code
+        assert_samples(with_its_code(folder), old)
     for role in ("coarse_unet", "fine_unet"):
         name = f"{role}/diffusion_pytorch_model.safetensors"
         assert weights_digest(out / name) == weights_digest(old / "pipeline" / name)

@@ -52,6 +52,7 @@ def test_export_holds_the_run(fake: FakeRun, exported: Path) -> None:
         "coarse_unet",
         "fine_unet",
         "model_index.json",
+        "pfdm_sampling.py",
         "pipeline.py",
         "privacy.json",
         "scheduler",

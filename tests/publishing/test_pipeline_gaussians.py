@@ -243,8 +243,8 @@ def test_an_export_samples_as_its_client(finished: Path, exported: Path) -> None
 
 def test_an_export_holds_the_gaussians(exported: Path) -> None:
     assert sorted(os.listdir(exported)) == [
-        "README.md", "fine_unet", "gaussians", "model_index.json", "pipeline.py", "privacy.json",
-        "scheduler",
+        "README.md", "fine_unet", "gaussians", "model_index.json", "pfdm_sampling.py",
+        "pipeline.py", "privacy.json", "scheduler",
     ]  # fmt: skip
     index = json.loads((exported / "model_index.json").read_text())
     assert index["coarse_unet"] == [None, None]
