@@ -19,7 +19,15 @@ from fedpdm.data import load_image_set
 from fedpdm.engines.one_client import attack_config, upload_releases
 from fedpdm.privacy.mechanism import SystemNoise, gaussian
 from fedpdm.privacy.releases import ReleaseStore, store
-from tests.support.command_line import without_advice
+from tests.support.attack_commands import (
+    HalfNoise,
+    SlightlyLess,
+    caught,
+    failed,
+    last_line,
+    run,
+    with_known_seeds,
+)
 
 SMALL_AUDIT = ["attack", "audit", "--canaries", "1500", "--shape", "1x16x16", "--json"]
 
@@ -38,18 +46,6 @@ def paper_config() -> RunConfig:
     )
 
 
-class HalfNoise(SystemNoise):
-    def fill(self, out: np.ndarray) -> None:
-        super().fill(out)
-        np.rint(0.5 * out, out=out)
-
-
-class SlightlyLess(SystemNoise):
-    def fill(self, out: np.ndarray) -> None:
-        super().fill(out)
-        np.rint(np.float32(0.97) * out, out=out)
-
-
 class OnceReused(SystemNoise):
     """One pair of images among all has the same noise."""
 
@@ -65,15 +61,6 @@ class OnceReused(SystemNoise):
 
 class OnceReusedBackwards(OnceReused):
     sign = -1.0
-
-
-def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, Any]]:
-    code = main(arguments)
-    return code, json.loads(capsys.readouterr().out)
-
-
-def failed(facts: dict[str, Any]) -> set[str]:
-    return {finding["name"] for finding in facts["findings"] if not finding["passed"]}
 
 
 # --- The right path -------------------------------------------------------------------------
@@ -145,9 +132,7 @@ def test_bad_noise_is_caught(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(fedpdm.privacy.planning, "SystemNoise", fault)
-    code, facts = run([*SMALL_AUDIT, "--seed", "4"], capsys)
-    assert code == 1
-    assert caught_by <= failed(facts)
+    assert caught_by <= caught([*SMALL_AUDIT, "--seed", "4"], capsys)[0]
 
 
 def test_skipped_clipping_is_caught(
@@ -157,9 +142,7 @@ def test_skipped_clipping_is_caught(
         return np.rint(x * np.float32(steps), out=out)
 
     monkeypatch.setattr(gaussian, "clip_to_grid", unclipped)
-    code, facts = run([*SMALL_AUDIT, "--seed", "4"], capsys)
-    assert code == 1
-    assert "image in the noise" in failed(facts)
+    assert {"image in the noise"} <= caught([*SMALL_AUDIT, "--seed", "4"], capsys)[0]
 
 
 def test_an_unrecorded_second_release_is_caught(
@@ -176,20 +159,15 @@ def test_an_unrecorded_second_release_is_caught(
     code = main([*SMALL_AUDIT, "--seed", "4"])
     assert (code, "a second release; restore it" in capsys.readouterr().err) == (2, True)
     monkeypatch.setattr(store, "check_traces", lambda *_: None)  # the store's own defence
-    code, facts = run([*SMALL_AUDIT, "--seed", "4"], capsys)
-    assert code == 1
-    assert facts["num_distinct"] == 2
-    assert facts["recorded"] == 1
-    assert {"ledger", "claim"} <= failed(facts)
+    names, facts = caught([*SMALL_AUDIT, "--seed", "4"], capsys)
+    assert {"ledger", "claim"} <= names
+    assert (facts["num_distinct"], facts["recorded"]) == (2, 1)
 
 
 @pytest.mark.slow
 def test_a_known_seed_is_caught(capsys: pytest.CaptureFixture[str]) -> None:
-    seeded = [*SMALL_AUDIT, "--seed", "4", "--seeded", "12"]
-    code, facts = run([*seeded, "--known-seed", "11", "--known-seed", "12"], capsys)
-    assert (code, failed(facts)) == (1, {"noise known to others"})
-    code, facts = run([*seeded, "--known-seed", "11"], capsys)
-    assert (code, failed(facts)) == (0, set())
+    answers = with_known_seeds([*SMALL_AUDIT, "--seed", "4"], capsys)
+    assert answers == [(1, {"noise known to others"}), (0, set())]
 
 
 def test_linkage_sees_half_the_noise(
@@ -271,10 +249,10 @@ def test_the_audit_has_the_shape_of_the_data(capsys: pytest.CaptureFixture[str])
 def test_bad_input_is_one_line(
     arguments: list[str], line: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["attack", *arguments]) == 2
-    said = without_advice(capsys.readouterr().err).strip().splitlines()
-    assert line in said[-1]
-    assert said[-1].startswith("fedpdm: ")
+    code, said = last_line(["attack", *arguments], capsys)
+    assert code == 2
+    assert line in said
+    assert said.startswith("fedpdm: ")
 
 
 def test_equal_images_are_refused(tmp_path: Path) -> None:

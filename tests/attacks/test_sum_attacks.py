@@ -38,7 +38,15 @@ from fedpdm.privacy.mechanism import (
 from fedpdm.privacy.noise import GRID
 from fedpdm.privacy.releases import ReleaseStore, store
 from fedpdm.setup.run_setup import set_up
-from tests.support.command_line import without_advice
+from tests.support.attack_commands import (
+    HalfNoise,
+    HalfSeeded,
+    caught,
+    failed,
+    last_line,
+    run,
+    with_known_seeds,
+)
 
 SHAPE = (1, 8, 8)
 AUDIT = [
@@ -55,18 +63,6 @@ LINKAGE = [
 def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hundreds of stores that nobody needs after a crash."""
     monkeypatch.setattr(os, "fsync", lambda _: None)
-
-
-class HalfNoise(SystemNoise):
-    def fill(self, out: np.ndarray) -> None:
-        super().fill(out)
-        np.rint(0.5 * out, out=out)
-
-
-class HalfSeeded(SeededNoise):
-    def fill(self, out: np.ndarray) -> None:
-        super().fill(out)
-        np.rint(0.5 * out, out=out)
 
 
 class SameSeeded(SeededNoise):
@@ -94,15 +90,6 @@ def planned_of(config: RunConfig, images: ImageSet) -> tuple[StatisticsParameter
     rounds = set_up(config, images).release_plan.rounds
     assert all(isinstance(each, StatisticsParameters) for each in rounds)
     return rounds  # type: ignore[return-value]
-
-
-def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, Any]]:
-    code = main(arguments)
-    return code, json.loads(capsys.readouterr().out)
-
-
-def failed(facts: dict[str, Any]) -> set[str]:
-    return {finding["name"] for finding in facts["findings"] if not finding["passed"]}
 
 
 def unclipped(x: np.ndarray, *, steps: float, limit: int) -> np.ndarray:
@@ -227,18 +214,15 @@ def test_bad_noise_is_caught(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(fedpdm.privacy.planning, "SystemNoise", fault)
-    code, facts = run([*AUDIT, "--components", components, "--canaries", "400"], capsys)
-    assert code == 1
-    assert caught_by <= failed(facts)
+    more = ["--components", components, "--canaries", "400"]
+    assert caught_by <= caught([*AUDIT, *more], capsys)[0]
 
 
 def test_skipped_clipping_is_caught(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(statistics, "whole_vectors", unclipped)
-    code, facts = run(AUDIT, capsys)
-    assert code == 1
-    assert "image in the noise" in failed(facts)
+    assert {"image in the noise"} <= caught(AUDIT, capsys)[0]
 
 
 def test_an_image_in_two_sums_is_caught(
@@ -258,10 +242,9 @@ def test_an_image_in_two_sums_is_caught(
 
     monkeypatch.setattr(ReleaseStore, "obtain", obtain)
     monkeypatch.setattr(store, "matching_releases", matching)
-    code, facts = run(AUDIT, capsys)
-    assert code == 1
+    names, facts = caught(AUDIT, capsys)
+    assert "claim" in names
     assert facts["num_distinct"] > 3
-    assert "claim" in failed(facts)
 
 
 def test_an_unrecorded_second_sum_is_caught(
@@ -277,10 +260,9 @@ def test_an_unrecorded_second_sum_is_caught(
 
     monkeypatch.setattr(ReleaseStore, "obtain", forgetful)
     monkeypatch.setattr(store, "check_traces", lambda *_: None)  # the store's own defence
-    code, facts = run(AUDIT, capsys)
-    assert code == 1
+    names, facts = caught(AUDIT, capsys)
+    assert {"ledger", "claim"} <= names
     assert (facts["num_distinct"], facts["recorded"]) == (6, 3)
-    assert {"ledger", "claim"} <= failed(facts)
 
 
 def test_an_image_that_counts_twice_in_one_sum_is_caught(
@@ -288,17 +270,12 @@ def test_an_image_that_counts_twice_in_one_sum_is_caught(
 ) -> None:
     exact = ClassStatistics.exact_sums
     monkeypatch.setattr(ClassStatistics, "exact_sums", lambda *given: 2 * exact(*given))
-    code, facts = run(AUDIT, capsys)
-    assert code == 1
-    assert "image in the noise" in failed(facts)
+    assert {"image in the noise"} <= caught(AUDIT, capsys)[0]
 
 
 def test_a_known_seed_is_caught(capsys: pytest.CaptureFixture[str]) -> None:
-    seeded = [*AUDIT, "--seeded", "12"]
-    code, facts = run([*seeded, "--known-seed", "11", "--known-seed", "12"], capsys)
-    assert (code, failed(facts)) == (1, {"noise known to others"})
-    code, facts = run([*seeded, "--known-seed", "11"], capsys)
-    assert (code, failed(facts)) == (0, set())
+    answers = with_known_seeds(AUDIT, capsys)
+    assert answers == [(1, {"noise known to others"}), (0, set())]
 
 
 @pytest.mark.slow
@@ -399,14 +376,6 @@ def test_bad_input_is_one_line(
     arguments: list[str], line: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     kind, *rest = arguments
-    code = main_code(["attack", kind, "--release", "statistics", *rest])
-    said = without_advice(capsys.readouterr().err).strip().splitlines()
+    code, said = last_line(["attack", kind, "--release", "statistics", *rest], capsys)
     assert code == 2
-    assert line in said[-1]
-
-
-def main_code(arguments: list[str]) -> int:
-    try:
-        return main(arguments)
-    except SystemExit as ended:  # argparse
-        return int(ended.code or 0)
+    assert line in said

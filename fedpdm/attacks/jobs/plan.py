@@ -23,7 +23,12 @@ from fedpdm.attacks.jobs.running import AttackJob
 from fedpdm.attacks.jobs.subjects import Subjects, open_subjects, read_records
 from fedpdm.attacks.jobs.sum_attacks import sum_jobs
 from fedpdm.attacks.jobs.unet import unet_subjects
-from fedpdm.attacks.jobs.uploads import pretrained_attacker, release_jobs, stored_release
+from fedpdm.attacks.jobs.uploads import (
+    Against,
+    pretrained_attacker,
+    release_jobs,
+    stored_release,
+)
 from fedpdm.attacks.membership import ATTACKS, MIN_FITTED
 from fedpdm.config import ConfigError
 from fedpdm.data import ImageSet
@@ -176,16 +181,15 @@ def plan_run(
                 for other in range(config.partition.num_clients)
                 if other != client
             }
+            against = Against(
+                one=one, others=others, public=lengths, wanted=wanted, settings=settings,
+                out=out, seed=seed, num_uploads=num_uploads,
+            )  # fmt: skip
             if released is None:
-                jobs += sum_jobs(
-                    run, one, others, _strangers(images, one), lengths, wanted, settings, out,
-                    seed, num_uploads, releases=releases, say=say,
-                )  # fmt: skip
+                strangers = _strangers(images, one)
+                jobs += sum_jobs(run, against, strangers, releases=releases, say=say)
             else:
-                jobs += release_jobs(
-                    one, others, released, lengths, wanted, settings, out, seed, num_uploads,
-                    late=late,
-                )  # fmt: skip
+                jobs += release_jobs(against, released, late=late)
             if "collusion" in wanted and others:
                 colluders = {"coarse": first["coarse"]} | {
                     f"fine of client {other}": run_targets(each)["fine"]

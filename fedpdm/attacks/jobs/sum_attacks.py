@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from fedpdm.attacks.jobs.model_attacks import scores_of_curve, seed_of
 from fedpdm.attacks.jobs.running import AttackJob, Count
-from fedpdm.attacks.jobs.uploads import Uploads, upload_jobs
+from fedpdm.attacks.jobs.uploads import Against, Uploads, upload_jobs
 from fedpdm.attacks.linkage import linkage_auc
 from fedpdm.attacks.membership import membership_scores
 from fedpdm.attacks.sum_canaries import SumView, Whole
@@ -198,15 +198,8 @@ def _pairs(
 
 def sum_jobs(
     run: RunDirectory,
-    one: Synthesizer,
-    others: Mapping[int, Synthesizer],
+    against: Against,
     strangers: ImageSet,
-    public: np.ndarray,
-    wanted: Sequence[str],
-    settings: Mapping[str, Any],
-    out: Path,
-    seed: int,
-    num_uploads: int,
     *,
     releases: Path | None,
     say: Callable[[str], None],
@@ -215,16 +208,19 @@ def sum_jobs(
 
     `strangers` are images that are not the client's.
     """
-    sums, client = open_sums(run, one, releases), one.own.client_id
+    one, client, settings = against.one, against.client, against.settings
+    sums = open_sums(run, one, releases)
     jobs = []
-    if "linkage" in wanted:
+    if "linkage" in against.wanted:
         label = f"client {client}"
-        jobs.append(sum_linkage_job(sums, strangers, label=label, settings=settings, seed=seed))
-    rest = [group for group in wanted if group != "linkage"]
+        jobs.append(
+            sum_linkage_job(sums, strangers, label=label, settings=settings, seed=against.seed)
+        )
+    rest = [group for group in against.wanted if group != "linkage"]
     if not rest:
         return jobs
-    rng, (view, held) = np.random.default_rng(seed_of(seed, f"sums of client {client}")), sums.means
-    rows = np.sort(rng.permutation(held)[:num_uploads])
+    view, held = sums.means
+    rows, rng = against.drawn("sums", held)
     chosen = known_but_one(sums, one, rows, rng=rng)
     if chosen is None:
         say(
@@ -239,8 +235,7 @@ def sum_jobs(
         note="Of class statistics, an upload is what a noised class sum says of one of its images "
         "to who knows all the others.",
     )
-    jobs += upload_jobs(one, others, uploads, public, rest, settings, out, seed, late=None)
-    return jobs
+    return jobs + upload_jobs(against, uploads, late=None)
 
 
 def known_but_one(

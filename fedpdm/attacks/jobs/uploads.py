@@ -28,7 +28,14 @@ from fedpdm.setup.build import build_optimizer_settings
 from fedpdm.setup.run_setup import set_up
 from fedpdm.storage.run_directory import RunDirectory
 
-__all__ = ["Uploads", "pretrained_attacker", "release_jobs", "stored_release", "upload_jobs"]
+__all__ = [
+    "Against",
+    "Uploads",
+    "pretrained_attacker",
+    "release_jobs",
+    "stored_release",
+    "upload_jobs",
+]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -44,48 +51,69 @@ class Uploads:
     note: str = ""
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Against:
+    """One client's uploads, as they are attacked.
+
+    Attributes:
+        one: the client, with the run's models.
+        others: the other clients, who may collude.
+        public: uint8 (N, C, H, W), images whose length may be known.
+        wanted: groups of attacks.
+        settings: of the call, which each job keeps.
+        out: folder of pictures.
+        num_uploads: that are reconstructed, at most.
+    """
+
+    one: Synthesizer
+    others: Mapping[int, Synthesizer]
+    public: np.ndarray
+    wanted: Sequence[str]
+    settings: Mapping[str, Any]
+    out: Path
+    seed: int
+    num_uploads: int
+
+    @property
+    def client(self) -> int:
+        return self.one.own.client_id
+
+    def drawn(self, what: str, among: np.ndarray) -> tuple[np.ndarray, np.random.Generator]:
+        """`num_uploads` of these positions (or all), rising, and the stream that drew them."""
+        rng = np.random.default_rng(seed_of(self.seed, f"{what} of client {self.client}"))
+        return np.sort(rng.permutation(among)[: self.num_uploads]), rng
+
+
 def release_jobs(
-    one: Synthesizer,
-    others: Mapping[int, Synthesizer],
+    against: Against,
     released: ReleasedDataset,
-    public: np.ndarray,
-    wanted: Sequence[str],
-    settings: Mapping[str, Any],
-    out: Path,
-    seed: int,
-    num_uploads: int,
     *,
     late: functools.partial[Reconstructor] | None,
 ) -> list[AttackJob]:
     """Linkage, reconstruction, collusion and publishing cost on one client's released images."""
-    own, client = one.own, one.own.client_id
+    own = against.one.own
     jobs: list[AttackJob] = []
-    if "linkage" in wanted and len(own.images) >= 2:
-        label = f"client {client}"
-        jobs.append(linkage_job(own.images, released, label=label, settings=settings, seed=seed))
-    rng = np.random.default_rng(seed_of(seed, f"uploads of client {client}"))
-    rows = np.sort(rng.permutation(own.train)[:num_uploads])
+    if "linkage" in against.wanted and len(own.images) >= 2:
+        jobs.append(
+            linkage_job(
+                own.images, released, label=f"client {against.client}",
+                settings=against.settings, seed=against.seed,
+            )
+        )  # fmt: skip
+    rows, _ = against.drawn("uploads", own.train)
     uploads = Uploads(
         released=select(released, torch.from_numpy(rows)), originals=own.images.images[rows]
     )
-    return jobs + upload_jobs(one, others, uploads, public, wanted, settings, out, seed, late=late)
+    return jobs + upload_jobs(against, uploads, late=late)
 
 
 def upload_jobs(
-    one: Synthesizer,
-    others: Mapping[int, Synthesizer],
-    uploads: Uploads,
-    public: np.ndarray,
-    wanted: Sequence[str],
-    settings: Mapping[str, Any],
-    out: Path,
-    seed: int,
-    *,
-    late: functools.partial[Reconstructor] | None,
+    against: Against, uploads: Uploads, *, late: functools.partial[Reconstructor] | None
 ) -> list[AttackJob]:
     """Reconstruction, collusion and publishing cost on one client's uploads."""
+    one, client, wanted, seed = against.one, against.client, against.wanted, against.seed
     jobs: list[AttackJob] = []
-    client, chosen = one.own.client_id, uploads.released
+    chosen = uploads.released
     coarse = reconstructor_of("global", one, "coarse")
 
     def add(
@@ -98,15 +126,16 @@ def upload_jobs(
     ) -> None:
         jobs.append(
             reconstruction_job(
-                chosen, uploads.originals, public, attackers, name=name, group=group,
-                note=uploads.note, target=f"client {client}", picture=out / file,
-                settings={**settings, **extra}, seed=seed, late=late,
+                chosen, uploads.originals, against.public, attackers, name=name, group=group,
+                note=uploads.note, target=f"client {client}", picture=against.out / file,
+                settings={**against.settings, **extra}, seed=seed, late=late,
             )
         )  # fmt: skip
 
     t0 = chosen.parameters.t0
     known = [
-        reconstructor_of(f"client {other}", each, "fine", t0=t0) for other, each in others.items()
+        reconstructor_of(f"client {other}", each, "fine", t0=t0)
+        for other, each in against.others.items()
     ]
     if "reconstruction" in wanted:
         add(
