@@ -118,7 +118,7 @@ def in_own_processes(
     """Each in a process of its own, which may fail: `Failed` with the last line of its errors.
 
     `work` is pickled, as the jobs are, and gives an exit code; `hear` gets each line that it
-    prints. A job's result is None. The processes share the processors.
+    prints, on both outputs. A job's result is None. The processes share the processors.
     """
     threads = max(1, available() // side_by_side)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
@@ -168,7 +168,8 @@ class OwnProcess(Generic[Job]):
         environment: Mapping[str, str],
         hear: Callable[[str], None],
     ) -> None:
-        """`hear` gets each line that is printed; those on standard error are in `errors`."""
+        """`hear` gets each line that is printed, also those on standard error, where progress is
+        shown; these are in `errors` too."""
         self.job = job
         self.errors: list[str] = []
         output, printed = connection.Pipe(duplex=False)
@@ -180,7 +181,12 @@ class OwnProcess(Generic[Job]):
         self._process.start()
         printed.close()
         complained.close()
-        self._open = {output: _Lines(hear), complaints: _Lines(self.errors.append)}
+
+        def hear_error(text: str) -> None:
+            self.errors.append(text)
+            hear(text)
+
+        self._open = {output: _Lines(hear), complaints: _Lines(hear_error)}
 
     @property
     def pipes(self) -> list[connection.Connection]:

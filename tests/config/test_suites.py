@@ -220,6 +220,24 @@ def test_ablation(name: str, kind: str) -> None:
         assert len(set(plain)) == len(plain)  # every variant differs
 
 
+def test_draws_of_the_noise_in_ablations_of_converged() -> None:
+    suite = suite_of("colored-mnist")
+    size = suite.profile("converged")
+    assert (size.draws, size.first_seed, size.seeds) == (3, 10, 3)
+    wanted = {
+        "minority": {"1", "3", "10", "30", "100"},
+        "clients": {"2", "4", "16", "64"},
+        "budget": {"1", "3", "10", "10000"},
+    }
+    for name, variants in wanted.items():
+        assert variants <= set(suite.ablation(name).variants)
+    plain, drawn = (suite.compose("converged", "statistics", seed=10, draw=d) for d in (0, 2))
+    assert plain == suite.compose("converged", "statistics", seed=10)
+    assert drawn.name == f"{plain.name}-draw2"
+    assert drawn.privacy == dataclasses.replace(plain.privacy, noise_draw=2)
+    assert dataclasses.replace(drawn, name=plain.name, privacy=plain.privacy) == plain
+
+
 def test_clients_ablation_keeps_the_total_of_images() -> None:
     suite = suite_of("cifar10")
     variants = suite.ablation("clients").variants

@@ -146,6 +146,7 @@ def test_a_process_that_fails_is_named_and_not_kept() -> None:
     assert sorted(shelf.given) == [1, 3]
     assert {line for _, line in heard} >= {"began -2", "began 1", "began 3"}
     assert ("No. 3", "began 3") in heard
+    assert ("No. -2", "-2 is negative") in heard  # on standard error, where progress is shown
 
 
 def surroundings(job: Square) -> int:
