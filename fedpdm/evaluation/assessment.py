@@ -125,8 +125,8 @@ def assess(
                 raise ValueError(f"{where}: {error}") from None
             say(f"client {client}, {group}: {scorer.count} images")
             labels = group_labels(classes, scorer.count)
-            shown = source.shown(f"client {client} samples of {group}", len(labels))
-            images = shown.sample(labels, seed=seed)
+            title = f"client {client} samples of {group}"
+            images = source.shown(title, len(labels)).sample(labels, seed=seed)
             record["groups"][group] = {
                 "classes": list(classes),
                 "num_own": int(np.isin(own.train_labels, classes).sum()),

@@ -181,15 +181,15 @@ def plan_run(
                 for other in range(config.partition.num_clients)
                 if other != client
             }
-            against = Against(
+            uploaded = Against(
                 one=one, others=others, public=lengths, wanted=wanted, settings=settings,
                 out=out, seed=seed, num_uploads=num_uploads,
             )  # fmt: skip
             if released is None:
                 strangers = _strangers(images, one)
-                jobs += sum_jobs(run, against, strangers, releases=releases, say=say)
+                jobs += sum_jobs(run, uploaded, strangers, releases=releases, say=say)
             else:
-                jobs += release_jobs(against, released, late=late)
+                jobs += release_jobs(uploaded, released, late=late)
             if "collusion" in wanted and others:
                 colluders = {"coarse": first["coarse"]} | {
                     f"fine of client {other}": run_targets(each)["fine"]
