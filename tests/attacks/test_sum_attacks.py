@@ -11,11 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 import fedpdm.privacy.planning
 from fedpdm.attacks.sum_canaries import (
-    SumView,
     auditors_public,
     distinct_sums,
     draw_sum_game,
@@ -23,30 +21,29 @@ from fedpdm.attacks.sum_canaries import (
 )
 from fedpdm.attacks.sum_linkage import auc_of_mu, link_sums
 from fedpdm.cli import main
-from fedpdm.config import RunConfig
 from fedpdm.data import ImageSet, load_image_set
 from fedpdm.engines.one_client import attack_config, upload_sums
 from fedpdm.privacy.mechanism import (
     ClassStatistics,
     ReleasedStatistics,
     ReleaseSource,
-    SeededNoise,
-    StatisticsParameters,
     SystemNoise,
     statistics,
 )
 from fedpdm.privacy.noise import GRID
 from fedpdm.privacy.releases import ReleaseStore, store
-from fedpdm.setup.run_setup import set_up
 from tests.support.attack_commands import (
     HalfNoise,
     HalfSeeded,
+    SameNoise,
+    SameSeeded,
     caught,
     failed,
     last_line,
     run,
     with_known_seeds,
 )
+from tests.support.sum_toys import config_of, made, planned_of, view_of
 
 SHAPE = (1, 8, 8)
 AUDIT = [
@@ -63,33 +60,6 @@ LINKAGE = [
 def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hundreds of stores that nobody needs after a crash."""
     monkeypatch.setattr(os, "fsync", lambda _: None)
-
-
-class SameSeeded(SeededNoise):
-    def __init__(self, sequence: np.random.SeedSequence) -> None:
-        super().__init__(np.random.SeedSequence(0))
-
-
-class SameNoise(SystemNoise):
-    """Every release has the same noise."""
-
-    def __init__(self) -> None:
-        super(SystemNoise, self).__init__(bytes(32))
-
-
-def config_of(
-    shape: tuple[int, int, int], *, epsilon: float = 10.0, clip_norm: float = 6.0
-) -> RunConfig:
-    return attack_config(
-        epsilon=epsilon, t0=None, delta=1e-5, clip_norm=clip_norm, shift=0.0, schedule="linear",
-        num_steps=1000, seed=0, statistics_of=math.prod(shape),
-    )  # fmt: skip
-
-
-def planned_of(config: RunConfig, images: ImageSet) -> tuple[StatisticsParameters, ...]:
-    rounds = set_up(config, images).release_plan.rounds
-    assert all(isinstance(each, StatisticsParameters) for each in rounds)
-    return rounds  # type: ignore[return-value]
 
 
 def unclipped(x: np.ndarray, *, steps: float, limit: int) -> np.ndarray:
@@ -181,20 +151,6 @@ def test_canaries_are_orthogonal_and_as_far_apart_as_can_be(shape: tuple[int, in
         most = parameters.mu * (math.sqrt(0.5) if parameters.stage == "means" else 1.0)
         assert (distance <= parameters.mu * (1.0 + 1e-9)).all()
         assert (np.abs(distance / most - 1.0) < 0.05).all(), parameters.stage
-
-
-def view_of(parameters: StatisticsParameters, shape: tuple[int, int, int], public: Any) -> SumView:
-    """A sum of nothing, to ask what images would add to it."""
-    layout = ClassStatistics().layout(parameters, 1, shape)
-    kinds = {"I64": torch.int64, "F32": torch.float32}
-    tensors = {n: torch.zeros((1, *s), dtype=kinds[k]) for n, (k, s) in layout.items()}
-    if parameters.stage == "classes":
-        tensors["directions"][0] = public["directions"]
-    empty = ClassStatistics().restore(
-        tensors, parameters=parameters, event=ClassStatistics().event(parameters),
-        noise_source="", seeded=True, check_values=False,
-    )  # fmt: skip
-    return SumView(empty, public)
 
 
 # --- Planted faults -------------------------------------------------------------------------
@@ -314,15 +270,6 @@ def test_linkage_sees_an_image_in_more_sums_than_planned(times: int) -> None:
             assert measured == pytest.approx(analytic, abs=0.07)
     else:
         assert found.auc_low > found.worst_auc
-
-
-def made(given: ReleaseSource, parameters: StatisticsParameters, seed: int) -> ReleasedStatistics:
-    mechanism, noise = ClassStatistics(), SeededNoise(np.random.SeedSequence(seed))
-    parts = [torch.from_numpy(a.copy())[None] for a in mechanism.make(given, parameters, noise)]
-    return mechanism.restore(
-        dict(zip(mechanism.names, parts, strict=True)), parameters=parameters,
-        event=mechanism.event(parameters), noise_source="", seeded=True, check_values=True,
-    )  # fmt: skip
 
 
 # --- Details --------------------------------------------------------------------------------

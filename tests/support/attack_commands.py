@@ -15,6 +15,8 @@ from tests.support.command_line import without_advice
 __all__ = [
     "HalfNoise",
     "HalfSeeded",
+    "SameNoise",
+    "SameSeeded",
     "SlightlyLess",
     "caught",
     "failed",
@@ -81,3 +83,15 @@ class HalfSeeded(SeededNoise):
     def fill(self, out: np.ndarray) -> None:
         super().fill(out)
         np.rint(0.5 * out, out=out)
+
+
+class SameSeeded(SeededNoise):
+    def __init__(self, sequence: np.random.SeedSequence) -> None:
+        super().__init__(np.random.SeedSequence(0))
+
+
+class SameNoise(SystemNoise):
+    """Every release has the same noise."""
+
+    def __init__(self) -> None:
+        super(SystemNoise, self).__init__(bytes(32))
