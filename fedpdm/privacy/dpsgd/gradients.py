@@ -46,7 +46,7 @@ def _samplers() -> dict[type[nn.Module], Any]:
     """Layer type -> (layer, [inputs], slopes) -> gradient per row and parameter."""
     from opacus.grad_sample import GradSampleModule  # it takes seconds
 
-    kinds = (nn.Linear, nn.Embedding, nn.GroupNorm, nn.LayerNorm)
+    kinds: tuple[type[nn.Module], ...] = (nn.Linear, nn.Embedding, nn.GroupNorm, nn.LayerNorm)
     theirs = {kind: GradSampleModule.GRAD_SAMPLERS[kind] for kind in kinds}
     return {nn.Conv2d: _convolution, **theirs}
 
