@@ -38,6 +38,7 @@ from fedpdm.text import line
 __all__ = ["RunFailed", "run_with_flower", "stop_processes"]
 
 MARKER = "FEDPDM_FLOWER_HOME"
+MOST_ON_A_GPU = 8
 LONGEST_PLACE = 20  # of a directory in which Ray's files are, in bytes
 
 
@@ -161,13 +162,14 @@ def _port(wanted: int | None) -> int:
 
 
 def _gpu_share(config: RunConfig, num_actors: int) -> float:
-    """Share of a GPU per client, so that as many clients as actors fit; 0 on the CPU."""
+    """Share of a GPU per client, so that as many clients as actors fit, at most `MOST_ON_A_GPU`
+    side by side: each has a CUDA context and models of its own. 0 on the CPU."""
     if config.run.device == "cpu":
         return 0.0
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    clients = min(num_actors, config.partition.num_clients)
+    clients = min(num_actors, config.partition.num_clients, count * MOST_ON_A_GPU)
     return round(min(1.0, count / clients), 3) if count else 0.0
 
 
