@@ -59,6 +59,6 @@ def test_where_no_place_is_short_enough_it_says_what_to_set(
 
     monkeypatch.setattr(tempfile, "gettempdir", lambda: "/scratch/" + "t" * 80)
     monkeypatch.setattr(tempfile, "mkdtemp", nowhere)
-    with pytest.raises(ConfigError, match=r"^TMPDIR: must be at most 20 bytes long"):
-        with _short_directory():
-            pass
+    words = r"^TMPDIR: must be at most 20 bytes long"
+    with pytest.raises(ConfigError, match=words), _short_directory():
+        pass
