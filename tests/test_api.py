@@ -112,6 +112,7 @@ OLD_PATHS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["import {0}", "from {1} import {2}", "from {0} import {3}"])
 def test_paths_that_the_documentation_once_named_still_import(form: str) -> None:
     lines = ["import sys, fedpdm", "assert 'torch' not in sys.modules"]

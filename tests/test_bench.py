@@ -11,6 +11,7 @@ from bench.federation import _bare_loop, _config, _run
 from fedpdm.diffusion.training import Trainer
 
 
+@pytest.mark.slow
 def test_the_bare_loop_takes_the_steps_of_the_federation(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[tuple[bool, int]] = []
     train = Trainer.train

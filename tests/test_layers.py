@@ -6,6 +6,8 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 from tests.support.cases import every
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -251,6 +253,7 @@ def modules() -> list[tuple[str, Path]]:
     return found
 
 
+@pytest.mark.slow
 @every("module, path", modules())
 def test_module_keeps_the_layers(module: str, path: Path) -> None:
     source = path.read_text(encoding="utf-8")
@@ -290,6 +293,7 @@ def circles(edges: dict[str, set[str]]) -> list[list[str]]:
     return found
 
 
+@pytest.mark.slow
 def test_no_two_modules_import_each_other() -> None:
     names = {name for name, _ in modules()}
     edges: dict[str, set[str]] = {}
@@ -303,6 +307,7 @@ def test_no_two_modules_import_each_other() -> None:
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
 
 
+@pytest.mark.slow
 def test_nobody_imports_what_is_on_top() -> None:
     for module, path in modules():
         tree = ast.parse(path.read_text(encoding="utf-8"))

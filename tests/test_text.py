@@ -33,6 +33,7 @@ def test_what_is_not_seen_is_an_escape(text: str, shown: str) -> None:
     shown.encode()
 
 
+@pytest.mark.slow
 def test_no_character_that_is_hidden_or_moves_others_is_left() -> None:
     """Of all of Unicode: no category of control, format or separator characters, and line breaks
     are those of a terminal's."""

@@ -128,6 +128,7 @@ def assert_samples(pipeline: Any, old: Path) -> None:
 # Runs.
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_shown_with_its_numbers(
     old: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -142,6 +143,7 @@ def test_a_finished_run_is_not_resumed(old: Path, capsys: pytest.CaptureFixture[
     assert "this run has finished" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["interrupted", "interrupted-server"])
 def test_an_interrupted_run_ends_with_the_same_weights(
     name: str, old: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -164,6 +166,7 @@ def test_an_interrupted_run_ends_with_the_same_weights(
     assert told(capsys, "ledger", run) == before, "something was released once more"
 
 
+@pytest.mark.slow
 def test_one_page_about_a_finished_run(
     old: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -244,10 +247,12 @@ def with_its_code(folder: Path) -> Any:
     )
 
 
+@pytest.mark.slow
 def test_an_old_pipeline_loads_with_the_code_in_it(old: Path) -> None:
     assert_samples(with_its_code(old / "pipeline"), old)
 
 
+@pytest.mark.slow
 def test_a_fresh_export_of_an_old_run_draws_the_same(
     old: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -282,6 +287,7 @@ def test_keys_keep_their_names_and_defaults(capsys: pytest.CaptureFixture[str]) 
         assert_has(found, {entry["key"]: entry["default"] for entry in wanted})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["colored-mnist", "cifar10", "celeba"])
 def test_results_of_an_experiment_count_as_done(
     name: str, old: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

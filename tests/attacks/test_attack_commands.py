@@ -66,6 +66,7 @@ class OnceReusedBackwards(OnceReused):
 # --- The right path -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_audit_passes_and_proves_a_good_part(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -81,6 +82,7 @@ def test_the_audit_passes_and_proves_a_good_part(
     assert json.loads((tmp_path / "audit.json").read_text()) == facts
 
 
+@pytest.mark.slow
 def test_linkage_agrees_with_theory(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     command = ["attack", "linkage", "--data", "digits", "--t0", "690", "--json", "--seed", "5"]
     code, facts = run([*command, "--seeded", "1", "--out", str(tmp_path)], capsys)
@@ -115,6 +117,7 @@ def config_sigma() -> float:
 # --- Planted faults -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "caught_by"),
     [
@@ -135,6 +138,7 @@ def test_bad_noise_is_caught(
     assert caught_by <= caught([*SMALL_AUDIT, "--seed", "4"], capsys)[0]
 
 
+@pytest.mark.slow
 def test_skipped_clipping_is_caught(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -145,6 +149,7 @@ def test_skipped_clipping_is_caught(
     assert {"image in the noise"} <= caught([*SMALL_AUDIT, "--seed", "4"], capsys)[0]
 
 
+@pytest.mark.slow
 def test_an_unrecorded_second_release_is_caught(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -200,6 +205,7 @@ def test_no_false_alarms(tmp_path: Path) -> None:
     assert all(report.passed for report in reports(tmp_path, 12))
 
 
+@pytest.mark.slow
 def test_the_text_says_what_was_found(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*SMALL_AUDIT[:-1], "--seed", "4", "--seeded", "1", "--known-seed", "1"]) == 1
     text = capsys.readouterr().out
@@ -212,6 +218,7 @@ def test_the_text_says_what_was_found(capsys: pytest.CaptureFixture[str]) -> Non
     assert "50 pairs of digits (seed 5)" in text
 
 
+@pytest.mark.slow
 def test_the_audit_has_the_shape_of_the_data(capsys: pytest.CaptureFixture[str]) -> None:
     audit = ["attack", "audit", "--canaries", "60", "--seed", "1", "--seeded", "1", "--json"]
     for more, shape in (

@@ -153,6 +153,7 @@ def test_memorisation_flags_copies(controls: Any, tmp_path: Path) -> None:
     assert (tmp_path / "pairs.png").exists()
 
 
+@pytest.mark.slow
 def test_uploads_with_next_to_no_noise_are_reconstructed(controls: Any) -> None:
     trained, _, unseen = controls
     schedule = make_schedule("linear")

@@ -90,6 +90,7 @@ def test_clients_count_the_classes_they_train_on(finished: dict[str, Path]) -> N
         assert {k: n for k, n in enumerate(counts.tolist()) if n} == dict(trained)
 
 
+@pytest.mark.slow
 def test_the_record_is_of_what_training_was_given(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

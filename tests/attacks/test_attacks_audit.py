@@ -148,6 +148,7 @@ def test_planted_faults_are_caught(path: Path, name: str, seed: int) -> None:
     assert name in failed(run(path, seed=seed))
 
 
+@pytest.mark.slow
 def test_what_a_local_fault_does_not_touch_still_passes() -> None:
     assert failed(run(Path(change=copied_to(211, 40)))) == {"noise reused"}
     assert failed(run(Path(change=silent))) >= {"noise energy of each image"}

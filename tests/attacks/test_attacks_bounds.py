@@ -141,6 +141,7 @@ def largest_chance(mu: float, m: int, guesses: int, right: int) -> float:
     return -float(answer.fun)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mu", "m", "guesses", "right"),
     [
@@ -217,6 +218,7 @@ def test_a_mechanism_with_common_luck_is_not_accused() -> None:
     assert independent_mu_bound(num_guesses=m, num_right=right) > 1.8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("m", "steinke_share", "gaussian_share"), [(2000, 0.3, 0.6), (10_000, 0.4, 0.68)]
 )
@@ -268,6 +270,7 @@ def test_more_right_guesses_and_less_confidence_prove_more() -> None:
         assert at == sorted(at, reverse=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guesses", [1, 50, 10_000])
 def test_all_right_and_all_wrong(guesses: int) -> None:
     m = 10_000
@@ -281,6 +284,7 @@ def test_all_right_and_all_wrong(guesses: int) -> None:
         assert (max(found) == 0.0) == (right == 0 or guesses == 1)
 
 
+@pytest.mark.slow
 def test_ten_thousand_guesses_take_seconds() -> None:
     start = time.process_time()
     gaussian_mu_bound(num_canaries=10_000, num_guesses=10_000, num_right=8_413)

@@ -59,6 +59,7 @@ def test_tied_negatives_are_flagged_all_or_none() -> None:
     assert tpr_at_fpr(np.array([0.0, 0.0]), np.array([0.0, 0.0]), fpr=0.5) == 0.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shift", "sizes"), [(0.0, (60, 40)), (1.8, (80, 80)), (3.0, (200, 100))])
 def test_interval_covers(shift: float, sizes: tuple[int, int]) -> None:
     rng, games, confidence = np.random.default_rng(1), 1500, 0.95

@@ -69,6 +69,7 @@ def unclipped(x: np.ndarray, *, steps: float, limit: int) -> np.ndarray:
 # --- The right path -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_audit_passes_and_proves_a_good_part(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -86,6 +87,7 @@ def test_the_audit_passes_and_proves_a_good_part(
     assert json.loads((tmp_path / "audit.json").read_text()) == facts
 
 
+@pytest.mark.slow
 def test_the_audit_takes_components(capsys: pytest.CaptureFixture[str]) -> None:
     code, facts = run([*AUDIT, "--components", "3", "--seeded", "1"], capsys)
     assert (code, failed(facts)) == (0, set())
@@ -94,6 +96,7 @@ def test_the_audit_takes_components(capsys: pytest.CaptureFixture[str]) -> None:
     assert 0.9 < facts["distance_ratio"] < 0.92  # sqrt(0.84): pairs are in one component
 
 
+@pytest.mark.slow
 def test_linkage_asks_of_a_pair_at_two_centres() -> None:
     config = attack_config(
         epsilon=10.0, t0=None, delta=1e-5, clip_norm=6.0, shift=0.0, schedule="linear",
@@ -156,6 +159,7 @@ def test_canaries_are_orthogonal_and_as_far_apart_as_can_be(shape: tuple[int, in
 # --- Planted faults -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("components", ["1", "2"])
 @pytest.mark.parametrize(
     ("fault", "caught_by"),
@@ -229,6 +233,7 @@ def test_an_image_that_counts_twice_in_one_sum_is_caught(
     assert {"image in the noise"} <= caught(AUDIT, capsys)[0]
 
 
+@pytest.mark.slow
 def test_a_known_seed_is_caught(capsys: pytest.CaptureFixture[str]) -> None:
     answers = with_known_seeds(AUDIT, capsys)
     assert answers == [(1, {"noise known to others"}), (0, set())]
@@ -249,6 +254,7 @@ def test_linkage_sees_faults(
     assert facts["auc_low"] > facts["auc_analytic"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("times", [1, 3])
 def test_linkage_sees_an_image_in_more_sums_than_planned(times: int) -> None:
     """By the mechanism itself, hundreds of times; once is as theory says, three times is more."""
@@ -294,6 +300,7 @@ def test_equal_images_are_refused(tmp_path: Path) -> None:
         upload_sums(config_of((3, 8, 8)), digits.subset(np.array([1, 2, 1])), tmp_path, public={})
 
 
+@pytest.mark.slow
 def test_the_text_says_what_was_found(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*AUDIT[:-1], "--seeded", "1", "--known-seed", "1"]) == 1
     text = capsys.readouterr().out

@@ -46,6 +46,7 @@ def jobs_of(run: Path, names: str, said: list[str], out: Path, **options: Any) -
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_command_attacks_the_gaussians_and_the_sums(finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     given = ["--subjects", "40", "--samples", "12", "--uploads", "12", "--out", str(out)]
@@ -113,6 +114,7 @@ def test_what_is_left_of_a_sum_is_a_release_of_the_last_image(finished: Path) ->
     assert alone == ["means", "pooled", "classes"]
 
 
+@pytest.mark.slow
 def test_sums_that_are_not_this_runs_are_one_line(finished: Path, tmp_path: Path) -> None:
     said: list[str] = []
     with pytest.raises(ValueError, match="has not sent all sums; if the run kept its releases"):

@@ -42,6 +42,7 @@ KEYS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", KEYS)
 def test_key(refuser: Refuser, setting: str) -> None:
     words = KEYS[setting]

@@ -80,6 +80,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FOLDERS)
 def test_own_folder(refuser: Refuser, tmp_path: Path, kind: str) -> None:
     spoil, words = FOLDERS[kind]

@@ -221,6 +221,7 @@ def test_export_of_an_unknown_client(
     assert not Path("pipe").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 def test_export_then_sample(finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("export", finished_run, "--client", 1, "--out", "pipe") == 0

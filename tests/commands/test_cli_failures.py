@@ -43,6 +43,7 @@ def test_failed_client_has_exit_code_1_and_a_name(
     assert call("show", tmp_path / "out") == 2
 
 
+@pytest.mark.slow
 def test_unexpected_failure_of_a_client_names_it_too(
     experiment: Path,
     tmp_path: Path,

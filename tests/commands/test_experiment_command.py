@@ -46,7 +46,7 @@ SUITE: dict[str, Any] = {
             "classifier_steps": 20,
         },
     },
-    "profiles": {"smoke": {"rounds": 3, "steps": 6}},
+    "profiles": {"smoke": {"rounds": 3, "steps": 30}},
     "ablations": {"epsilon": {"methods": ["ours"], "variants": {"1": {"privacy": {"epsilon": 1}}}}},
 }
 DIVERGING = {

@@ -127,6 +127,7 @@ def test_quiet_prints_nothing(
     assert (printed.out != "") is (name in RESULTS)  # their results are what was asked for
 
 
+@pytest.mark.slow
 def test_what_the_json_says(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def told(*words: Any) -> Any:
         capsys.readouterr()

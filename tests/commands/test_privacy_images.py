@@ -233,6 +233,7 @@ def test_the_picture_shows_clean_clipped_and_released(
     assert lefts[0] == lefts[1] == lefts[2] == sorted(lefts[0])
 
 
+@pytest.mark.slow
 def test_the_picture_follows_its_seed_and_the_number_of_releases(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

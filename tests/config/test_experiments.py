@@ -27,6 +27,7 @@ def test_there_are_experiments() -> None:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 def test_dry_run(path: Path, tmp_path: Path) -> None:
     config = load_config(path)

@@ -32,6 +32,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_refused_takes_no_time_and_one_line(name: str, tmp_path: Path) -> None:
     text, words = REFUSED[name]

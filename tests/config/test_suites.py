@@ -66,6 +66,7 @@ def test_profiles_and_methods(name: str) -> None:
     assert len(set(titles)) == len(titles)
 
 
+@pytest.mark.slow
 @every("name, profile, method", CELLS)
 def test_cell(name: str, profile: str, method: str) -> None:
     suite = suite_of(name)
@@ -88,6 +89,7 @@ def test_cell(name: str, profile: str, method: str) -> None:
     assert suite.compose(profile, method, seed=2) == config  # nothing is kept between calls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "profile"), sorted({cell[:2] for cell in CELLS}))
 def test_every_method_draws_as_many_images(name: str, profile: str) -> None:
     suite = suite_of(name)
@@ -117,6 +119,7 @@ def test_where_own_models_are_shared_all_methods_train_the_same() -> None:
         suite.compose("converged", "feddm", seed=10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_methods_differ_in_nothing_but_what_they_say(name: str) -> None:
     """One network, one learning rate, one split and one sampler for all rows of a table."""
@@ -139,6 +142,7 @@ def test_methods_differ_in_nothing_but_what_they_say(name: str) -> None:
             assert len({read(config) for config in configs}) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("profile", ["smoke", "cpu", "paper"])
 @pytest.mark.parametrize("name", NAMES)
 def test_sampling_in_two_chains_gets_no_fewer_steps(name: str, profile: str) -> None:
@@ -202,6 +206,7 @@ def test_dp_sgd_counts_images_not_draws_of_noise() -> None:
 ABLATIONS = [(name, ablation) for name in NAMES for ablation in suite_of(name).ablations]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "kind"), ABLATIONS)
 def test_ablation(name: str, kind: str) -> None:
     suite = suite_of(name)

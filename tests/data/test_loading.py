@@ -120,7 +120,7 @@ def test_the_check_before_a_run_tells_of_both(tmp_path: Path) -> None:
     assert lines[0].endswith(f", {surplus} left out to balance the classes")
     notes = [line for line in lines if line.startswith("note: ")]
     assert notes == [
-        f"note: {role}.preset micro is meant for images of 8 to 16 pixels, these have 20"
+        f"note: {role}.preset nano is meant for images of 4 to 16 pixels, these have 20"
         for role in ("coarse", "fine")
     ]
     suitable = check_run(small_config(), tmp_path / "out", resume=False)

@@ -108,6 +108,7 @@ def test_code_of_another_kind_is_refused_before_a_run(key: str, value: str) -> N
         check_named(config)
 
 
+@pytest.mark.slow
 def test_a_federation_of_all_of_them(mine: Path) -> None:
     """The clients' messages, the server and the finished run all find them."""
     model = {"preset": f"{MODULE}:slim", "weighting": f"{MODULE}:flat", "steps_per_round": 2}

@@ -43,6 +43,7 @@ def run_again(federation: Federation, out: Path, lr: float) -> list[list[str]]:
     return [record["failed"] for record in json.loads((out / "metrics.json").read_text())["rounds"]]
 
 
+@pytest.mark.slow
 def test_another_config_does_not_noise_afresh_what_a_lost_ledger_held(tmp_path: Path) -> None:
     """`ledger.jsonl` and `releases/` are deleted, `runs/` is kept."""
     federation = deployment(tmp_path)
@@ -88,6 +89,7 @@ def test_the_coordinator_notices_a_store_that_was_set_back(
     assert run_again(federation, tmp_path / "fourth", 9e-4) == [[], []]
 
 
+@pytest.mark.slow
 def test_what_is_shown_of_a_ledger_is_chance_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

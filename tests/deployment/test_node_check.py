@@ -376,6 +376,7 @@ def test_a_code_digest_that_the_policy_names_is_fine(node: Node) -> None:
 HOSTILE = "ok\x1b[2K\r\nok    bounds  \u202eno bounds\u2028\u200b"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["name", "flwr", "images", "format", "key"])
 def test_an_invitation_cannot_draw_on_the_terminal(node: Node, where: str) -> None:
     """No forged line, no hidden text: all of it is in the one line of a check that failed."""
@@ -412,6 +413,7 @@ def test_what_a_folder_is_called_cannot_draw_either(node: Node) -> None:
     assert "\x1b" not in out
 
 
+@pytest.mark.slow
 def test_no_policy_is_said(node: Node) -> None:
     code, out, _ = node.call("check", "--accept")
     assert code == 0
@@ -529,6 +531,7 @@ def test_what_is_started(node: Node) -> None:
     assert list(command.cwd.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("section", "values"),
     [("privacy", {"epsilon": 9.0}), ("run", {"rounds": 9}), ("coarse", {"lr": 1e-4})],
@@ -541,6 +544,7 @@ def test_another_config_is_not_accepted(node: Node, section: str, values: dict[s
         engine.prepare_node(node.settings())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [expire, bound_epsilon, ask_for_raw_metrics, move_data])
 def test_nothing_is_started_when_it_became_wrong(
     node: Node, damage: Callable[[Node], tuple[str, str]]
@@ -584,6 +588,7 @@ def started(root: Path, script: str) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
+@pytest.mark.slow
 def test_a_node_that_ends_is_started_again_until_told_to_stop(tmp_path: Path) -> None:
     with started(tmp_path, "echo ran; exit 3") as process:
         assert process.stdout is not None
@@ -598,6 +603,7 @@ def test_a_node_that_ends_is_started_again_until_told_to_stop(tmp_path: Path) ->
     assert process.returncode == 0
 
 
+@pytest.mark.slow
 def test_stopping_ends_the_supernode_and_two_nodes_do_not_share_a_store(tmp_path: Path) -> None:
     with started(tmp_path, "echo $$; exec sleep 1000") as process:
         assert process.stdout is not None

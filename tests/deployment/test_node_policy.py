@@ -191,6 +191,7 @@ BROKEN = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", BROKEN)
 def test_a_policy_that_cannot_be_read_refuses_everything(
     place: Place, text: str | None, capsys: pytest.CaptureFixture[str]
@@ -410,6 +411,7 @@ def test_the_digest_is_of_names_and_contents(tmp_path: Path) -> None:
     assert (code_root() / "clients" / "client_app.py").exists()
 
 
+@pytest.mark.slow
 def test_running_code_that_the_node_does_not_allow(place: Place) -> None:
     named = place.with_policy(f"code: ['{'0' * 64}']")
     for federation in (place.federation({"installed-code": "0" * 64}), named):

@@ -118,6 +118,7 @@ def straight(
 # --- The sampler against one written out ----------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 @pytest.mark.parametrize("share", [None, SHARE], ids=["handed over", "mixed"])
 @torch.no_grad()
@@ -141,6 +142,7 @@ def test_samples_are_those_of_a_loop_written_out(
         assert not torch.allclose(drawn("ddpm", **fault), expected, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_two_chains_are_two_loops_written_out(networks: tuple[Denoiser, Denoiser]) -> None:
     coarse, fine = networks
@@ -264,6 +266,7 @@ def test_a_client_without_a_model_has_one_stage() -> None:
 # --- Closed forms in a model's place --------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_gaussian_above_and_another_below_take_their_places() -> None:
     """Exact denoisers of one distribution, wherever handed over, draw that distribution."""
     schedule = make_schedule("linear")

@@ -150,6 +150,7 @@ def test_axis_aligned_components_are_the_mixture_of_the_toy() -> None:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_sampler_draws_the_class_that_it_is_asked_for() -> None:
     g = gaussians()
     labels = torch.ones(4000, dtype=torch.int64)

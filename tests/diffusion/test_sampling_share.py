@@ -63,6 +63,7 @@ class Mixed:
 # --- The share in the sampler ---------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_whole_and_no_share_are_the_models_by_themselves(scheduler: str, guidance: float) -> None:
@@ -206,6 +207,7 @@ def test_refining_from_level_0_gives_the_images_back() -> None:
     assert fine.levels == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_steps", [100, 20])
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_refining_from_level_T_is_sampling_alone(scheduler: str, num_steps: int) -> None:

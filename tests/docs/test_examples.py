@@ -159,6 +159,7 @@ def test_code_of_ones_own_runs_by_name(tmp_path: Path, name: str) -> None:
     assert f" {name.removesuffix('.py')}:" in config
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 def test_a_denoiser_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The closed form is exact, the fine model takes over at its level, and a picture is drawn."""

@@ -183,7 +183,7 @@ def test_variants_of_the_average(tmp_path: Path, kind: str) -> None:
     assert not same(weights["pull"], weights["plain"])
     assert distance(weights["pull"], start) < moved
     assert 0 < distance(weights["int8"], weights["plain"]) < moved
-    assert up["int8"] < 0.3 * up["plain"]
+    assert up["int8"] < 0.35 * up["plain"]  # a small network's names count
 
 
 @pytest.mark.slow

@@ -126,6 +126,7 @@ def test_statement(kind: str) -> None:
         assert "Losses and image metrics, computed on raw images, are reported" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["alone", "fedavg"])
 def test_a_run_leaves_its_statement(tmp_path: Path, kind: str) -> None:
     config = baseline(kind, run={"rounds": 1})
@@ -139,6 +140,7 @@ def test_a_run_leaves_its_statement(tmp_path: Path, kind: str) -> None:
 # --- Configs --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

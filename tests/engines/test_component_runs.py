@@ -53,6 +53,7 @@ def final(out: Path) -> dict[str, torch.Tensor]:
     return read_tensors(out / "coarse.safetensors")[0]
 
 
+@pytest.mark.slow
 def test_each_image_is_in_the_sum_of_each_round_once(finished: Path) -> None:
     for client in range(2):
         store = ReleaseStore(RunDirectory(finished).client_path(client))
@@ -105,6 +106,7 @@ def test_everybody_reads_the_mixture(finished: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(posterior, wanted[torch.arange(4), labels], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_crash_sends_the_same_sums_and_ends_in_the_same_mixture(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,6 +128,7 @@ def test_a_crash_sends_the_same_sums_and_ends_in_the_same_mixture(
     assert [stage_of(record) for record in ledger.releases()] == list(PARTS)
 
 
+@pytest.mark.slow
 def test_too_many_components_are_said_and_stay_at_the_mean(tmp_path: Path) -> None:
     run_in_process(mixed(privacy={"epsilon": 1.0}), tmp_path / "run")
     said = " ".join((tmp_path / "run" / "log.txt").read_text().split())
@@ -134,6 +137,7 @@ def test_too_many_components_are_said_and_stay_at_the_mean(tmp_path: Path) -> No
     torch.testing.assert_close(means, means[:, :1].expand_as(means))
 
 
+@pytest.mark.slow
 def test_totals_alone_give_the_same_mixture(tmp_path: Path) -> None:
     for name, secure in (("plain", {}), ("secure", {"secure": True, "max_examples": 500})):
         run_in_process(mixed(3, aggregation=secure), tmp_path / name)

@@ -85,6 +85,7 @@ def choice_of(out: Path, client: int = 0) -> SamplingChoice:
     return choice
 
 
+@pytest.mark.slow
 def test_each_client_chooses_and_every_reader_samples_by_it(finished: Path, tmp_path: Path) -> None:
     for client in range(2):
         choice = choice_of(finished, client)
@@ -124,6 +125,7 @@ def test_nothing_of_the_choice_leaves_a_client(finished: Path) -> None:
             wire.check_metrics({"client_id": 0, word: 1}, allow_raw=True, who="client 0")
 
 
+@pytest.mark.slow
 def test_a_choice_is_made_once(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,6 +194,7 @@ def test_a_deployed_clients_owner_is_told(
         assert capsys.readouterr().out.splitlines() == lines
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_the_choice(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -213,6 +216,7 @@ def test_a_resumed_run_keeps_the_choice(
     np.testing.assert_array_equal(first["pfdm"], second["pfdm"])
 
 
+@pytest.mark.slow
 def test_what_the_config_says_is_not_chosen(tmp_path: Path) -> None:
     config = config_of(handover=180, fine_labels=True, candidates=2)
     assert not is_open(set_up(config))

@@ -75,6 +75,7 @@ def strategy_of(config: RunConfig, out: Path) -> CoarseGaussians:
 # --- A run -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_each_training_image_is_in_the_sum_of_each_round_and_no_other_is(finished: Path) -> None:
     config = config_of()
     for client in range(2):

@@ -58,6 +58,7 @@ def forked(folder: Path) -> list[psutil.Process]:
     return server.children()
 
 
+@pytest.mark.slow
 def test_it_says_what_flowers_command_says(warm: Path, tmp_path: Path) -> None:
     for arguments in (["--help"], ["--nonsense"], []):
         own = subprocess.run(
@@ -101,6 +102,7 @@ def test_without_it_the_command_is_run_as_before(tmp_path: Path) -> None:
     assert (process.returncode, out) == (5, "['--token', 'a b']\n")
 
 
+@pytest.mark.slow
 def test_it_ends_with_the_process_that_began_it(tmp_path: Path) -> None:
     script = (
         "import sys, time; from pathlib import Path; from fedpdm.engines.warm import warm_process\n"

@@ -68,6 +68,7 @@ def with_config(run: RunDirectory, root: Path, config: RunConfig) -> RunDirector
     return RunDirectory(root)
 
 
+@pytest.mark.slow
 def test_real_images_score_better_than_an_untrained_model(
     assessed: tuple[dict[str, Any], dict[str, np.ndarray]],
 ) -> None:
@@ -139,6 +140,7 @@ def test_hand_over_at_0_is_the_floor(
             assert point["scores"][name] > 2 * floors[group]["floor"][name]
 
 
+@pytest.mark.slow
 def test_alone_samples_with_the_fine_model_only(
     run: RunDirectory, assessed: tuple[dict[str, Any], dict[str, np.ndarray]]
 ) -> None:
@@ -151,6 +153,7 @@ def test_alone_samples_with_the_fine_model_only(
     assert not np.array_equal(pictures["majority"], assessed[1]["majority"])
 
 
+@pytest.mark.slow
 def test_features_of_a_network_trained_on_images_that_no_client_holds(
     run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -193,6 +196,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_evaluate_prints_and_writes(
     run: RunDirectory,
     folder: Path,
@@ -262,6 +266,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", REFUSED)
 def test_refused(
     run: RunDirectory, folder: Path, kind: str, capsys: pytest.CaptureFixture[str]

@@ -104,6 +104,7 @@ def choice_of(
     ), fine
 
 
+@pytest.mark.slow
 def test_a_fine_model_that_copies_when_told_is_not_told() -> None:
     """On the classes with held-out images labels do no harm: copies of the rare class decide."""
     honest, _ = choice_of(sampling={"handover": 300, "candidates": 1})
@@ -144,6 +145,7 @@ def test_how_far_a_choice_is_is_shown(
         assert len(own) == 2 * 8 - 1  # the last step ends it
 
 
+@pytest.mark.slow
 def test_a_hand_over_where_the_fine_model_fails_is_not_chosen() -> None:
     bad, _ = choice_of("above", sampling={"fine_labels": True, "candidates": 1})
     assert bad.handover <= 200
@@ -153,6 +155,7 @@ def test_a_hand_over_where_the_fine_model_fails_is_not_chosen() -> None:
     assert bad.scores["distance"] < worse.scores["distance"]
 
 
+@pytest.mark.slow
 def test_candidates_help_where_classes_drift() -> None:
     """Not told the class, at a high hand-over: draws go over to the other class."""
     sampling, held = {"handover": 300, "fine_labels": False}, client(majority=400)
@@ -162,6 +165,7 @@ def test_candidates_help_where_classes_drift() -> None:
     assert best.scores["distance"] < one.scores["distance"]
 
 
+@pytest.mark.slow
 def test_the_cost_is_bounded_and_equal_seeds_choose_alike() -> None:
     choice, fine = choice_of()
     assert most_calls() == 30_720
@@ -180,6 +184,7 @@ def test_the_cost_is_bounded_and_equal_seeds_choose_alike() -> None:
     assert other.scores != half.scores
 
 
+@pytest.mark.slow
 def test_a_fine_model_is_not_asked_where_it_was_not_trained() -> None:
     choice, fine = choice_of(fine={"t_range": "below_t0"})
     assert fine.start == 150
@@ -224,6 +229,7 @@ def test_what_cannot_be_compared_has_the_fallback() -> None:
     assert choice.why == "nothing is chosen on images of this size"
 
 
+@pytest.mark.slow
 def test_held_out_images_decide_and_not_one_of_training() -> None:
     """Other held-out images, another distance; they are in no near-copy and in no classifier."""
     held = client()

@@ -80,6 +80,7 @@ def test_images_are_shifted_and_nothing_else() -> None:
     assert np.array_equal(_shifted(tiny, RNG(1)), tiny)  # an eighth of 4 is no whole pixel
 
 
+@pytest.mark.slow
 def test_it_learns_digits(digits: dict[str, ImageSet], network: TrainedFeatures) -> None:
     test = digits["test"]
     assert (network.classify(test.images) == test.labels).mean() > 0.93
@@ -169,6 +170,7 @@ def trained(images: ImageSet, cache: Path, *, seed: int = 0) -> tuple[TrainedFea
     ), taken[0]
 
 
+@pytest.mark.slow
 def test_networks_are_trained_once(digits: dict[str, ImageSet], tmp_path: Path) -> None:
     few = digits["train"].subset(np.arange(60))
     first, steps = trained(few, tmp_path)
@@ -192,6 +194,7 @@ def test_networks_are_trained_once(digits: dict[str, ImageSet], tmp_path: Path) 
     assert not [path for path in tmp_path.rglob("*") if path.suffix == ".tmp"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["cut", "empty", "value", "text"])
 def test_damaged_networks_are_trained_anew(
     digits: dict[str, ImageSet], tmp_path: Path, damage: str

@@ -47,6 +47,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return missing
 
 
+@pytest.mark.slow
 def test_features_are_torch_fidelitys(weights: Path) -> None:
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, size=(3, 3, 16, 16), dtype=np.uint8)
@@ -67,6 +68,7 @@ def test_features_are_torch_fidelitys(weights: Path) -> None:
         extractor(images[:, :2])
 
 
+@pytest.mark.slow
 def test_only_the_published_weights_are_called_fids(
     weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -78,6 +80,7 @@ def test_only_the_published_weights_are_called_fids(
     assert InceptionFeatures().name == inception.FID_FEATURES
 
 
+@pytest.mark.slow
 def test_downloaded_where_none_is_given(
     weights: Path, no_weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -66,6 +66,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return World(tmp_path_factory.mktemp("cache"))
 
 
+@pytest.mark.slow
 def test_real_images_are_the_floor(world: World) -> None:
     floor = world.score(world.others.images, world.others.labels)
     generated = np.clip(
@@ -188,6 +189,7 @@ def test_scores_refuse(world: World) -> None:
         score_group(images, labels, training=images[:1], extractor=world.network, **options)
 
 
+@pytest.mark.slow
 def test_two_thousand_against_two_thousand_is_fast(tmp_path: Path) -> None:
     images = RNG(0).integers(0, 256, size=(3, 2000, 3, 16, 16), dtype=np.uint8)
     pixels = PixelExtractor.fit(images[0], num_components=64)
@@ -204,6 +206,7 @@ def test_two_thousand_against_two_thousand_is_fast(tmp_path: Path) -> None:
 # --- downstream -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_downstream_scores_of_real_shuffled_and_one_sided_images(world: World) -> None:
     test = world.test
 

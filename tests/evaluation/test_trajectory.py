@@ -62,6 +62,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_recording_changes_nothing(options: dict[str, Any]) -> None:
     """The last state is what the sampler draws when nobody looks."""

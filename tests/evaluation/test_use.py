@@ -61,6 +61,7 @@ def test_every_class_is_drawn_equally_often_and_shares_hold() -> None:
     assert alone[40:].sum() == pytest.approx(1.0)
 
 
+@pytest.mark.slow
 def test_real_images_of_a_rare_class_help_and_wrong_ones_hurt() -> None:
     own = image_set([0] * 40 + [1] * 40 + [2], seed=0)
     test = image_set([0, 1, 2] * 40, seed=9)

@@ -83,6 +83,7 @@ def test_delta_is_the_integral_of_the_privacy_loss(epsilon: float) -> None:
     assert one_sided > 1.05 * hockey_stick(mu, epsilon)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 3, 10])
 def test_delta_of_many_releases_is_that_of_the_pld_accountant(count: int) -> None:
     accountant = pld.PLDAccountant(value_discretization_interval=1e-4)
@@ -93,6 +94,7 @@ def test_delta_of_many_releases_is_that_of_the_pld_accountant(count: int) -> Non
         assert theirs * (1 - 2e-3) - 1e-14 < ours <= theirs * (1 + 1e-9) + 1e-14
 
 
+@pytest.mark.slow
 @every("delta", [1e-300, 1e-30, 1e-5, 0.5, 0.999])
 @every("multiplier", [1e-9, 1e-6, 1e-3, 0.1, 1.0, 10.0, 999.0, 1001.0, 1e6, 1e9])
 def test_epsilon_is_exact_however_strong_or_weak_the_noise(multiplier: float, delta: float) -> None:

@@ -88,6 +88,7 @@ def silent(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(kind, "fill", lambda _, out: out.fill(0.0))
 
 
+@pytest.mark.slow
 def test_the_bound_holds_for_all_images_that_a_client_can_have(
     tmp_path: Path, silent: None
 ) -> None:

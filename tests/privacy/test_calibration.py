@@ -34,6 +34,7 @@ def test_third_value_for_the_papers_setting() -> None:
     assert bound.epsilon == pytest.approx(10.24, abs=5e-3)
 
 
+@pytest.mark.slow
 @every("releases", [1, 3])
 @every("epsilon", [0.7, 3.0, 10.0, 250.0])
 @every("accounting", ACCOUNTINGS)

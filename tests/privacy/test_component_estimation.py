@@ -221,6 +221,7 @@ def test_sums_of_an_earlier_run_count_at_the_nearest_centre() -> None:
 # --- The mixture as a denoiser, against sums over a grid ---------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("abar", [0.9, 0.5, 0.05])
 def test_denoiser_and_posteriors_are_those_of_a_sum_over_a_grid(abar: float) -> None:
     rng = np.random.default_rng(4)

@@ -48,6 +48,7 @@ from tests.support.statistics_toys import (
 # --- What they cost, and how far an image moves them -------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epsilon", [1.0, 10.0])
 @pytest.mark.parametrize("moves", [1, 3])
 def test_all_rounds_together_spend_the_budget_and_no_more(epsilon: float, moves: int) -> None:
@@ -70,6 +71,7 @@ def last(**changes: Any) -> StatisticsParameters:
     return rounds(components=COMPONENTS, **changes)[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epsilon", [10.0, 1.0])
 def test_no_pair_of_images_moves_a_sum_further_than_the_bound(epsilon: float) -> None:
     parameters = last(epsilon=epsilon)
@@ -135,6 +137,7 @@ def test_sums_are_those_of_each_image_at_its_nearest_centre() -> None:
     np.testing.assert_array_equal(counts, expected[..., -1])  # whole
 
 
+@pytest.mark.slow
 def test_every_number_has_its_own_noise_also_where_no_image_is() -> None:
     """Which component an image is nearest to depends on its pixels, so no number shows."""
     parameters, images = last(), image_set(6, labels=2)

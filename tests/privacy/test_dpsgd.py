@@ -112,6 +112,7 @@ def test_an_empty_batch_is_a_step_of_noise() -> None:
 # --- Whole steps ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strided", [False, True])
 def test_without_noise_and_bound_it_is_plain_training(strided: bool) -> None:
     """Everybody in every batch, sigma 0, C infinite: `Trainer` on the same batches and draws."""
@@ -175,6 +176,7 @@ def test_memory_bounds_change_nothing() -> None:
     assert torch.allclose(gradient(64), gradient(1), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_bit_for_bit() -> None:
     def start(seed: int) -> tuple[PrivateTrainer, Callable[..., torch.Tensor]]:
         model = denoiser(seed=seed)

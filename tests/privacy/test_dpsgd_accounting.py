@@ -24,6 +24,7 @@ def opacus_epsilon(accountant: Any, sigma: float, rate: float, steps: int) -> fl
         return float(accountant.get_epsilon(delta=DELTA))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sigma", "rate", "steps"),
     [(1.1, 256 / 60_000, 14_062), (0.8, 0.01, 2_000), (2.4, 0.1, 2_000), (5.0, 0.128, 6_000)],
@@ -38,6 +39,7 @@ def test_epsilon_is_that_of_opacus(sigma: float, rate: float, steps: int) -> Non
     assert ours < loose < 1.2 * ours
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sigma", "steps"), [(4.0, 10), (1.0, 1), (30.0, 500)])
 def test_whole_batches_are_the_gaussian_mechanism(sigma: float, steps: int) -> None:
     """Sampling rate 1: mu = sqrt(steps) / sigma, and delta(epsilon) is an integral."""
@@ -45,6 +47,7 @@ def test_whole_batches_are_the_gaussian_mechanism(sigma: float, steps: int) -> N
     assert hockey_stick(math.sqrt(steps) / sigma, epsilon) == pytest.approx(DELTA, rel=5e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sigma", "rate"), [(0.7, 0.1), (1.0, 0.5)])
 def test_one_step_is_an_integral(sigma: float, rate: float) -> None:
     """P = (1 - q) N(0, s^2) + q N(1, s^2) against Q = N(0, s^2), the worse of both directions."""
@@ -69,6 +72,7 @@ def test_one_step_is_an_integral(sigma: float, rate: float) -> None:
     assert max(found) == pytest.approx(DELTA, rel=5e-3)
 
 
+@pytest.mark.slow
 def test_epsilon_grows_with_steps_and_rate_and_falls_with_noise_and_delta() -> None:
     base: dict[str, Any] = {
         "noise_multiplier": 1.2, "sample_rate": 0.05, "num_steps": 300, "delta": DELTA,
@@ -82,6 +86,7 @@ def test_epsilon_grows_with_steps_and_rate_and_falls_with_noise_and_delta() -> N
     assert dp_sgd_epsilon(**{**base, "noise_multiplier": 0.0}) == math.inf
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("epsilon", "rate", "steps"), [(10.0, 0.032, 3000), (1.0, 0.05, 200), (3.0, 1.0, 10)]
 )

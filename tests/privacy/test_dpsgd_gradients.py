@@ -32,6 +32,7 @@ def one_by_one(model: Denoiser, t: torch.Tensor, noise: torch.Tensor) -> list[to
     return [torch.stack(each) for each in zip(*rows, strict=True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["micro", "tiny_patch"])
 def test_gradients_are_those_of_single_examples(preset: str) -> None:
     model = denoiser(preset)

@@ -181,12 +181,14 @@ def test_a_full_disk_leaves_the_old_ledger(
 # --- Tampering ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_changed_byte_is_noticed(path: Path, data: bytes) -> None:
     for position, old in enumerate(data):
         for new in {old ^ 1, old ^ 0x20, old ^ 0x80, ord("\n")} - {old}:
             assert refused(path, data[:position] + bytes([new]) + data[position + 1 :])
 
 
+@pytest.mark.slow
 def test_every_byte_more_or_less_is_noticed(path: Path, data: bytes) -> None:
     for position in range(len(data) + 1):
         for added in b"\n 0,":
@@ -265,6 +267,7 @@ def test_random_bytes_are_refused(path: Path, data: bytes) -> None:
                 assert refused(path, title + b"\n" + content + b"\n# end: 1 records, chain 0\n")
 
 
+@pytest.mark.slow
 def test_random_splices_are_refused(path: Path, data: bytes) -> None:
     chance = random.Random(1)
     for _ in range(2000):

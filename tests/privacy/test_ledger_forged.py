@@ -121,6 +121,7 @@ FORGERIES: dict[str, Callable[[Fields], None]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FORGERIES)
 def test_numbers_that_contradict_each_other_are_noticed(path: Path, data: bytes, kind: str) -> None:
     """Although the forger works out every checksum again."""

@@ -271,6 +271,7 @@ def constructions(source: str) -> int:
     return names.count("ReleasedDataset")
 
 
+@pytest.mark.slow
 def test_only_the_mechanism_makes_releases() -> None:
     assert constructions("types.ReleasedDataset(x_tilde=x)") == 1  # the scanner sees a fault
     makers = set()

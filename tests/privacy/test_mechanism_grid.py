@@ -53,6 +53,7 @@ def hard_images(size: int, bound: float, rng: np.random.Generator) -> np.ndarray
     return np.array(rows, dtype=np.float32)
 
 
+@pytest.mark.slow
 @every("size", [1, 3, 64, 3072, 3 * 64 * 64 * 4])
 @every("bound", [0.3, 3.0, 137.0, 4096.0, 2.0**20, 2.0**23])
 def test_no_image_is_longer_than_the_clip_norm(size: int, bound: float) -> None:

@@ -78,6 +78,7 @@ def every_weight(last: int) -> Iterator[int]:
             yield bounds[at] - bounds[at - 1]
 
 
+@pytest.mark.slow
 def test_weights_are_within_the_stated_distance(weights: list[int]) -> None:
     """Every one, and what they all are off by together."""
     last = OFFSET - 1
@@ -117,6 +118,7 @@ def analytic_delta(mu: mpmath.mpf, epsilon: float) -> mpmath.mpf:
     return phi(mu / 2 - epsilon / mu) - mpmath.exp(epsilon) * phi(-mu / 2 - epsilon / mu)
 
 
+@pytest.mark.slow
 def test_privacy_loss_on_the_grid_is_at_most_the_real_gaussians(weights: list[int]) -> None:
     """Two images 2C apart on one pixel: rounding is post-processing, and costs nothing."""
     light = [w if abs(k - len(weights) // 2) < 5 * GRID else 0 for k, w in enumerate(weights)]

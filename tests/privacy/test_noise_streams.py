@@ -134,6 +134,7 @@ def slow_draws(key: bytes, count: int) -> tuple[list[float], int]:
     return drawn, ties
 
 
+@pytest.mark.slow
 def test_draws_follow_the_bits_one_by_one() -> None:
     """From the seed to the noise, by code that shares nothing but the tables; ties included."""
     count = 600_000

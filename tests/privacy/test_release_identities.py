@@ -137,6 +137,7 @@ CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_changed_step_is_refused_and_adds_up_where_it_is_allowed(
     root: Path, store: ReleaseStore, change: str

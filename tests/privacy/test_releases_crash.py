@@ -152,6 +152,7 @@ def test_a_crash_at_any_step_of_a_second_release(tmp_path: Path) -> None:
     assert outcomes == [False] * (named + 1) + [True] * (len(steps) - named)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_chunks")
 def test_a_crash_in_the_recovery_from_a_crash(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patched:

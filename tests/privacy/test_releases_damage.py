@@ -153,6 +153,7 @@ DAMAGES: dict[Callable[[Path], None], str] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_files_that_were_changed_are_refused(
     store: ReleaseStore, damage: Callable[[Path], None]

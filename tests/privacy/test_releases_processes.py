@@ -200,6 +200,7 @@ def test_a_release_is_not_held_in_memory(tmp_path: Path, processes: ReleaseProce
     shutil.rmtree(tmp_path / "client")
 
 
+@pytest.mark.slow
 def test_one_that_is_held_in_memory_is_noticed(tmp_path: Path, processes: ReleaseProcesses) -> None:
     """The planted fault of the test above, with a fifth of the images."""
     told = processes.obtain(tmp_path / "client", count=4000, all_at_once=True)

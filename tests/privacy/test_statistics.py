@@ -64,6 +64,7 @@ def delta_by_integral(mus: list[float], epsilon: float) -> float:
     return float((density * np.clip(-np.expm1(epsilon - total), 0.0, None)).sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epsilon", [1.0, 3.0, 10.0])
 @pytest.mark.parametrize("shares", [(0.12, 0.28, 0.60), (0.5, 0.25, 0.25)])
 def test_three_rounds_spend_the_budget_and_no_more(
@@ -120,6 +121,7 @@ def test_budgets_that_cannot_be_kept_are_one_line() -> None:
 # --- How far an image moves them ---------------------------------------------------------------
 
 
+@pytest.mark.slow
 @STAGES
 @pytest.mark.parametrize("epsilon", [10.0, 1.0])
 def test_no_pair_of_images_moves_a_sum_further_than_the_bound(stage: int, epsilon: float) -> None:
@@ -158,6 +160,7 @@ def test_no_clipping_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
         assert largest_move(MECHANISM, parameters, generations=20) > 1.3 * parameters.sensitivity
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", range(2))
 def test_an_audit_measures_the_mu_of_a_round(stage: int) -> None:
     parameters = rounds()[stage]
@@ -183,6 +186,7 @@ def test_half_the_noise_and_the_same_noise_are_caught() -> None:
     assert same > 100.0 * parameters.mu
 
 
+@pytest.mark.slow
 @STAGES
 def test_noise_has_one_standard_deviation_on_each_number(stage: int) -> None:
     parameters = rounds()[stage]

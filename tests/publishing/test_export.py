@@ -132,6 +132,7 @@ torch.save(pipe.generate(x_T, [7], num_inference_steps=4), "{result}")
 """
 
 
+@pytest.mark.slow
 def test_export_works_without_this_project(exported: Path, tmp_path: Path) -> None:
     """The code of the model card, in a fresh interpreter that has diffusers and torch only."""
     example = re.search(r"```python\n(.*?)```", (exported / "README.md").read_text(), re.DOTALL)
@@ -193,6 +194,7 @@ def test_load_refuses(exported: Path, tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_sample_grid(exported: Path, tmp_path: Path) -> None:
     def draw(name: str, **options: Any) -> np.ndarray:
         out = tmp_path / name

@@ -54,6 +54,7 @@ def test_without_noise_an_export_holds_the_counts_and_says_so(
     assert "--counts-epsilon" in card
 
 
+@pytest.mark.slow
 def test_with_noise_it_holds_other_counts_and_the_same_ones_every_time(
     fake: FakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -120,6 +121,7 @@ def test_damaged_counts_are_named(fake: FakeRun, tmp_path: Path) -> None:
 # --- The noise ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epsilon", [0.5, 2.0, 5.0])
 def test_noise_has_the_stated_law(epsilon: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """P(k) = (1 - p) / (1 + p) p^|k| with p = exp(-epsilon / 2), by chi-squared."""

@@ -124,6 +124,7 @@ def load_as_others_do(exported: Path, custom_pipeline: Path) -> Any:
     return pipeline
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["pipeline.py", ""])  # "": a directory, or a repository's name
 def test_diffusers_loads_it_with_its_own_code(
     exported: Path, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -137,6 +138,7 @@ def test_diffusers_loads_it_with_its_own_code(
     torch.testing.assert_close(*drawn)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "scheduler", [UniPCMultistepScheduler, EulerDiscreteScheduler, DDPMScheduler]
 )
@@ -154,6 +156,7 @@ def test_schedulers_can_be_swapped(exported: Path, scheduler: Any) -> None:
 # Given images.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chain", ["truncated", "noise_to_noise"])
 @pytest.mark.parametrize("t", [1, 9, T0])
 def test_refinement_is_that_of_sampling(chain: str, t: int) -> None:
@@ -185,6 +188,7 @@ def test_refinement_is_that_of_sampling(chain: str, t: int) -> None:
     torch.testing.assert_close(drawn, (expected / 2.0).clamp(0.0, 1.0), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_strength_says_how_much_is_kept() -> None:
     schedule, coarse, fine = make_pair()
     pipeline = wrap(schedule, coarse, fine)
@@ -207,6 +211,7 @@ def test_strength_says_how_much_is_kept() -> None:
     assert not torch.allclose(whole, fresh, atol=1e-6)  # a trace of the image is left
 
 
+@pytest.mark.slow
 def test_kinds_of_images_agree() -> None:
     """PIL, array and tensor are one; one image serves many labels, one label many images."""
     pipeline = wrap(*make_pair())
@@ -231,6 +236,7 @@ def test_kinds_of_images_agree() -> None:
     assert not torch.equal(first, draw(array[::-1].copy()))
 
 
+@pytest.mark.slow
 def test_a_coarse_sample_is_refined_by_the_fine_model() -> None:
     """`method="coarse"`, then `image=`: below t0 only the fine network is asked."""
     pipeline = wrap(*make_pair())

@@ -84,6 +84,7 @@ def wrap(
 # The same images as fedpdm.diffusion.sampling.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chain", ["truncated", "noise_to_noise"])
 @pytest.mark.parametrize("scheduler", ["dpm_solver", "ddim", "ddpm"])
 @pytest.mark.parametrize(
@@ -134,6 +135,7 @@ def test_same_images_as_sampling(
     assert not torch.allclose(other, expected, rtol=1e-2, atol=1e-2)  # the check can fail
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 @pytest.mark.parametrize("share", [None, [1.0, 0.3, 0.0, 0.65]], ids=["handed over", "mixed"])
 @torch.no_grad()
@@ -156,6 +158,7 @@ def test_the_same_model_answers_at_every_level(share: list[float] | None, guidan
     assert int(steps.argmax()) == T0 - 1  # between T0 and T0 + 1: a shifted level would show
 
 
+@pytest.mark.slow
 def test_call_draws_noise_and_scales_pixels() -> None:
     schedule, coarse, fine = make_pair()
     pipeline = wrap(schedule, coarse, fine, scheduler="ddpm", guidance_scale=1.5)
@@ -186,6 +189,7 @@ def test_call_draws_noise_and_scales_pixels() -> None:
     np.testing.assert_array_equal(np.stack(as_pil)[:, None], pixels)
 
 
+@pytest.mark.slow
 def test_swapped_schedulers() -> None:
     schedule, coarse, fine = make_pair()
     pipeline = wrap(schedule, coarse, fine)
@@ -214,6 +218,7 @@ def test_swapped_schedulers() -> None:
         PFDMPipeline(pipeline.coarse_unet, pipeline.fine_unet, DDIMScheduler())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -235,6 +240,7 @@ def test_other_schedulers_run(name: str) -> None:
     assert 0.5 < float(images.std() / ddim.std()) < 2.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -69,6 +69,7 @@ def drawn(pipeline: PFDMPipeline, labels: torch.Tensor, **options: Any) -> torch
 # The same images as fedpdm.diffusion.from_gaussians.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheduler", ["dpm_solver", "ddim", "ddpm"])
 @pytest.mark.parametrize(
     ("candidates", "told", "guidance", "r"),
@@ -134,6 +135,7 @@ def test_posteriors_are_torchs_and_fedpdms() -> None:
     assert torch.equal(torch.arange(3) * 4 + own, kept)
 
 
+@pytest.mark.slow
 def test_given_images_are_refined_as_below_the_hand_over() -> None:
     pipeline, fine, schedule = pipeline_of(gaussians(), fine_labels=False)
     image = torch.rand((2, *SHAPE), generator=seeded(4))
@@ -222,6 +224,7 @@ def exported(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
+@pytest.mark.slow
 def test_an_export_samples_as_its_client(finished: Path, exported: Path) -> None:
     one = open_synthesizer(RunDirectory(finished), 1)
     assert (one.settings.t0, one.settings.fine_labels, one.settings.candidates) == (220, True, 2)
@@ -277,6 +280,7 @@ assert not [name for name in sys.modules if name.split(".")[0] == "fedpdm"]
 """
 
 
+@pytest.mark.slow
 def test_diffusers_draws_the_same_without_fedpdm(exported: Path, tmp_path: Path) -> None:
     out = tmp_path / "drawn.npy"
     done = subprocess.run(
@@ -335,6 +339,7 @@ def test_pictures_of_an_export(exported: Path, tmp_path: Path) -> None:
     assert coarse.read_bytes() != out.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_store_of_another_run_is_refused(finished: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     config = small_config(

@@ -25,6 +25,7 @@ pytestmark = pytest.mark.filterwarnings(
 SHARE = [1.0, 0.3, 0.0, 0.65]  # of three classes and no label
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheduler", ["dpm_solver", "ddim", "ddpm"])
 @pytest.mark.parametrize(
     ("resolution", "predictions", "guidance"),
@@ -87,6 +88,7 @@ def test_pipeline_refuses(options: dict[str, Any], message: str) -> None:
         wrap(*make_pair(), **options)
 
 
+@pytest.mark.slow
 def test_an_export_keeps_the_share(tmp_path: Path) -> None:
     fake = FakeRun(tmp_path / "run", sampling={"coarse_worth": 10.0})
     counts = np.array([40, 3, 0, 7, 5, 1, 2, 9, 8, 25])
@@ -114,6 +116,7 @@ def test_an_export_keeps_the_share(tmp_path: Path) -> None:
     assert not torch.allclose(found, sampled(None), rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_a_deployed_client_with_a_share_is_exported(tmp_path: Path) -> None:
     """Its images are not at hand, how many there are of each class is in its store."""
     fake = FakeRun(

@@ -57,6 +57,7 @@ def enlarged(image: Pixels, factor: int) -> Pixels:
 # --- image grid -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "factor"), [(8, 6), (28, 2), (64, 1), (7, 7)])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_each_image_is_there_pixel_by_pixel(
@@ -176,6 +177,7 @@ def test_partition_picture_outlines_the_majority(tmp_path: Path) -> None:
     assert [file.name for file in path.parent.iterdir()] == ["partition.png"]
 
 
+@pytest.mark.slow
 def test_partition_picture_grows_with_clients_and_classes(tmp_path: Path) -> None:
     few, many, wide = (tmp_path / f"{name}.png" for name in ("few", "many", "wide"))
     draw_partition(few, clients(), LABELS, NAMES)
@@ -230,6 +232,7 @@ def test_a_failed_write_leaves_the_old_picture(
     assert [file.name for file in tmp_path.iterdir()] == ["grid.png"]
 
 
+@pytest.mark.slow
 def test_slow_libraries_are_imported_only_when_used() -> None:
     code = (
         "import sys, fedpdm.data, fedpdm.evaluation.metrics;"

@@ -53,6 +53,7 @@ def page(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Page:
 # Self-contained and readable.
 
 
+@pytest.mark.slow
 def test_nothing_is_fetched(page: Page) -> None:
     for tag, attributes, _ in page.elements:
         for name in ("src", "href", "srcset", "action", "data", "poster", "xlink:href"):
@@ -156,6 +157,7 @@ def test_the_film_ends_with_what_the_client_samples(trained: Path) -> None:
     assert np.array_equal(np.stack(tiles), wanted.transpose(0, 2, 3, 1))
 
 
+@pytest.mark.slow
 def test_attack_results(trained: Path, tmp_path: Path) -> None:
     page = page_of(trained, films=False)
     row = page.table("Membership")[1]
@@ -189,6 +191,7 @@ def test_pictures_of_attacks_come_from_their_folder_alone(tmp_path: Path) -> Non
     assert embed_file(tmp_path / "secret.png", alt="x") is None
 
 
+@pytest.mark.slow
 def test_runs_side_by_side(tmp_path: Path) -> None:
     one = made_run(tmp_path / "a", name="one", privacy={**PRIVACY, "epsilon": 3.125})
     two = made_run(tmp_path / "b", name="two", fine={"lr": 0.125}, sampling={"num_steps": 7})
@@ -229,6 +232,7 @@ def test_a_finished_run_without_models_says_so(tmp_path: Path) -> None:
     assert str(tmp_path) not in page.html
 
 
+@pytest.mark.slow
 def test_a_baseline_and_a_deployment(tmp_path: Path) -> None:
     baseline = {"baseline": "none", "guarantee": "nothing is sent", "epsilon": 0.0, "delta": 1e-5,
                 "simulation": True, "words": "Each client trains alone."}  # fmt: skip
@@ -251,6 +255,7 @@ def test_a_baseline_and_a_deployment(tmp_path: Path) -> None:
 # Hostile words and damaged files.
 
 
+@pytest.mark.slow
 def test_hostile_words_stay_words(tmp_path: Path) -> None:
     run = made_run(tmp_path / "run", classes=[HOSTILE] * 10,
                    privacy={**PRIVACY, "guarantee": HOSTILE, "does_not_protect": [HOSTILE],
@@ -284,6 +289,7 @@ def test_nothing_is_hidden_or_turned_round(tmp_path: Path) -> None:
     assert hidden <= {"\n"}
 
 
+@pytest.mark.slow
 def test_no_place_on_this_machine_is_told(trained: Path, tmp_path: Path) -> None:
     root = made_run(tmp_path / "run", data={"root": "/home/somebody/images"})
     (root / "clients" / "1").mkdir(parents=True)
@@ -294,6 +300,7 @@ def test_no_place_on_this_machine_is_told(trained: Path, tmp_path: Path) -> None
         assert words not in page.html
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["metrics.json", "privacy.json", "partition.json"])
 @pytest.mark.parametrize("content", ["{", "[]", "[" * 100_000])
 def test_damaged_files_are_named(tmp_path: Path, name: str, content: str) -> None:

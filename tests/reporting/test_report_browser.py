@@ -62,6 +62,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
         yield opened
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", SCREENS.values(), ids=SCREENS)
 def test_nothing_is_wider_than_the_screen(browser: Browser, page: Path, width: int) -> None:
     browser.open(page, width=width)
@@ -161,6 +162,7 @@ def test_text_can_be_read(browser: Browser, page: Path, dark: bool) -> None:
     assert {name: ratio for name, ratio in ratios.items() if ratio < 4.5} == {}
 
 
+@pytest.mark.slow
 def test_without_the_script_every_frame_is_there(
     browser: Browser, page: Path, tmp_path: Path
 ) -> None:

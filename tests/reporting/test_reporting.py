@@ -96,6 +96,7 @@ def test_a_row_per_client_and_method(tmp_path: Path) -> None:
     assert without.shape[0] < picture.shape[0]
 
 
+@pytest.mark.slow
 def test_at_most_four_clients_are_shown(tmp_path: Path) -> None:
     heights = {n: drawn(tmp_path / str(n), range(n)).shape[0] for n in (1, 4, 6)}
     assert heights[1] < heights[4] == heights[6]

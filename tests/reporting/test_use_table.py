@@ -50,6 +50,7 @@ def test_rows_and_values(folder: Path) -> None:  # noqa: F811
     assert use_table(suite, suite.table, [{"method": "alone", "seed": 0, "clients": [{}]}]) is None
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("folder")
 def test_the_figure_is_drawn_where_there_are_lengths(folder: Path) -> None:  # noqa: F811
     suite = load_suite(folder / "toy.yaml")

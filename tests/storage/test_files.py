@@ -254,6 +254,7 @@ def test_the_lock_waits_for_the_other_holder(tmp_path: Path) -> None:
     assert waited >= 0.35
 
 
+@pytest.mark.slow
 def test_a_file_of_a_stranger_is_read_strictly(tmp_path: Path) -> None:
     """No key twice, no depth, no end; NaN is what earlier versions wrote into results."""
     path = tmp_path / "partition.json"

@@ -170,6 +170,7 @@ SWAPS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SWAPS)
 def test_a_file_in_another_s_place_is_refused(tmp_path: Path, name: str) -> None:
     store = _filled(tmp_path / "a", "1")

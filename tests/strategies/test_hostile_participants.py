@@ -136,6 +136,7 @@ def _with_kind(kind: str) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", HOSTILE)
 @pytest.mark.parametrize("on_failure", ["raise", "skip"])
 def test_nothing_of_a_hostile_answer_is_aggregated(
@@ -262,6 +263,7 @@ for round, make in enumerate(FORGED.values(), 2):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
 def test_memory_does_not_grow_with_the_lie(tmp_path: Path) -> None:
     """Every forged message claims 10 GB or more; the process may take 64 MiB."""

@@ -66,6 +66,7 @@ def test_more_values_than_the_header_says_are_refused_and_nothing_is_allocated()
         decode_arrays(message(framed(header, bytes(8))))
 
 
+@pytest.mark.slow
 def test_fuzzed_headers_end_as_an_array_that_numpy_reads_alike_or_as_a_wire_error() -> None:
     """Random bytes of a sound message are changed, cut or inserted; any other error fails here."""
     rng = np.random.default_rng(5)

@@ -176,6 +176,7 @@ def test_it_goes_with_plain_federated_updates_alone(section: dict[str, Any], lin
     assert line in str(caught.value)
 
 
+@pytest.mark.slow
 def test_it_runs_by_name_and_its_state_survives_a_resume(
     mine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,6 +209,7 @@ def test_it_runs_by_name_and_its_state_survives_a_resume(
     assert all(torch.equal(saved[0][1][name], saved[1][1][name]) for name in saved[0][1])
 
 
+@pytest.mark.slow
 def test_fedpdm_run_takes_it_from_the_directory_where_it_is_started(mine: Path) -> None:
     config = small_config(run={"rounds": 1}, evaluation={"image_metrics": False})
     (mine / "digits.yaml").write_text(config_to_yaml(config))

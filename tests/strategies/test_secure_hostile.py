@@ -45,6 +45,7 @@ def fail_in_training(monkeypatch: pytest.MonkeyPatch, *clients: int) -> None:
     monkeypatch.setattr(LocalTraining, "train_coarse", maybe)
 
 
+@pytest.mark.slow
 def test_the_others_go_on_without_a_client_that_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -59,6 +60,7 @@ def test_the_others_go_on_without_a_client_that_fails(
     assert farthest(coarse_weights(tmp_path / "strict"), wanted) > 1e-4  # as it began
 
 
+@pytest.mark.slow
 def test_too_few_clients_give_no_sum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fail_in_training(monkeypatch, 0, 2)
     with pytest.raises(ClientFailure, match="client 0: no space left; client 2: no space left"):
@@ -115,6 +117,7 @@ LIES: dict[str, tuple[Callable[[Message], None], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lie", LIES)
 def test_a_lie_in_a_sum_is_found(tmp_path: Path, lie: str) -> None:
     spoil, words = LIES[lie]
@@ -161,6 +164,7 @@ def line_of(reply: Message) -> str:
     return reason
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -205,6 +209,7 @@ def test_keys_of_a_made_up_pair_are_refused(tmp_path: Path) -> None:
     assert "keys of 2 clients, must be in [3, 3]" in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("both", [{"dead": [2]}, {"active": [2, 3], "dead": [1]}], ids=str)
 def test_both_keys_of_a_client_are_not_given_away(
     tmp_path: Path, both: dict[str, list[int]]

@@ -73,6 +73,7 @@ def check_totals(secure: Path, plain: Path, *, num_clients: int) -> None:
         torch.testing.assert_close(tensor, second[name], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_total_is_the_sum_of_plain_sums_to_the_last_digit(tmp_path: Path) -> None:
     run_in_process(config_of(secure=True, max_examples=MOST), tmp_path / "secure")
     run_in_process(config_of(), tmp_path / "plain")
@@ -88,6 +89,7 @@ def test_the_total_is_the_sum_of_plain_sums_to_the_last_digit(tmp_path: Path) ->
     assert first["rounds"][2]["edge"] == pytest.approx(second["rounds"][2]["edge"])
 
 
+@pytest.mark.slow
 def test_the_others_go_on_without_a_client_that_leaves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,6 +113,7 @@ def test_the_others_go_on_without_a_client_that_leaves(
         run_in_process(config_of(4, secure=True, max_examples=MOST), tmp_path / "strict")
 
 
+@pytest.mark.slow
 def test_a_client_with_more_images_than_it_may_have_leaves_the_sum(tmp_path: Path) -> None:
     with pytest.raises(ClientFailure, match=r"images must be in \[1, aggregation.max_examples = 5"):
         run_in_process(config_of(secure=True, max_examples=5), tmp_path / "run")
@@ -163,6 +166,7 @@ def added(totals: list[ReleasedStatistics], *, num_clients: int) -> ReleasedStat
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_clients", [3, 100, 1000])
 @pytest.mark.parametrize("stage", range(3))
 def test_nothing_is_rounded(num_clients: int, stage: int) -> None:
@@ -299,6 +303,7 @@ LIES: dict[str, tuple[Callable[[list[np.ndarray]], list[np.ndarray]], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lie", LIES)
 def test_a_lie_in_a_total_is_found(tmp_path: Path, lie: str) -> None:
     spoil, words = LIES[lie]
@@ -318,6 +323,7 @@ def test_a_lie_in_a_total_is_found(tmp_path: Path, lie: str) -> None:
     assert kept(tmp_path / "server") == NOTHING
 
 
+@pytest.mark.slow
 def test_a_plain_request_shows_no_sums(tmp_path: Path) -> None:
     """Not as a round of sums, nor as one of fine training that stands for a round of sums that
     was answered: a stored answer is refused as well."""

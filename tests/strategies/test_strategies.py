@@ -128,6 +128,7 @@ def test_one_client_is_taken_over_exactly(tmp_path: Path) -> None:
     assert_same(server.round(1, {4: update(4, drift(4))}), drift(4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_order_of_arrival_changes_no_bit(tmp_path: Path, method: str) -> None:
     reference = None
@@ -140,6 +141,7 @@ def test_order_of_arrival_changes_no_bit(tmp_path: Path, method: str) -> None:
         assert_same(got, reference)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("stop", [1, 2])
 def test_resuming_changes_no_bit(tmp_path: Path, method: str, stop: int) -> None:

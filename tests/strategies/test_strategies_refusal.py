@@ -132,6 +132,7 @@ def test_updates_of_a_simulation_are_seeded_and_absorbed(tmp_path: Path) -> None
     assert server.strategy.rounds_done == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", BAD)
 def test_bad_answer_is_left_out_when_failures_are_skipped(tmp_path: Path, kind: str) -> None:
     make, _ = BAD[kind]

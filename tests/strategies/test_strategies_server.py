@@ -137,6 +137,7 @@ def test_the_server_trains_on_every_release_as_it_was_sent(tmp_path: Path) -> No
     assert joined.event == sent[0].event
 
 
+@pytest.mark.slow
 def test_training_moves_the_weights_and_repeats(tmp_path: Path) -> None:
     start = arrays(make_server(tmp_path / "0").strategy.weights)
     first = train(make_server(tmp_path / "1"), 1, 2)
@@ -160,6 +161,7 @@ def test_every_round_and_seed_draws_anew(tmp_path: Path, monkeypatch: pytest.Mon
     assert len(set(seeds)) == len(seeds) == 6
 
 
+@pytest.mark.slow
 def test_resuming_asks_for_no_release_again_and_changes_no_bit(tmp_path: Path) -> None:
     whole = train(make_server(tmp_path / "whole"), 1, 3)
     train(make_server(tmp_path / "cut"), 1, 1)
@@ -210,6 +212,7 @@ BAD: dict[str, tuple[Callable[[], FitRes], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", BAD)
 def test_a_bad_release_is_refused_and_names_the_client(tmp_path: Path, kind: str) -> None:
     make, words = BAD[kind]

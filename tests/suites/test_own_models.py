@@ -31,6 +31,7 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.slow
 def test_they_are_those_of_a_run_bit_for_bit(tmp_path: Path) -> None:
     run_in_process(CONFIG, tmp_path / "run")
     run = RunDirectory(tmp_path / "run")
@@ -85,6 +86,7 @@ def test_one_model_serves_methods_that_differ_above_it(tmp_path: Path) -> None:
     assert own_config(clipped[0]) != own_config(clipped[1])  # clipped images are in the training
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_goes_on_and_a_finished_one_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,6 +118,7 @@ def test_a_failure_has_the_clients_line(tmp_path: Path) -> None:
         own_models(diverging, 0, kept=tmp_path)
 
 
+@pytest.mark.slow
 def test_heldout_loss_weighs_classes_equally_and_repeats(tmp_path: Path) -> None:
     (_, last) = own_models(CONFIG, 0, kept=tmp_path)
     value = heldout_loss(CONFIG, 0, last)

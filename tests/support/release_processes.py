@@ -147,6 +147,7 @@ def _peak() -> Iterator[list[int]]:
 
 
 def _serve() -> None:
+    import dp_accounting  # noqa: F401 (who may not read it gets it from here)
     import torch
 
     from fedpdm.privacy.noise import SystemNoise

@@ -86,6 +86,7 @@ def fitted() -> tuple[Problem, Models]:
     return shown, fit_linear(Clients.draw(shown, replicates=REPLICATES, seed=0))
 
 
+@pytest.mark.slow
 def test_ratio_is_the_exact_one(fitted: tuple[Problem, Models]) -> None:
     pfdm, alone = exact(T0)
     interval = found_ratio(*fitted)
@@ -93,6 +94,7 @@ def test_ratio_is_the_exact_one(fitted: tuple[Problem, Models]) -> None:
     assert interval.high - interval.low < 0.03  # it can fail
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [-1, 1])
 def test_a_hand_over_one_step_off_is_found(fitted: tuple[Problem, Models], step: int) -> None:
     shown, models = fitted
@@ -103,6 +105,7 @@ def test_a_hand_over_one_step_off_is_found(fitted: tuple[Problem, Models], step:
     assert interval.contains(moved / alone)  # and it is that fault, no other
 
 
+@pytest.mark.slow
 def test_the_fine_model_above_t0_is_found(fitted: tuple[Problem, Models]) -> None:
     shown, models = fitted
     pfdm, alone = exact(T0)
@@ -116,6 +119,7 @@ def test_the_fine_model_above_t0_is_found(fitted: tuple[Problem, Models]) -> Non
     assert found_ratio(shown, swapped).contains(1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("scale", "agrees"), [(1.0, True), (0.5, False), (1.5, False)])
 def test_noise_of_the_wrong_variance_is_found(
     scale: float, agrees: bool, monkeypatch: pytest.MonkeyPatch
@@ -134,6 +138,7 @@ def test_noise_of_the_wrong_variance_is_found(
     assert found_ratio(few, models, samples=500).contains(pfdm / alone) == agrees
 
 
+@pytest.mark.slow
 def test_both_chains_agree() -> None:
     two = problem(chain="noise_to_noise")
     models = fit_linear(Clients.draw(two, replicates=REPLICATES, seed=0))
@@ -226,6 +231,7 @@ def test_linear_denoiser_is_the_posterior(different: bool) -> None:
             assert torch.allclose(found[row : row + 1], one, atol=1e-4), (level, k)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chain", ["truncated", "noise_to_noise"])
 def test_gradient_descent_finds_the_closed_form(chain: str) -> None:
     """The objectives' minimiser over the linear family, by another way."""
@@ -250,6 +256,7 @@ def gap(a: DenoisingFunction, b: DenoisingFunction) -> float:
     return float((a.network.means - b.network.means).detach().abs().max())
 
 
+@pytest.mark.slow
 def test_the_network_samples_the_majority_class() -> None:
     """Many points: what the small network samples is close to the truth, and to nothing else."""
     plain = problem(

@@ -32,6 +32,7 @@ def test_assignment_in_one_dimension_sorts() -> None:
     assert assignment_distance(a, a + 2.0) == pytest.approx(4.0)
 
 
+@pytest.mark.slow
 def test_assignment_agrees_with_the_gaussian_formula() -> None:
     """Shift (2, 0) and other spreads: two routes to one distance."""
     x, y = RNG.normal(size=(2, 1500, 2))
@@ -46,6 +47,7 @@ def test_assignment_needs_equal_sets() -> None:
         assignment_distance(np.zeros((3, 1)), np.zeros((2, 1)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variances", [[1.0], [1.0, 1.0, 1.0], [8.0, 1.0, 0.1]])
 def test_sampling_floor_is_what_exact_samples_show(variances: list[float]) -> None:
     v, num = np.array(variances), 400

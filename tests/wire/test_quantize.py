@@ -62,6 +62,7 @@ def test_bfloat16_is_torchs() -> None:
         assert torch.equal(tensor, given[name].to(torch.bfloat16))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["bfloat16", "int8"])
 def test_stochastic_rounding_is_unbiased_and_rounding_to_nearest_is_not(encoding: str) -> None:
     """Mean of n draws against its standard error, at most half a step over sqrt(n)."""
