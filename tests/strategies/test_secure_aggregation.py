@@ -75,7 +75,7 @@ def test_the_sum_is_the_plain_mean(
     assert mine["coarse_loss"] == pytest.approx(told["coarse_loss"], rel=1e-12)
     up = mine["bytes_up"] / told["bytes_up"]
     assert up == pytest.approx(2.0 if encoding == "float32" else 4.0, rel=0.07)
-    assert mine["bytes_down"] == pytest.approx(told["bytes_down"], rel=0.01)
+    assert mine["bytes_down"] == pytest.approx(told["bytes_down"], rel=0.02)
 
 
 @pytest.mark.parametrize("num_clients", [3, 7, 100, 1000])
