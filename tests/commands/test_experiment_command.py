@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -15,6 +16,7 @@ import yaml
 
 from fedpdm.commands.experiment import add_experiment_parser, chosen_cells
 from fedpdm.config import load_suite
+from fedpdm.storage.holding import held
 from tests.support.apart import run_apart, start_apart
 from tests.support.command_line import call, forget_surroundings, without_advice
 from tests.support.own_code import MODULE, write_module
@@ -46,7 +48,7 @@ SUITE: dict[str, Any] = {
             "classifier_steps": 20,
         },
     },
-    "profiles": {"smoke": {"rounds": 3, "steps": 30}},
+    "profiles": {"smoke": {"rounds": 3, "steps": 36}},
     "ablations": {"epsilon": {"methods": ["ours"], "variants": {"1": {"privacy": {"epsilon": 1}}}}},
 }
 DIVERGING = {
@@ -291,6 +293,21 @@ def test_an_interrupted_cell_goes_on_from_its_checkpoint(first: First, tmp_path:
     for name in ("privacy", "config", "megabytes_per_client"):
         assert resumed[name] == undisturbed[name], name
     assert_same(resumed["clients"], undisturbed["clients"])
+
+
+def test_a_cell_that_another_process_runs_is_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = argparse.ArgumentParser()
+    add_experiment_parser(parser.add_subparsers())
+    words = ["experiment", str(folder / "small.yaml"), *map(str, places(folder))]
+    chosen = parser.parse_args([*words, *methods("alone")])
+    (cell,) = chosen_cells(load_suite(folder / "small.yaml"), chosen)
+    with held(cell.working):
+        assert call(*words, *methods("alone", "ours")) == 2
+    error = without_advice(capsys.readouterr().err)
+    assert f"{cell.working}: is in use by process {os.getpid()} since" in error
+    assert not (folder / "results").exists()
 
 
 # Refusals: exit code 2, one line, nothing written.
