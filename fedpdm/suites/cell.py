@@ -88,7 +88,8 @@ class Cell:
             self.suite, self.profile, self.ablation, self.variant, self.method, self.seed,
             self.draw or None,
         )  # fmt: skip
-        return self.runs / "-".join(["working", *(str(part) for part in parts if part is not None)])
+        name = "-".join(str(part) for part in parts if part is not None)
+        return self.runs / ".working" / name
 
     @property
     def run_directory(self) -> Path:

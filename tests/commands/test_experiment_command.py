@@ -277,7 +277,7 @@ def test_an_interrupted_cell_goes_on_from_its_checkpoint(first: First, tmp_path:
     assert len(process.errors) == 1
     assert not any("FAILED" in line for line in lines)
     assert not (folder / "results").exists()
-    (run,) = (folder / "runs").iterdir()
+    (run,) = (folder / "runs").glob("[!.]*")
     log = (run / "log.txt").read_text()
     assert "round 1/3" in log
     assert "round 3/3" not in log  # the cell's own process has ended too
@@ -285,7 +285,7 @@ def test_an_interrupted_cell_goes_on_from_its_checkpoint(first: First, tmp_path:
     done = run_apart(*command)
     assert done.returncode == 0, done.stderr
     assert (folder / "runs").exists()
-    assert [path.name for path in (folder / "runs").iterdir()] == [run.name]
+    assert [path.name for path in (folder / "runs").glob("[!.]*")] == [run.name]
     log = (run / "log.txt").read_text()
     assert re.search(r"resumed after round [12] of 3", log)
     assert log.count("round 1/3") == 1
@@ -405,7 +405,7 @@ def test_a_method_takes_a_strategy_of_ones_own(
     assert (
         read(folder, "ours-federated")["config"]["aggregation"]["method"] == f"{MODULE}:PlainMean"
     )
-    (run,) = (folder / "runs").iterdir()
+    (run,) = (folder / "runs").glob("[!.]*")
     assert json.loads((run / "metrics.json").read_text())["rounds"][0]["moved"] > 0
 
 
