@@ -1,18 +1,20 @@
 """A client of class statistics chooses how to sample, on its own held-out images.
 
 What is open in the config (hand-over, labels under it, candidates) is tried in all combinations. A
-combination is judged twice (docs/method.md section 5):
+combination is judged three times (docs/method.md section 5):
 
-* On the classes of which the client holds out enough images, by the kernel distance between what is
-  drawn for a class and the held-out images of that class, as a mean over these classes. Features
-  are those of a small classifier that the client trains on its own training images. Pixels would
+* On the classes of which the client has few images, by the share of near-copies of its training
+  images. More than `COPIES` and a standard error above what is there without copying is not
+  accepted: that of held-out images, or of the Gaussians' draws of these classes that nothing has
+  refined, whichever is more.
+* On the classes of which it holds out enough images, by the share of images that a small classifier
+  takes for the class that was asked for. The client trains it on its own training images. Less than
+  the best share and a standard error under it is not accepted.
+* On the same classes, by the kernel distance between what is drawn for a class and the held-out
+  images of that class, as a mean over these classes, in the classifier's features. Pixels would
   not do: their first two moments are those of the Gaussians before any refining.
-* On the classes of which it has few images, by the share of near-copies of its training images.
-  More than `COPIES` and a standard error above what is there without copying is not accepted: that
-  of held-out images, or of the Gaussians' draws of these classes that nothing has refined,
-  whichever is more.
 
-Of what is accepted the smallest distance wins; of what is not, no distance is computed. All
+Of what is accepted the smallest distance wins; what copies is not judged any further. All
 combinations begin with the same draws and the same noise, which come from the run's seed. Nothing
 of this leaves the client.
 """
@@ -20,6 +22,7 @@ of this leaves the client.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
@@ -48,7 +51,7 @@ LEVELS: Final = (0.10, 0.15, 0.20, 0.25, 0.30)  # of T
 LEAST_OF_CLASS: Final = 5  # held-out images, for a class to be judged on
 LEAST: Final = 20  # of these in all, of at least two classes
 MOST_CLASSES: Final = 16
-IMAGES: Final = 48  # drawn for the classes that are judged by distance
+IMAGES: Final = 96  # drawn for the classes that are judged by fidelity and distance
 FEW: Final = 48  # and for those judged by near-copies
 NUM_STEPS: Final = 8  # calls of the fine model for an image, at most
 CLASSIFIER_STEPS: Final = 300  # of 64 images
@@ -104,13 +107,17 @@ def choose_sampling(
     copies = judge.near_copies(fine, tried)
     over = [c - _accepted(without[one.candidates]) for one, c in zip(tried, copies, strict=True)]
     kept = np.flatnonzero(np.array(over) <= max(0.0, min(over))).tolist()
-    distances = judge.distances(fine, [tried[k] for k in kept])
-    best = kept[int(np.argmin(distances))]
+    fidelities, distances = judge.likeness(fine, [tried[k] for k in kept])
+    least = _recognised(max(fidelities))
+    of_kept = [d if f >= least else math.inf for f, d in zip(fidelities, distances, strict=True)]
+    chosen = int(np.argmin(of_kept))
+    best = kept[chosen]
     return replace(
         tried[best],
         why=f"chosen among {len(tried)} on {len(heldout)} held-out images of {len(judged)} classes",
         scores={
-            "distance": min(distances),
+            "fidelity": fidelities[chosen],
+            "distance": distances[chosen],
             "near_copies": copies[best],
             "near_copies_without_copying": without[tried[best].candidates],
         },
@@ -214,16 +221,20 @@ class _Judge:
         drawn = self._drawn(fine, tried, rows=self._rare, what="near-copies")
         return [_copies(pixels, self.training) for pixels in drawn]
 
-    def distances(self, fine: DenoisingFunction, tried: Sequence[SamplingChoice]) -> list[float]:
-        """Of each way to sample, the mean distance over the judged classes."""
+    def likeness(
+        self, fine: DenoisingFunction, tried: Sequence[SamplingChoice]
+    ) -> tuple[list[float], list[float]]:
+        """Of each way to sample, the share of images taken for the class that was asked for, and
+        the mean distance over the judged classes."""
         rows = slice(0, self.num_judged)
-        found = []
-        for pixels in self._drawn(fine, tried, rows=rows, what="distances"):
+        fidelities, distances, of_class = [], [], self.labels[rows]
+        for pixels in self._drawn(fine, tried, rows=rows, what="likeness"):
+            taken = predict(self.classifier, pixels).argmax(axis=1)
+            fidelities.append(float((taken == of_class).mean()))
             features = predict(self.classifier, pixels, features=True).astype(np.float64)
-            of_class = self.labels[rows]
             parts = [kernel_distance(features[of_class == k], self.real[k]) for k in self.classes]
-            found.append(float(np.mean(parts)))
-        return found
+            distances.append(float(np.mean(parts)))
+        return fidelities, distances
 
     @property
     def _rare(self) -> slice:
@@ -298,6 +309,14 @@ def _accepted(without: float) -> float:
     """The largest share of near-copies that may be, where so many are there without copying."""
     error = (2.0 * without * (1.0 - without) / FEW) ** 0.5  # of the difference of two such shares
     return without + COPIES + error
+
+
+def _recognised(best: float) -> float:
+    """The smallest share of recognised images that may be, where the best is so much."""
+    p = (IMAGES * best + 1.0) / (
+        IMAGES + 2.0
+    )  # of all, none failed: there is an error all the same
+    return best - (2.0 * p * (1.0 - p) / IMAGES) ** 0.5
 
 
 def _copies(images: np.ndarray, training: np.ndarray) -> float:

@@ -254,13 +254,22 @@ def choice_table(facts: RunFacts) -> Table | None:
             number(one.handover),
             "with" if one.fine_labels else "without",
             number(one.candidates),
+            number(one.scores.get("fidelity")),
             number(one.scores.get("distance")),
             number(one.scores.get("near_copies")),
             one.why,
         ]
         for client, one in sorted(facts.choices.items())
     ]
-    columns = ["hand-over t", "labels under it", "candidates", "distance", "near-copies", "basis"]
+    columns = [
+        "hand-over t",
+        "labels under it",
+        "candidates",
+        "fidelity",
+        "distance",
+        "near-copies",
+        "basis",
+    ]
     return Table(columns=["", *columns], rows=rows)
 
 
