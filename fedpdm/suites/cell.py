@@ -180,7 +180,7 @@ def _with_own_models(cell: Cell) -> Scored:
         cost["privacy"] = {"guarantee": guarantee, "epsilon": None, "delta": None}
     elif cell.config.kind.has_shared_model:
         run = RunDirectory(cell.run_directory)
-        with locked(run.root.with_suffix(".lock")):  # other cells may share it
+        with locked(run.root.with_name(f"{run.root.name}.lock")):  # other cells may share it
             if not (run.root / "privacy.json").exists():
                 _train(shared_config(cell.config), run, engine=cell.engine)
         weights, cost = shared_weights(run), _cost(run)
