@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -149,20 +150,24 @@ def test_a_choice_is_made_once(
 
 
 def test_a_run_shows_how_far_choice_and_samples_are(
-    finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """By lines that both engines let through."""
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
     monkeypatch.setattr(choosing, "CLASSIFIER_STEPS", 40)  # told of every 20
     monkeypatch.setattr(samples, "load_choice", lambda *_, **__: None)
     monkeypatch.setattr(samples, "save_choice", lambda *_, **__: None)
-    shared = read_tensors(finished / "coarse.safetensors")[0]
-    client = client_of(config_of(), finished, 0)
+    out = shutil.copytree(finished, tmp_path / "run")  # its pictures are drawn anew
+    shared = read_tensors(out / "coarse.safetensors")[0]
+    client = client_of(config_of(), out, 0)
     _, _, metrics = client.evaluate(wire.encode_model(shared), {"final": True, "round": 3})
     assert "error" not in metrics
     lines = capsys.readouterr().err.splitlines()
     for what in (
-        "choice, classifier", "choice, near-copies", "choice, distances", "samples, pfdm",
+        "choice, classifier", "choice, near-copies", "choice, likeness", "samples, pfdm",
         "samples, alone", "samples of majority, pfdm", "samples of minority, alone",
     ):  # fmt: skip
         own = [each for each in lines if each.startswith(f"client 0 round 3 {what}: step ")]
