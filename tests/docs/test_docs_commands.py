@@ -194,8 +194,10 @@ def test_the_pages_from_top_to_bottom(
                 said = capsys.readouterr().err[-500:]
                 failed.append(f"{block.page}:{block.line}: {line}: exit code {code}: {said}")
     assert not failed, "\n".join(failed)
-    for name in ("runs/eps3/report.html", "compared.html", "grid.png", "releases.png",
-                 "invitation.json", "attacks/summary.md", "linkage/linkage.json", "signed/node-1.crt",
-                 "toy/rates.png", "certificates/node-1/node-1.key", "runs/mine/samples.png"):  # fmt: skip
+    for name in (
+        "runs/eps3/report.html", "compared.html", "grid.png", "releases.png", "invitation.json",
+        "attacks/summary.md", "linkage/linkage.json", "signed/node-1.crt", "toy/rates.png",
+        "certificates/node-1/node-1.key", "runs/mine/samples.png",
+    ):  # fmt: skip
         assert (workplace / name).is_file(), name
     assert read_json(workplace / "runs" / "eps3" / "metrics.json")["rounds"][-1]["round"] == 2

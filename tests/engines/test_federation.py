@@ -164,6 +164,7 @@ def test_replay_with_other_weights_is_refused(tmp_path: Path) -> None:
     assert "other coarse weights" in str(metrics["error"])
 
 
+@pytest.mark.slow
 def test_changed_release_settings_are_refused(tmp_path: Path) -> None:
     message = initial_message(small_config())
     client_of(small_config(), tmp_path, 0).fit(message, {"round": 1, "phase": "coarse"})

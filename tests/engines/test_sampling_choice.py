@@ -149,6 +149,7 @@ def test_a_choice_is_made_once(
     assert choice_of(tmp_path / "run") == choice_of(finished)
 
 
+@pytest.mark.slow
 def test_a_run_shows_how_far_choice_and_samples_are(
     finished: Path,
     tmp_path: Path,

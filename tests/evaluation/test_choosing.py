@@ -119,6 +119,7 @@ def test_a_fine_model_that_copies_when_told_is_not_told() -> None:
     assert forced.scores["near_copies"] > 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fidelities", "candidates"),
     [((0.70, 0.97), 4), ((0.97, 0.70), 1), ((0.95, 0.97), 1), ((1.0, 1.0), 1), ((0.9, 1.0), 4)],
@@ -137,6 +138,7 @@ def test_what_is_not_recognised_is_not_chosen_for_its_distance(
     assert choice.scores["distance"] == likeness[1][at]
 
 
+@pytest.mark.slow
 def test_no_distance_is_computed_of_what_is_not_accepted() -> None:
     """Told the rare class the model copies: the other half of these images is never drawn."""
     sampling = {"candidates": 1, "handover": 300}
@@ -149,6 +151,7 @@ def test_no_distance_is_computed_of_what_is_not_accepted() -> None:
     assert "chosen among 2" in choice.why
 
 
+@pytest.mark.slow
 def test_how_far_a_choice_is_is_shown(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -113,6 +113,7 @@ class Planted:
         return os.mkdir, (self.place,)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", ["text", "empty", "other", "list", "pickle"])
 def test_one_line_for_another_file(tmp_path: Path, content: str) -> None:
     path = tmp_path / "weights.pth"

@@ -147,6 +147,7 @@ def test_training_moves_the_weights_and_repeats(tmp_path: Path) -> None:
     assert not np.array_equal(first[1][moved[0]], first[0][moved[0]])  # the average lags
 
 
+@pytest.mark.slow
 def test_every_round_and_seed_draws_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seeds = []
 

@@ -42,6 +42,7 @@ def test_they_are_those_of_a_run_bit_for_bit(tmp_path: Path) -> None:
     assert not equal(stages[0], stages[-1])
 
 
+@pytest.mark.slow
 def test_a_draw_of_the_noise_changes_nothing_but_the_release(tmp_path: Path) -> None:
     """A whole run with another draw: same images, same own models, another shared model."""
     privacy = dataclasses.replace(CONFIG.privacy, noise_draw=1)
