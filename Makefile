@@ -42,7 +42,7 @@ test test-fast: export PYTHONDONTWRITEBYTECODE =
 test: install ## the whole test suite, WORKERS side by side
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
-test-fast: install ## the tests not marked slow that start no Flower: some 10 minutes on two cores
+test-fast: install ## the tests not marked slow that start no Flower: 3 minutes on two cores
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m 'not slow and not flower'
 
 experiment-gmm: install ## Gaussian-mixture toy beside its theory, under a minute (fedpdm toy)
