@@ -23,7 +23,7 @@ from fedpdm.publishing.export import export_pipeline, load_pipeline
 from fedpdm.storage.files import read_tensors
 from fedpdm.storage.run_directory import RunDirectory
 from strategies.gaussians import CoarseGaussians
-from tests.engines.test_statistics_runs import config_of, stage_of
+from tests.engines.test_statistics_runs import config_of, final, stage_of
 from tests.support.release_toys import DELTA
 
 PARTS = ("means", "pooled", "classes", "components-1", "components-2")
@@ -47,10 +47,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("components") / "run"
     run_in_process(mixed(), out)
     return out
-
-
-def final(out: Path) -> dict[str, torch.Tensor]:
-    return read_tensors(out / "coarse.safetensors")[0]
 
 
 @pytest.mark.slow
