@@ -61,7 +61,7 @@ def measure_images(
         judge = ImageJudge(local.reference, classes)
         labels = group_labels(classes, config.evaluation.num_images)
         for method, models in methods.items():
-            shown = models.shown(f"{where} samples of {group}, {method}", len(labels))
+            shown = models.shown(f"{where} samples of {group}, {method}", labels)
             images = shown.draw_pixels(labels, generator=generator)
             parts[f"{group}_{method}"] = judge.score(images, labels)
         rows = np.flatnonzero(np.isin(held.images.labels, classes))
@@ -107,7 +107,7 @@ def _store_pictures(
     labels = np.arange(spec.num_classes, dtype=np.int64).repeat(local.config.sampling.per_class)
     arrays: dict[str, np.ndarray] = {"labels": labels}
     for method, models in methods.items():
-        shown = models.shown(f"{_where(local)} samples, {method}", len(labels))
+        shown = models.shown(f"{_where(local)} samples, {method}", labels)
         output = shown.draw(labels, generator=generator)
         arrays[method] = denormalize(output.images.cpu(), shift=spec.shift).numpy()
         if output.coarse is not None:

@@ -15,7 +15,7 @@ from fedpdm.diffusion.sampling import sample
 from fedpdm.reporting.pictures import draw_image_grid
 
 out = Path((sys.argv[1:] or ["own-denoiser.png"])[0])
-config = fedpdm.configure(data={"name": "digits", "coloring": "none"}, fine={"ema_decay": 0.98})
+config = fedpdm.configure(data={"coloring": "none"}, fine={"preset": "micro", "ema_decay": 0.98})
 images, schedule = fedpdm.load_images(config), fedpdm.make_schedule("linear")
 fine = fedpdm.train_fine(config, images, num_steps=200)
 x_0, classes = normalize(images.images, shift=-1.0).flatten(1), torch.tensor(images.labels)

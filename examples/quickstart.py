@@ -20,8 +20,8 @@ config = fedpdm.configure(
     data={"name": "digits", "classes": [0, 1, 2, 3]},
     partition={"num_clients": 2, "majority_classes": 2, "majority_ratio": 10},
     privacy={"epsilon": 10, "delta": 1e-5, "clip_norm": 5},
-    coarse={"preset": "tiny"},
-    fine={"preset": "tiny"},
+    coarse={"preset": "micro"},
+    fine={"preset": "micro"},
     sampling={"num_steps": 15, "guidance": 1.5},
 )
 
@@ -43,7 +43,7 @@ print(f"client 0's ledger: epsilon {fedpdm.account(stores[0]).largest:.3f} per i
 
 # The shared model sees releases only, client 0's own model its raw images.
 coarse = fedpdm.train_coarse(config, releases, num_steps=100)
-fine = fedpdm.train_fine(config, clients[0], num_steps=300)
+fine = fedpdm.train_fine(config, clients[0], num_steps=200)
 
 # Coarse from pure noise to t0, fine from there on; and each of them alone.
 labels = np.repeat([0, 1, 2, 3], 8)

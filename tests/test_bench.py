@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from bench import federation
 from bench.classifier import main
 from bench.federation import _bare_loop, _config, _run
 from fedpdm.diffusion.training import Trainer
@@ -22,13 +23,14 @@ def test_the_bare_loop_takes_the_steps_of_the_federation(monkeypatch: pytest.Mon
         return report
 
     monkeypatch.setattr(Trainer, "train", counting)
+    monkeypatch.setattr(federation, "ROUNDS", 3)
     config = _config(num_clients=3, steps=2)
     assert _bare_loop(config) > 0
     bare = {fine: sum(n for kind, n in taken if kind == fine) for fine in (True, False)}
     taken.clear()
     assert _run(config) > 0
     federated = {fine: sum(n for kind, n in taken if kind == fine) for fine in (True, False)}
-    assert bare == federated == {True: 3 * 2 * 10 * 32, False: 3 * 2 * 10 * 32}
+    assert bare == federated == {True: 3 * 2 * 3 * 32, False: 3 * 2 * 3 * 32}
 
 
 @pytest.mark.slow

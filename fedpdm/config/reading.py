@@ -58,6 +58,7 @@ YOUNGER_KEYS = (
     ("sampling", "fine_labels", None),
     ("evaluation", "classifier_steps", 3000),
     ("sampling", "candidates", None),
+    ("sampling", "own_classes", "auto"),
     *(("statistics", each.name, each.default) for each in dataclasses.fields(StatisticsConfig)),
 )
 

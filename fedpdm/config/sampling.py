@@ -44,6 +44,12 @@ class SamplingConfig:
         low=1,
         high=64,
     )
+    own_classes: str = key(
+        "auto",
+        "class statistics: auto lets a client that chooses how to sample draw the classes of which "
+        "it has many images from its own model alone, where that is better; never does not",
+        choices=("auto", "never"),
+    )
     batch_size: int = key(256, "images at a time", low=1)
     per_class: int = key(8, "images per class in the picture", low=1)
 

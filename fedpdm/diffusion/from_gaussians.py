@@ -3,9 +3,13 @@
 A draw of the class's Gaussian is exact and costs no call of a network; all `num_steps` calls are
 the fine model's. Of c candidates for an image the one is kept whose class the Gaussians find most
 likely, all classes being equally likely before, as read at t = 0.15 T (docs/method.md section 5).
+Classes of `own_classes` are the fine model's alone.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +22,7 @@ from fedpdm.diffusion.twostage import (
     SamplerSettings,
     refine,
     refining,
+    sample_in_batches,
     sample_two_stage,
     stages,
     steps_of,
@@ -83,14 +88,24 @@ def likeliest(
 
 
 def steps_from_gaussians(
-    coarse: GaussianDenoiser, fine: DenoisingFunction | None, settings: SamplerSettings
+    coarse: GaussianDenoiser,
+    fine: DenoisingFunction | None,
+    settings: SamplerSettings,
+    labels: Tensor,
 ) -> int:
-    """Steps that `sample_from_gaussians` takes for an image, over all of its candidates."""
+    """Steps that `sample_from_gaussians` takes for images of these labels, over all candidates."""
     if fine is None:
         return 0
+    own = int(_own(labels, settings).sum())
     mixed = settings.coarse_share is not None
     chains = stages(coarse, fine, settings) if mixed else (refining(fine, settings, t=settings.t0),)
-    return settings.candidates * steps_of(chains, settings)
+    others = (len(labels) - own) * settings.candidates * steps_of(chains, settings)
+    return others + own * steps_of(stages(None, fine, settings), settings)
+
+
+def _own(labels: Tensor, settings: SamplerSettings) -> Tensor:
+    """Which labels the fine model draws alone, bool (N,)."""
+    return torch.isin(labels, labels.new_tensor(settings.own_classes))
 
 
 def sample_from_gaussians(
@@ -108,6 +123,12 @@ def sample_from_gaussians(
     as any two models do (`sample_two_stage`). Without a fine model the draws are the images, one
     each. `image_shape` is (C, H, W).
     """
+    own = _own(labels, settings)
+    if fine is not None and bool(own.any()):
+        return _with_own_classes(
+            coarse, fine, settings, own, image_shape=image_shape, labels=labels,
+            generator=generator,
+        )  # fmt: skip
     count = settings.candidates if fine is not None else 1
     images, estimates = [], []
     for part in labels.split(max(1, settings.batch_size // count)):
@@ -138,3 +159,29 @@ def sample_from_gaussians(
     return SamplerOutput(
         images=torch.cat(images), coarse=torch.cat(estimates) if estimates else None
     )
+
+
+def _with_own_classes(
+    coarse: GaussianDenoiser,
+    fine: DenoisingFunction,
+    settings: SamplerSettings,
+    own: Tensor,
+    *,
+    image_shape: tuple[int, int, int],
+    labels: Tensor,
+    generator: torch.Generator,
+) -> SamplerOutput:
+    """The labels at `own`, bool (N,), from the fine model alone, then the others. The estimates of
+    the first are draws of their Gaussians, which come last."""
+    options: dict[str, Any] = {"image_shape": image_shape, "generator": generator}
+    alone = sample_in_batches(None, fine, settings, labels=labels[own], **options)
+    shape = (len(labels), *image_shape)
+    images, estimates = alone.images.new_empty(shape), alone.images.new_empty(shape)
+    images[own] = alone.images
+    if not bool(own.all()):
+        plain = replace(settings, own_classes=())
+        rest = sample_from_gaussians(coarse, fine, plain, labels=labels[~own], **options)
+        assert rest.coarse is not None
+        images[~own], estimates[~own] = rest.images, rest.coarse
+    estimates[own], _ = begin(coarse.gaussians, settings, labels=labels[own], **options)
+    return SamplerOutput(images=images, coarse=estimates)

@@ -60,6 +60,8 @@ class SamplerSettings:
         fine_labels: whether the fine model is told the labels below a coarse model.
         candidates: with class Gaussians, images drawn for each one that is kept
             (`fedpdm.diffusion.from_gaussians`).
+        own_classes: with class Gaussians, labels that the fine model draws alone, from pure noise
+            and with labels.
         batch_size: images that are drawn at a time.
         watch: told at each step of a chain how many images it denoised.
 
@@ -77,6 +79,7 @@ class SamplerSettings:
     coarse_share: Tensor | None = None
     fine_labels: bool = True
     candidates: int = 1
+    own_classes: tuple[int, ...] = ()
     batch_size: int = 256
     watch: Callable[[int], None] | None = None
 

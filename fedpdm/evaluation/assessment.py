@@ -126,7 +126,7 @@ def assess(
             say(f"client {client}, {group}: {scorer.count} images")
             labels = group_labels(classes, scorer.count)
             title = f"client {client} samples of {group}"
-            images = source.shown(title, len(labels)).sample(labels, seed=seed)
+            images = source.shown(title, labels).sample(labels, seed=seed)
             record["groups"][group] = {
                 "classes": list(classes),
                 "num_own": int(np.isin(own.train_labels, classes).sum()),

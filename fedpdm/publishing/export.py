@@ -133,6 +133,7 @@ def export_pipeline(
         id2label=_class_names(config, num_classes=num_classes),
         fine_labels=settings.fine_labels,
         candidates=settings.candidates,
+        own_classes=list(settings.own_classes) or None,
         **_shared_part(pair.coarse),
     )
     card = model_card(

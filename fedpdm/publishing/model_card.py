@@ -116,6 +116,10 @@ takes it from there to a clean image, {told} the class.{best} t0, the labels and
 candidates are the run's settings or what the client chose on its own held-out images."""
 
 BEST = " Of {drawn} candidates the one is kept whose class the Gaussians find most likely."
+ALONE = (
+    " Classes {own}, of which the client has many images, are drawn by `fine_unet` alone; so this "
+    "list says of which classes it has many."
+)
 
 GAUSSIANS_GUARANTEE = """\
 What clients sent in training, and so `gaussians`, is locally differentially private per image (one
@@ -168,7 +172,7 @@ def model_card(
         counts_epsilon: of the noise on the counts that `coarse_share` follows from; None for none.
     """
     settings, num_steps = pipeline.config, len(pipeline.betas)
-    drawn = settings["candidates"]
+    drawn, alone = settings["candidates"], settings["own_classes"] or ()
     parts, guarantee = (
         (NETWORKS, NETWORKS_GUARANTEE)
         if pipeline.gaussians is None
@@ -188,7 +192,8 @@ def model_card(
         "many": "a mixture of Gaussians" if several else "a Gaussian",
         "one": "mixture" if several else "Gaussian",
         "told": "told" if settings["fine_labels"] else "without being told",
-        "best": BEST.format(drawn=drawn) if drawn > 1 else "",
+        "best": (BEST.format(drawn=drawn) if drawn > 1 else "")
+        + (ALONE.format(own=", ".join(map(str, alone))) if alone else ""),
         "count": count,
         "released": markdown(run.get("released", ""), limit=4000),
         "noise_source": markdown(run["noise_source"]),

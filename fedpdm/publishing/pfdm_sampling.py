@@ -98,10 +98,25 @@ class TwoStageSampling:
     ) -> torch.Tensor:
         """As a call, in model scale: draws, noised to t0 and refined, the best of `candidates`.
 
-        The same as `fedpdm.diffusion.from_gaussians.sample_from_gaussians` for one batch.
+        The same as `fedpdm.diffusion.from_gaussians.sample_from_gaussians` for one batch: labels of
+        `own_classes` from the fine model alone, then the others.
         """
         self._check_options(method, num_inference_steps, guidance_scale)
         asked = self._check_labels(labels, indexed=False)
+        options: dict[str, Any] = {
+            "num_inference_steps": num_inference_steps,
+            "generator": generator,
+            "guidance_scale": guidance_scale,
+        }
+        own = torch.isin(asked, asked.new_tensor(self.config["own_classes"] or []))
+        if method == "pfdm" and bool(own.any()):
+            x_T = self._noise((int(own.sum()), *shape[1:]), generator)
+            alone = self.generate(x_T, asked[own], method="alone", **options)
+            images = alone.new_empty((len(asked), *shape[1:]))
+            images[own] = alone
+            if not bool(own.all()):
+                images[~own] = self._from_gaussians(asked[~own], shape, method=method, **options)
+            return images
         count = self.config["candidates"] if method == "pfdm" else 1
         wanted = asked.repeat_interleave(count)
         shape = (len(wanted), *shape[1:])
@@ -112,10 +127,8 @@ class TwoStageSampling:
         images = self.generate(
             self._noised(x_0, self._noise(shape, generator), t0),
             wanted,
-            num_inference_steps=num_inference_steps,
-            generator=generator,
-            guidance_scale=guidance_scale,
             start=t0,
+            **options,
         )
         abar = float(self._alphas_cumprod[max(1, round(READ_AT * len(self.betas)))])
         found = self.gaussians.log_posterior(images.flatten(1), wanted, abar).view(-1, count)

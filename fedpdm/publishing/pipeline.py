@@ -64,6 +64,7 @@ class PFDMPipeline(TwoStageSampling, DiffusionPipeline):
             chain is "truncated", without `coarse_share`.
         fine_labels: whether the fine model is told the labels at and below t0.
         candidates: with `gaussians`, images that are drawn for each one that is kept.
+        own_classes: with `gaussians`, labels that the fine model draws alone, from pure noise.
 
     `betas` is the models' chain, float64 (T,).
 
@@ -94,6 +95,7 @@ class PFDMPipeline(TwoStageSampling, DiffusionPipeline):
         gaussians: Any = None,
         fine_labels: bool = True,
         candidates: int = 1,
+        own_classes: list[int] | None = None,
     ) -> None:
         super().__init__()
         betas = scheduler.config.get("trained_betas")
@@ -123,6 +125,11 @@ class PFDMPipeline(TwoStageSampling, DiffusionPipeline):
         if candidates < 1 or (candidates > 1 and gaussians is None):
             raise ValueError(
                 f"candidates must be at least 1, and 1 without gaussians, got {candidates}"
+            )
+        if own_classes and (gaussians is None or (fine_t_max or len(self.betas)) < len(self.betas)):
+            raise ValueError(
+                "own_classes need gaussians and a fine model for every t, "
+                f"got {own_classes} and fine_t_max {fine_t_max}"
             )
         if coarse_share is not None:
             if len(coarse_share) != num_classes + 1 or not all(0 <= w <= 1 for w in coarse_share):
@@ -156,6 +163,7 @@ class PFDMPipeline(TwoStageSampling, DiffusionPipeline):
             id2label=id2label,
             fine_labels=fine_labels,
             candidates=candidates,
+            own_classes=own_classes,
         )
 
     @torch.no_grad()

@@ -35,6 +35,7 @@ FILE = "sampling"
 class SamplingChoice:
     """What `sampler_settings` takes where the config leaves it open.
 
+    `own_classes` are labels that the client's own model draws alone.
     `why` says in words how it came about, `scores` what was measured for it, by name.
     """
 
@@ -42,6 +43,7 @@ class SamplingChoice:
     fine_labels: bool
     candidates: int
     why: str
+    own_classes: tuple[int, ...] = ()
     scores: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -49,7 +51,12 @@ class SamplingChoice:
         """The choice in a line."""
         labels = "with" if self.fine_labels else "without"
         best = f"the best of {self.candidates}" if self.candidates > 1 else "one candidate"
-        return f"hand-over at t = {self.handover}, {labels} labels under it, {best} ({self.why})"
+        own = ", ".join(map(str, self.own_classes))
+        alone = f"; classes {own} by its own model alone" if own else ""
+        return (
+            f"hand-over at t = {self.handover}, {labels} labels under it, {best}{alone} "
+            f"({self.why})"
+        )
 
 
 def is_open(setup: RunSetup) -> bool:
@@ -112,11 +119,15 @@ def _read(record: Mapping[str, Any]) -> SamplingChoice:
             "handover and candidates must be whole numbers of at least 1, fine_labels true or "
             f"false, got {handover!r}, {candidates!r} and {labels!r}"
         )
+    own = record.get("own_classes", [])  # records of earlier versions have none
+    if not (isinstance(own, list) and all(type(k) is int and k >= 0 for k in own)):
+        raise ValueError(f"own_classes must be a list of labels, got {own!r}")
     scores = {str(name): float(value) for name, value in dict(record["scores"]).items()}
     return SamplingChoice(
         handover=handover,
         fine_labels=labels,
         candidates=candidates,
         why=str(record["why"]),
+        own_classes=tuple(own),
         scores=scores,
     )

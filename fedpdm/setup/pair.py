@@ -58,15 +58,17 @@ class ModelPair(Generic[D_co]):
     settings: SamplerSettings
     device: torch.device
 
-    def steps(self) -> int:
-        """Steps of the chains for an image, over all of its candidates."""
+    def steps(self, labels: np.ndarray) -> int:
+        """Steps of the chains for samples of these labels, over all of their candidates."""
         if isinstance(self.coarse, GaussianDenoiser):
-            return steps_from_gaussians(self.coarse, self.fine, self.settings)
-        return steps_of(stages(self.coarse, self.fine, self.settings), self.settings)
+            wanted = torch.from_numpy(labels)
+            return steps_from_gaussians(self.coarse, self.fine, self.settings, wanted)
+        chains = stages(self.coarse, self.fine, self.settings)
+        return len(labels) * steps_of(chains, self.settings)
 
-    def shown(self, title: str, num_images: int) -> Self:
-        """The same models, which show under this title how far `num_images` samples are."""
-        watch = sum_progress(title, "step", num_images * self.steps())
+    def shown(self, title: str, labels: np.ndarray) -> Self:
+        """The same models, which show under this title how far samples of these labels are."""
+        watch = sum_progress(title, "step", self.steps(labels))
         return replace(self, settings=replace(self.settings, watch=watch))
 
     def draw(self, labels: np.ndarray, *, generator: torch.Generator) -> SamplerOutput:

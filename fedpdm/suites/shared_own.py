@@ -154,7 +154,7 @@ def _lengths(
         classes = own.groups[group]
         labels = group_labels(classes, min(scorer.count, LENGTH_IMAGES))
         print(f"client {own.client_id}, {group}: after {number} of {rounds} rounds")
-        shown = source.shown(f"client {own.client_id} samples of {group}", len(labels))
+        shown = source.shown(f"client {own.client_id} samples of {group}", labels)
         drawn = shown.sample(labels, seed=scorer.config.run.seed), labels
         scores = scorer.scores(drawn, group=group, classes=classes, own=own)
         points.append({"share": number / rounds, "group": group, "scores": scores})
@@ -179,7 +179,7 @@ def _use(scorer: Scorer, source: Synthesizer, *, alone: bool) -> dict[str, Any]:
         )  # fmt: skip
 
     labels = group_labels(minority, scorer.count)
-    shown = source.shown(f"client {client} samples for a classifier", len(labels))
+    shown = source.shown(f"client {client} samples for a classifier", labels)
     answers = {"samples": network("samples", (shown.sample(labels, seed=seed), labels))}
     if alone:
         answers["own"] = network("own", None)

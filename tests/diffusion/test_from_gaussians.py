@@ -11,10 +11,16 @@ import torch
 from torch.distributions import MultivariateNormal
 
 from fedpdm.diffusion.denoisers import NO_LABEL
-from fedpdm.diffusion.from_gaussians import begin, likeliest, read_level, sample_from_gaussians
+from fedpdm.diffusion.from_gaussians import (
+    begin,
+    likeliest,
+    read_level,
+    sample_from_gaussians,
+    steps_from_gaussians,
+)
 from fedpdm.diffusion.gaussian import ClassGaussians, GaussianDenoiser
 from fedpdm.diffusion.schedule import make_schedule
-from fedpdm.diffusion.twostage import SamplerSettings
+from fedpdm.diffusion.twostage import SamplerSettings, sample_two_stage
 from tests.diffusion.test_gaussian import covariance, gaussians, generator
 
 SCHEDULE = make_schedule("linear")
@@ -195,6 +201,41 @@ def test_equal_seeds_equal_images_and_a_share_goes_down_together() -> None:
     assert max(int(t.max()) for _, t, _ in fine.asked) == 1000  # asked from pure noise on
     assert mixed.coarse is not None
     assert bool(mixed.images.isfinite().all())
+
+
+def test_own_classes_are_the_fine_models_alone() -> None:
+    """From pure noise and with labels, one image each; the others as if asked for by themselves."""
+    labels, fine = torch.tensor([1, 0, 3, 1, NO_LABEL]), Recorder()
+    asked = settings(candidates=3, fine_labels=False, own_classes=(1,), batch_size=6)
+    coarse = GaussianDenoiser(gaussians(), SCHEDULE)
+    output = sample_from_gaussians(
+        coarse, fine, asked, image_shape=SHAPE, labels=labels, generator=generator()
+    )
+    own = [(x_t, t, given) for x_t, t, given in fine.asked if int(t.max()) > 150]
+    assert max(int(t.max()) for _, t, _ in own) == 1000
+    assert {label for _, _, given in own for label in given.tolist()} == {1}
+    assert fine.rows == 4 * (2 + 3 * 3)
+    assert fine.rows == steps_from_gaussians(coarse, fine, asked, labels)
+    shared = generator()
+    x_T = torch.randn((2, *SHAPE), generator=shared)
+    alone = sample_two_stage(
+        None, Recorder(), x_T, asked, labels=labels[:1].expand(2), generator=shared
+    ).images
+    assert torch.equal(output.images[[0, 3]], alone)
+    rest = sample_from_gaussians(
+        coarse, Recorder(), dataclasses.replace(asked, own_classes=()), image_shape=SHAPE,
+        labels=labels[[1, 2, 4]], generator=shared,
+    )  # fmt: skip
+    assert rest.coarse is not None
+    assert output.coarse is not None
+    assert torch.equal(output.images[[1, 2, 4]], rest.images)
+    assert torch.equal(output.coarse[[1, 2, 4]], rest.coarse)
+    assert not torch.equal(output.coarse[[0, 3]], output.images[[0, 3]])  # a draw
+    every = dataclasses.replace(asked, own_classes=(0, 1, 3))
+    all_own = sample_from_gaussians(
+        coarse, Recorder(), every, image_shape=SHAPE, labels=labels[:4], generator=generator()
+    )
+    assert bool(all_own.images.isfinite().all())
 
 
 def test_no_candidates_are_refused() -> None:

@@ -21,7 +21,7 @@ from fedpdm.diffusion.gaussian import GaussianDenoiser
 from fedpdm.engines.flowercli import _shown
 from fedpdm.engines.inprocess import run_in_process
 from fedpdm.engines.run_checks import check_models
-from fedpdm.evaluation import choosing
+from fedpdm.evaluation import choosing, trials
 from fedpdm.evaluation.synthesis import open_synthesizer
 from fedpdm.evaluation.trajectory import record_states
 from fedpdm.jobs import progress
@@ -65,7 +65,7 @@ def quick() -> Iterator[None]:
     """Two hand-overs to try, and a classifier of few steps."""
     with pytest.MonkeyPatch.context() as changed:
         changed.setattr(choosing, "LEVELS", (0.1, 0.3))
-        changed.setattr(choosing, "CLASSIFIER_STEPS", 20)
+        changed.setattr(trials, "CLASSIFIER_STEPS", 20)
         yield
 
 
@@ -158,7 +158,7 @@ def test_a_run_shows_how_far_choice_and_samples_are(
 ) -> None:
     """By lines that both engines let through."""
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
-    monkeypatch.setattr(choosing, "CLASSIFIER_STEPS", 40)  # told of every 20
+    monkeypatch.setattr(trials, "CLASSIFIER_STEPS", 40)  # told of every 20
     monkeypatch.setattr(samples, "load_choice", lambda *_, **__: None)
     monkeypatch.setattr(samples, "save_choice", lambda *_, **__: None)
     out = shutil.copytree(finished, tmp_path / "run")  # its pictures are drawn anew
@@ -244,11 +244,15 @@ def test_the_config_stands_before_the_choice() -> None:
     assert (settings.t0, settings.fine_labels, settings.candidates) == (120, True, 1)
     settings = sampler_settings(set_up(config_of(fine_labels=False, candidates=3)), choice=chosen)
     assert (settings.t0, settings.fine_labels, settings.candidates) == (300, False, 3)
+    chosen = dataclasses.replace(chosen, own_classes=(0, 4))
+    assert sampler_settings(set_up(config_of()), choice=chosen).own_classes == (0, 4)
+    never = set_up(config_of(own_classes="never"))
+    assert sampler_settings(never, choice=chosen).own_classes == ()
 
 
 def test_files_of_a_choice_are_checked(finished: Path, tmp_path: Path) -> None:
     store = store_of(tmp_path)
-    choice = fallback(set_up(config_of()))
+    choice = dataclasses.replace(fallback(set_up(config_of())), own_classes=(3, 1))
     with store.lock():
         save_choice(store, choice, round=3)
     assert load_choice(store, round=3) == choice
@@ -261,7 +265,13 @@ def test_files_of_a_choice_are_checked(finished: Path, tmp_path: Path) -> None:
         load_choice(store)
     with pytest.raises(StoreError, match=r"sampling\.json"):
         store.check()  # what a resume reads
-    for name, value in (("handover", 0), ("candidates", True), ("fine_labels", "no")):
+    old = {k: v for k, v in dataclasses.asdict(choice).items() if k != "own_classes"}
+    store.save_record("sampling", {**old, "round": 3})  # as earlier versions wrote it
+    assert load_choice(store, round=3) == dataclasses.replace(choice, own_classes=())
+    for name, value in (
+        ("handover", 0), ("candidates", True), ("fine_labels", "no"), ("own_classes", [True]),
+        ("own_classes", "3"), ("own_classes", [-1]),
+    ):  # fmt: skip
         bad = {**dataclasses.asdict(choice), name: value, "round": 3}
         store.save_record("sampling", bad)
         with pytest.raises(StoreError, match=r"sampling\.json: is no choice"):

@@ -15,8 +15,9 @@ from fedpdm.data import normalize
 from fedpdm.data.client_images import ClientImages
 from fedpdm.data.spec import ImageSpec
 from fedpdm.diffusion.gaussian import GaussianDenoiser
-from fedpdm.evaluation import choosing
+from fedpdm.evaluation import trials
 from fedpdm.evaluation.choosing import choose_sampling, most_calls
+from fedpdm.evaluation.trials import Likeness, Trials
 from fedpdm.jobs import progress
 from fedpdm.setup.choice import SamplingChoice, fallback
 from fedpdm.setup.run_setup import RunSetup, set_up_for
@@ -29,7 +30,7 @@ RARE = 2
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three clusters need no long training of the classifier."""
-    monkeypatch.setattr(choosing, "CLASSIFIER_STEPS", 60)
+    monkeypatch.setattr(trials, "CLASSIFIER_STEPS", 60)
 
 
 def setup_of(**sections: Any) -> RunSetup:
@@ -37,6 +38,7 @@ def setup_of(**sections: Any) -> RunSetup:
         "run": {"rounds": 3, "seed": 5},
         "privacy": {"release": "statistics", "clip_norm": 2.0},
         "coarse": {"training": "server"},
+        "sampling": {"own_classes": "never"},
     }
     for name, section in sections.items():
         given[name] = {**given.get(name, {}), **section}
@@ -59,11 +61,17 @@ def client(*, majority: int = 100, rare: int = 10, heldout: int = 20) -> ClientI
     return client_with(pixels_of(drawn), labels.numpy(), held, majority=(0, 1))
 
 
+def nearest(answer: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    return images[torch.cdist(answer.flatten(1), images).argmin(dim=1)].view_as(answer)
+
+
 class Fine:
     """The right answer for class Gaussians, and a fault: `fault` names it.
 
     "copies": told the rare class, it answers with the nearest training image of that class.
     "above": taken from above 0.2 T, it answers with a chessboard.
+    "alone": taken from above 0.3 T, it does so, and "by heart": it answers with the nearest
+    training image.
     """
 
     def __init__(self, setup: RunSetup, held: ClientImages, fault: str = "") -> None:
@@ -71,8 +79,8 @@ class Fine:
         self.fault, self.calls = fault, 0
         self.start = self.last = 0
         self.too_high = False
-        own = held.images.images[held.train][held.train_labels == RARE]
-        self.own = normalize(own, shift=0.0).flatten(1)
+        self.every = normalize(held.images.images[held.train], shift=0.0).flatten(1)
+        self.own = self.every[torch.from_numpy(held.train_labels == RARE)]
 
     def __call__(
         self, x_t: torch.Tensor, t: torch.Tensor, *, labels: torch.Tensor, clipped: Any = None
@@ -82,13 +90,14 @@ class Fine:
         self.start = max(self.start, level)
         answer = self.exact(x_t, t, labels=labels)
         if self.fault == "copies" and bool((labels == RARE).any()):
-            nearest = torch.cdist(answer.flatten(1), self.own).argmin(dim=1)
-            copied = self.own[nearest].view_as(answer)
+            copied = nearest(answer, self.own)
             answer = torch.where((labels == RARE)[:, None, None, None], copied, answer)
         if level > self.last:  # a chain begins
-            self.too_high = level > 200
+            self.too_high = level > (200 if self.fault == "above" else 300)
         self.last = level
-        if self.fault == "above" and self.too_high:
+        if self.fault == "by heart" and self.too_high:
+            answer = nearest(answer, self.every)
+        if self.fault in ("above", "alone") and self.too_high:
             answer = (torch.arange(PIXELS) % 2 * 2.0 - 1.0).view(1, 1, SIDE, SIDE).expand_as(answer)
         return answer
 
@@ -129,13 +138,13 @@ def test_what_is_not_recognised_is_not_chosen_for_its_distance(
 ) -> None:
     """One candidate has the smaller distance; it is taken if as many images are recognised, but for
     what 96 images may show by chance (a standard error of 2.7% at 0.97)."""
-    likeness = list(fidelities), [0.1, 0.2]
-    monkeypatch.setattr(choosing._Judge, "likeness", lambda *_: likeness)
+    likeness = [Likeness(fidelities[0], 0.1), Likeness(fidelities[1], 0.2)]
+    monkeypatch.setattr(Trials, "likeness", lambda *_: likeness)
     choice, _ = choice_of(sampling={"handover": 150, "fine_labels": False})
     assert choice.candidates == candidates
     at = (1, 4).index(candidates)
     assert choice.scores["fidelity"] == fidelities[at]
-    assert choice.scores["distance"] == likeness[1][at]
+    assert choice.scores["distance"] == likeness[at].distance
 
 
 @pytest.mark.slow
@@ -188,11 +197,11 @@ def test_candidates_help_where_classes_drift() -> None:
 
 @pytest.mark.slow
 def test_the_cost_is_bounded_and_equal_seeds_choose_alike() -> None:
-    choice, fine = choice_of()
-    assert most_calls() == 46_080
+    choice, fine = choice_of(sampling={"own_classes": "auto"})
+    assert most_calls() == 46_080 + 12_000
     assert 0 < fine.calls <= most_calls()
-    assert fine.calls == most_calls()
-    assert fine.start == 300
+    assert fine.calls == 46_080 + (choice.candidates + 1) * 96 * 25
+    assert fine.start == 1000  # the own model alone
     assert choice.handover in (100, 150, 200, 250, 300)
     assert choice.candidates in (1, 4)
     assert "chosen among 20 on 40 held-out images of 2 classes" in choice.words
@@ -206,8 +215,30 @@ def test_the_cost_is_bounded_and_equal_seeds_choose_alike() -> None:
 
 
 @pytest.mark.slow
+def test_classes_with_many_images_are_the_own_models_where_it_is_better() -> None:
+    """Not told the class at a high hand-over, draws go over to the other class; told it from pure
+    noise they do not. A model that fails there, or knows its images by heart, is not left alone."""
+    sampling = {"own_classes": "auto", "handover": 300, "fine_labels": False, "candidates": 1}
+    better, fine = choice_of(sampling=sampling)
+    assert better.own_classes == (0, 1)
+    assert better.words.count("; classes 0, 1 by its own model alone (chosen") == 1
+    assert fine.start == 1000
+    assert better.scores["own_distance"] < better.scores["distance"]
+    failing, _ = choice_of("alone", sampling=sampling)
+    assert failing.own_classes == ()
+    assert failing.scores["own_distance"] > failing.scores["distance"]
+    copying, _ = choice_of("by heart", sampling=sampling)
+    assert copying.own_classes == ()
+    assert copying.scores["own_near_copies"] > 0.9
+    never, fine = choice_of(sampling={**sampling, "own_classes": "never"})
+    assert never == dataclasses.replace(better, own_classes=(), scores=never.scores)
+    assert fine.start == 300
+    assert "by its own" not in never.words
+
+
+@pytest.mark.slow
 def test_a_fine_model_is_not_asked_where_it_was_not_trained() -> None:
-    choice, fine = choice_of(fine={"t_range": "below_t0"})
+    choice, fine = choice_of(fine={"t_range": "below_t0"}, sampling={"own_classes": "auto"})
     assert fine.start == 150
     assert choice.handover in (100, 150)
     assert fine.calls == 2 * 2 * 4 * (96 + 48) * 8

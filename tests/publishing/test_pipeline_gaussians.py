@@ -42,6 +42,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
 )
 
+CHOSEN = ("t0", "fine_labels", "candidates", "own_classes")
 SHAPE = (1, 8, 8)
 LABELS = torch.tensor([0, 2, NO_LABEL, 1, 2])
 
@@ -72,19 +73,23 @@ def drawn(pipeline: PFDMPipeline, labels: torch.Tensor, **options: Any) -> torch
 @pytest.mark.slow
 @pytest.mark.parametrize("scheduler", ["dpm_solver", "ddim", "ddpm"])
 @pytest.mark.parametrize(
-    ("candidates", "told", "guidance", "r"),
-    [(1, False, 1.0, 3), (3, False, 1.0, 3), (3, True, 2.0, 3), (4, False, 1.0, 0)],
-)
+    ("candidates", "told", "guidance", "r", "own"),
+    [
+        (1, False, 1.0, 3, []), (3, False, 1.0, 3, []), (3, True, 2.0, 3, [1, 2]),
+        (4, False, 1.0, 0, [0]),
+    ],
+)  # fmt: skip
 def test_same_images_as_sampling(
-    scheduler: str, candidates: int, told: bool, guidance: float, r: int
+    scheduler: str, candidates: int, told: bool, guidance: float, r: int, own: list[int]
 ) -> None:
     g = gaussians(r=r)
     pipeline, fine, schedule = pipeline_of(
-        g, scheduler=scheduler, candidates=candidates, fine_labels=told, guidance_scale=guidance
-    )
+        g, scheduler=scheduler, candidates=candidates, fine_labels=told, guidance_scale=guidance,
+        own_classes=own,
+    )  # fmt: skip
     settings = SamplerSettings(
         schedule=schedule, t0=T0, scheduler=scheduler, num_steps=6, guidance=guidance,
-        fine_labels=told, candidates=candidates,
+        fine_labels=told, candidates=candidates, own_classes=tuple(own),
     )  # fmt: skip
     expected = sample_from_gaussians(
         GaussianDenoiser(g, schedule), fine, settings, image_shape=SHAPE, labels=LABELS,
@@ -188,6 +193,8 @@ def test_a_pipeline_has_one_shared_model() -> None:
         (None, {"gaussians": g, "coarse_share": [0.5] * 4}, "and no coarse_share"),
         (coarse, {"candidates": 2}, "candidates must be at least 1, and 1 without gaussians"),
         (None, {"gaussians": g, "candidates": 0}, "candidates must be at least 1"),
+        (coarse, {"own_classes": [1]}, "own_classes need gaussians and a fine model for every t"),
+        (None, {"gaussians": g, "own_classes": [1], "fine_t_max": 9}, "and fine_t_max 9"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=words):
             wrap(schedule, given, fine, **options)
@@ -212,7 +219,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_in_process(config_of(), out)
     store = ClientStore(out / "clients" / "1", store_label(config_of(), 1))
     with store.lock():  # client 1 has chosen something of its own
-        choice = SamplingChoice(handover=220, fine_labels=True, candidates=2, why="a test")
+        choice = SamplingChoice(
+            handover=220, fine_labels=True, candidates=2, why="a test", own_classes=(7,)
+        )
         save_choice(store, choice, round=3)
     return out
 
@@ -232,8 +241,8 @@ def test_an_export_samples_as_its_client(finished: Path, exported: Path) -> None
     expected = one.draw_pixels(labels, generator=seeded(2))
     pipeline = load_pipeline(exported)
     pipeline.set_progress_bar_config(disable=True)
-    assert {key: pipeline.config[key] for key in ("t0", "fine_labels", "candidates")} == {
-        "t0": 220, "fine_labels": True, "candidates": 2,
+    assert {key: pipeline.config[key] for key in CHOSEN} == {
+        "t0": 220, "fine_labels": True, "candidates": 2, "own_classes": [7],
     }  # fmt: skip
     options: dict[str, Any] = {"num_inference_steps": 3, "output_type": "pt"}
     found: Any = pipeline(labels.tolist(), generator=seeded(2), **options).images
@@ -316,6 +325,7 @@ def test_the_card_says_what_this_mechanism_sends(finished: Path, exported: Path)
     assert "noised to t0 = 220 of 1000" in card
     assert "`fine_unet`, client 1's, takes it from there to a clean image, told the class." in card
     assert "Of 2 candidates the one is kept" in card
+    assert "Classes 7, of which the client has many images, are drawn by `fine_unet` alone" in card
     privacy = RunDirectory(finished).read_json("privacy.json")
     assert f"| {privacy['epsilon']:.4g} | 1e-05 | 6 around -1 |" in card
     assert "No image is sent by itself." in card

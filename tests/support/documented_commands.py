@@ -22,7 +22,7 @@ _TYPED = re.compile(rf"^(?:[a-z]*\$ +)?((?:[A-Z_]+=\S* )*(?:{PROGRAMS})(?: .*|$)
 # Settings that make any run last seconds.
 TINY = (
     "data.max_images=400", "partition.num_clients=2", "partition.majority_ratio=2",
-    "run.rounds=2", "coarse.preset=micro", "fine.preset=micro", "coarse.steps_per_round=1",
+    "run.rounds=2", "coarse.preset=nano", "fine.preset=nano", "coarse.steps_per_round=1",
     "fine.steps_per_round=1", "coarse.batch_size=8", "fine.batch_size=8", "sampling.num_steps=2",
     "sampling.per_class=1", "evaluation.num_images=40",
 )  # fmt: skip
