@@ -151,7 +151,7 @@ def sampler_settings(
     trained = config.kind.releases and not setup.has_gaussians
     chosen = choice or fallback(setup) if setup.has_gaussians else None
     labels = chosen is None or chosen.fine_labels
-    asked_alone = chosen is not None and share is None and section.own_classes != "never"
+    alone = share is None and section.own_classes != "never"
     return SamplerSettings(
         schedule=setup.schedule,
         t0=(section.handover or chosen.handover) if chosen else setup.handover,
@@ -161,7 +161,7 @@ def sampler_settings(
         chain=find_objective(config).chain if trained else "truncated",
         fine_labels=labels if section.fine_labels is None else section.fine_labels,
         candidates=(section.candidates or chosen.candidates) if chosen else 1,
-        own_classes=chosen.own_classes if asked_alone else (),
+        own_classes=chosen.own_classes if chosen and alone else (),
         coarse_share=share,
         batch_size=section.batch_size,
     )
