@@ -544,6 +544,17 @@ def test_another_config_is_not_accepted(node: Node, section: str, values: dict[s
         engine.prepare_node(node.settings())
 
 
+def test_nothing_is_started_in_a_store_that_lost_its_memory(node: Node) -> None:
+    """Accepted again since, so that the lost answer alone speaks against it."""
+    assert node.call("check", "--accept")[0] == 0
+    engine.prepare_node(node.settings())
+    reply = node.store / "runs" / "earlier" / "rounds" / "000001" / "reply.json"
+    reply.parent.mkdir(parents=True)
+    reply.write_text(json.dumps({"ledger": "f" * 64}))
+    with pytest.raises(StoreError, match="does not continue: it was cut or replaced"):
+        engine.prepare_node(node.settings())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", [expire, bound_epsilon, ask_for_raw_metrics, move_data])
 def test_nothing_is_started_when_it_became_wrong(
