@@ -39,6 +39,8 @@ __all__ = ["RunFailed", "run_with_flower", "stop_processes"]
 
 MARKER = "FEDPDM_FLOWER_HOME"
 MOST_ON_A_GPU = 8
+SLOW_START = b"Failed to start local SuperLink within"  # Flower waits for 15 seconds, no longer
+STARTS = 4
 LONGEST_PLACE = 20  # of a directory in which Ray's files are, in bytes
 
 
@@ -96,7 +98,13 @@ def run_with_flower(
             allow_new_release=allow_new_release,
         )
         ends.callback(stop_processes, home)
-        stream(command, environment, empty, out / "flower.log", verbose=verbose)
+        log = out / "flower.log"
+        for start in range(1, STARTS + 1):
+            before = log.stat().st_size if log.exists() else 0
+            stream(command, environment, empty, log, verbose=verbose)
+            if start == STARTS or SLOW_START not in log.read_bytes()[before:]:
+                break
+            print("Flower's SuperLink was slow to start; once more", flush=True)
         outcome = _outcome(environment, empty)
     if outcome != "finished:completed":
         raise RunFailed(
