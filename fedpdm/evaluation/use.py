@@ -37,7 +37,7 @@ class Recipe:
     num_steps: int = 3000
     affine: bool = True
     own_share: float = 0.5
-    gaussian_weight: float = 0.3
+    gaussian_weight: float = 0.75
     trainings: int = 2
 
 

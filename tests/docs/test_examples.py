@@ -192,7 +192,7 @@ def test_gaussians_help_a_clients_own_classifier(tmp_path: Path) -> None:
     """With a few images of each minority class, what all clients released adds to its own."""
     source = (EXAMPLES / "gaussian_classifier.py").read_text()
     assert len(source.splitlines()) <= 40
-    assert "alone + 0.3 * gaussians" in source  # as docs/method.md says
+    assert "alone + 0.75 * gaussians" in source  # as docs/method.md says
     lines = run_example(tmp_path, "gaussian_classifier.py", "made").splitlines()[-3:]
     shares = {name: float(share) for name, share in (one.split(": right in ") for one in lines)}
     assert shares.keys() == {"own", "Gaussians", "together"}
