@@ -555,6 +555,12 @@ def test_nothing_is_started_in_a_store_that_lost_its_memory(node: Node) -> None:
         engine.prepare_node(node.settings())
 
 
+def test_nothing_is_started_in_the_store_of_another_client(node: Node) -> None:
+    ReleaseStore(node.store).note("accepted", {}, client_id=0)
+    with pytest.raises(StoreError, match="is the store of client 0, not 1"):
+        engine.prepare_node(node.settings())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", [expire, bound_epsilon, ask_for_raw_metrics, move_data])
 def test_nothing_is_started_when_it_became_wrong(
