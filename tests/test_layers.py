@@ -61,6 +61,7 @@ SCIENCE = (
     "fedpdm.data.sources",
     "fedpdm.privacy.accountant",
     "fedpdm.privacy.calibration",
+    "fedpdm.privacy.composition",
     "fedpdm.privacy.dpsgd",
     "fedpdm.privacy.events",
     "fedpdm.privacy.ledger",
@@ -70,6 +71,7 @@ SCIENCE = (
     "fedpdm.privacy.mechanism.sums",
     "fedpdm.privacy.mechanism.whole",
     "fedpdm.privacy.noise",
+    "fedpdm.privacy.subsampled",
     "fedpdm.privacy.types",
     "fedpdm.wire.quantize",
     "fedpdm.evaluation.metrics",
@@ -117,6 +119,7 @@ NAMES = ("fedpdm.config.names", "fedpdm.config.strict")
 LIGHT = ("torch", "numpy", "flwr")
 NEVER = {
     "fedpdm.privacy.accountant": ("torch", "numpy"),
+    "fedpdm.privacy.composition": ("torch", "numpy"),
     "fedpdm.diffusion.names": LIGHT,
     "fedpdm.diffusion.presets": LIGHT,
 }

@@ -1,7 +1,7 @@
 """Privacy accounting of releases. Takes numbers, knows no tensors.
 
-Events are an open family (`fedpdm.privacy.types.PrivacyEvent`). The accountant reads Gaussian ones;
-any other is refused, never left out.
+Events are an open family (`fedpdm.privacy.types.PrivacyEvent`). The accountant reads Gaussian ones,
+subsampled Gaussian ones, and what `compose` makes of both; any other is refused, never left out.
 
 Neighbouring relation: one image replaced by any other (local model: each image is a data set of
 its own). A release of `CLIP(x, C)` with noise sigma is the Gaussian mechanism with sensitivity
@@ -17,6 +17,9 @@ K releases of one image, or one release of each of k images that are replaced to
 to mu = sqrt(sum mu_i^2). That is exact (Gaussian DP, Dong et al. 2022, Corollary 3.3), and rho
 adds up alike, so the paper's bound at that mu is its bound for all of them.
 
+Rounds over Poisson samples have no mu. Their epsilon, alone and with Gaussian ones, is an upper
+bound by privacy loss distributions (`fedpdm.privacy.subsampled`); the paper has none for them.
+
 `dp_accounting` does the exact arithmetic where its differences of logarithms keep their digits;
 beyond, `_log_delta` does (tests compare the two).
 """
@@ -30,7 +33,21 @@ from dataclasses import dataclass
 
 from scipy import optimize, special
 
-from fedpdm.privacy.types import GaussianEvent, PrivacyEvent
+from fedpdm.privacy.composition import (
+    compose,
+    grouped,
+    mu_of,
+    multiplier_of,
+    read_events,
+    repeated,
+)
+from fedpdm.privacy.subsampled import composed_delta, composed_epsilon, subsampled_mu
+from fedpdm.privacy.types import (
+    ComposedEvent,
+    GaussianEvent,
+    PrivacyEvent,
+    SubsampledGaussianEvent,
+)
 
 __all__ = [
     "ACCOUNTINGS",
@@ -42,6 +59,8 @@ __all__ = [
     "delta_warning",
     "epsilon_bound",
     "epsilon_spent",
+    "grouped",
+    "has_bound",
     "multiplier_for",
     "multiplier_for_bound",
     "repeated",
@@ -85,43 +104,22 @@ def _check_epsilon(epsilon: float) -> None:
         raise ValueError(f"epsilon must be at least 0 and finite, got {epsilon}")
 
 
-def _multiplier(event: PrivacyEvent) -> float:
-    """Of a Gaussian event; `ValueError` for any other, a subclass too: it may mean something else.
+def worst(events: Iterable[PrivacyEvent], *, delta: float = 1e-5) -> PrivacyEvent:
+    """The one that costs an image most; a multiplier that is no number is no noise.
 
-    This is the one place that reads events.
+    Gaussian ones compare by their mu, at every delta alike; where others are among them, all
+    compare by epsilon at `delta`.
     """
-    if type(event) is not GaussianEvent:
-        raise ValueError(f"the accountant cannot read events of type {type(event).__name__}")
-    return event.noise_multiplier
+    found = list(events)
+    if all(type(event) is GaussianEvent for event in found):
+        return max(found, key=mu_of)
+    return max(found, key=lambda event: (epsilon_spent([event], delta=delta), _size(event)))
 
 
-def _mu(event: PrivacyEvent) -> float:
-    """1 / multiplier: the distance of two outputs in units of the noise; inf without noise."""
-    multiplier = _multiplier(event)
-    if not multiplier > 0:  # NaN counts as no noise
-        return math.inf
-    return 1.0 / multiplier
-
-
-def worst(events: Iterable[PrivacyEvent]) -> PrivacyEvent:
-    """The one that costs an image most; a multiplier that is no number is no noise."""
-    return max(events, key=_mu)
-
-
-def compose(events: Sequence[PrivacyEvent]) -> PrivacyEvent:
-    """The single event that all `events` on one image amount to."""
-    mu = math.hypot(*map(_mu, events))
-    return GaussianEvent(noise_multiplier=1.0 / mu if mu > 0 else math.inf)
-
-
-def repeated(event: PrivacyEvent, count: int) -> GaussianEvent:
-    """`compose([event] * count)`: K releases of one image, or k images that are replaced."""
-    if count < 1:
-        raise ValueError(f"count must be at least 1, got {count}")
-    multiplier = _multiplier(event)
-    if not multiplier > 0:
-        return GaussianEvent(noise_multiplier=0.0)
-    return GaussianEvent(noise_multiplier=multiplier / math.sqrt(count))
+def _size(event: PrivacyEvent) -> float:
+    """About how much it costs, as a mu: for events that are alike at a delta."""
+    parts = read_events([event])
+    return math.hypot(mu_of(parts.gaussian), *map(subsampled_mu, parts.subsampled))
 
 
 def _log_delta(a: float, gap: float, mu: float) -> float:
@@ -150,15 +148,20 @@ def _solve(log_delta: Callable[[float], float], highest: float, *, delta: float)
 
 
 def epsilon_spent(events: Sequence[PrivacyEvent], *, delta: float) -> float:
-    """Exact epsilon of all events that touched one image; inf if one of them added no noise."""
+    """Epsilon of all events that touched one image; inf if one of them added no noise.
+
+    Exact for Gaussian ones, an upper bound that is tight to 1e-4 with subsampled ones among them.
+    """
     _check_budget(delta=delta)
     return _epsilon_of(compose(events), delta)
 
 
 @functools.lru_cache(maxsize=1024)  # a store's ledger is checked anew at every message
 def _epsilon_of(event: PrivacyEvent, delta: float) -> float:
-    """Exact epsilon of one event."""
-    multiplier, mu = _multiplier(event), _mu(event)
+    """Epsilon of one event."""
+    if isinstance(event, ComposedEvent | SubsampledGaussianEvent):
+        return composed_epsilon(event, delta=delta)
+    multiplier, mu = multiplier_of(event), mu_of(event)
     if mu in (0.0, math.inf):
         return mu
     if _TRUSTED[0] <= multiplier <= _TRUSTED[1]:
@@ -173,13 +176,16 @@ def _epsilon_of(event: PrivacyEvent, delta: float) -> float:
 
 
 def delta_spent(events: Sequence[PrivacyEvent], *, epsilon: float) -> float:
-    """Exact delta at `epsilon` >= 0 of all events that touched one image.
+    """Delta at `epsilon` >= 0 of all events that touched one image, exact as `epsilon_spent` is.
 
     1 if one of them added no noise; accurate also where e^epsilon overflows. Below 1e-308 it is
     rounded to 0.
     """
     _check_epsilon(epsilon)
-    mu = _mu(compose(events))
+    event = compose(events)
+    if isinstance(event, ComposedEvent | SubsampledGaussianEvent):
+        return composed_delta(event, epsilon=epsilon)
+    mu = mu_of(event)
     if mu in (0.0, math.inf):
         return 0.0 if mu == 0.0 else 1.0
     return math.exp(_log_delta(mu / 2.0 - epsilon / mu, mu / 2.0 + epsilon / mu, mu))
@@ -205,17 +211,33 @@ def multiplier_for(*, epsilon: float, delta: float) -> float:
     return _raised(found, lambda m: epsilon_spent([_event(m)], delta=delta) <= epsilon)
 
 
+def has_bound(event: PrivacyEvent) -> bool:
+    """Whether the paper's bound says anything of this event: of Gaussian ones alone."""
+    return not isinstance(event, ComposedEvent | SubsampledGaussianEvent)
+
+
+def _bounded_mu(event: PrivacyEvent) -> float:
+    if not has_bound(event):
+        raise ValueError(
+            "privacy.accounting: paper does not apply to rounds over Poisson samples; set exact"
+        )
+    return mu_of(event)
+
+
 def epsilon_bound(event: PrivacyEvent, *, delta: float) -> float:
-    """The paper's upper bound (Theorem 5.1): 2 C^2/s^2 + C sqrt(8 ln(1/delta) / s^2)."""
+    """The paper's upper bound (Theorem 5.1): 2 C^2/s^2 + C sqrt(8 ln(1/delta) / s^2).
+
+    `ValueError` where it does not apply (`has_bound`).
+    """
     _check_budget(delta=delta)
-    mu = _mu(event)  # = 2 C / sigma
+    mu = _bounded_mu(event)  # = 2 C / sigma
     return mu * (mu / 2.0) + mu * math.sqrt(2.0 * math.log(1.0 / delta))
 
 
 def delta_bound(event: PrivacyEvent, *, epsilon: float) -> float:
     """The delta at which `epsilon_bound` is `epsilon` >= 0; 1, which says nothing, below mu^2/2."""
     _check_epsilon(epsilon)
-    mu = _mu(event)
+    mu = _bounded_mu(event)
     if mu == 0.0:
         return 0.0
     root = epsilon / mu - mu / 2.0  # of 2 ln(1 / delta)

@@ -12,7 +12,7 @@ from fedpdm.config import ConfigError, RunConfig
 from fedpdm.data.loading import preparation_of
 from fedpdm.data.spec import ImageSpec
 from fedpdm.diffusion.schedule import NoiseSchedule
-from fedpdm.privacy.accountant import compose, epsilon_bound, epsilon_spent
+from fedpdm.privacy.accountant import compose, epsilon_bound, epsilon_spent, has_bound
 from fedpdm.privacy.mechanism import (
     NoiseSource,
     ReleaseMechanism,
@@ -41,13 +41,13 @@ class ReleasePlan:
     """What each client of a run releases, and what that costs an image.
 
     `rounds` are the parameters of each round in which clients release, `event` all of them
-    together. `epsilon_paper` is the paper's bound.
+    together. `epsilon_paper` is the paper's bound, None where it does not apply.
     """
 
     rounds: tuple[Parameters, ...]
     event: PrivacyEvent
     epsilon_exact: float
-    epsilon_paper: float
+    epsilon_paper: float | None
 
     @property
     def mechanism(self) -> ReleaseMechanism[Any]:
@@ -112,7 +112,7 @@ def plan_release(
         rounds=rounds,
         event=event,
         epsilon_exact=epsilon_spent(events, delta=delta),
-        epsilon_paper=epsilon_bound(event, delta=delta),
+        epsilon_paper=epsilon_bound(event, delta=delta) if has_bound(event) else None,
     )
 
 

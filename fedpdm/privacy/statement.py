@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedpdm.config import RunConfig
-from fedpdm.privacy.accountant import delta_warning, epsilon_spent, repeated, worst
+from fedpdm.privacy.accountant import delta_warning, epsilon_spent, grouped, worst
 from fedpdm.privacy.ledger import Ledger
 from fedpdm.privacy.mechanism import mechanism_of, parameter_fields
 from fedpdm.privacy.noise import SAMPLER_DISTANCE
@@ -103,7 +103,7 @@ def run_statement(
         "epsilon_paper_bound": plan.epsilon_paper,
         "accounting": config.privacy.accounting,
         "delta": delta,
-        "group_epsilon": _groups(worst(events), delta),
+        "group_epsilon": _groups(worst(events, delta=delta), delta),
         "epsilon_distribution": [list(pair) for pair in distribution],
         "released": _sentences(plan.rounds),
         **plan.mechanism.settings(plan.rounds[0]),
@@ -171,7 +171,7 @@ def _sentences(rounds: Sequence[Parameters]) -> str:
 
 def _groups(event: PrivacyEvent, delta: float) -> dict[str, float]:
     """Epsilon of a person with k images in one client, all replaced together."""
-    return {str(k): epsilon_spent([repeated(event, k)], delta=delta) for k in GROUPS}
+    return {str(k): epsilon_spent([grouped(event, k)], delta=delta) for k in GROUPS}
 
 
 def _paragraph(title: str, text: str | None) -> list[str]:

@@ -17,12 +17,14 @@ from typing import ClassVar
 import torch
 
 __all__ = [
+    "ComposedEvent",
     "GaussianEvent",
     "Parameters",
     "PrivacyEvent",
     "Release",
     "ReleaseParameters",
     "ReleasedDataset",
+    "SubsampledGaussianEvent",
 ]
 
 
@@ -44,6 +46,35 @@ class GaussianEvent(PrivacyEvent):
     """
 
     noise_multiplier: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubsampledGaussianEvent(PrivacyEvent):
+    """`rounds` noised sums over Poisson samples of a client's images, each sent.
+
+    In each round an image is drawn with probability `sample_rate` in (0, 1], independently of all
+    others and of other rounds; if it is drawn, a vector of norm at most C is added to the sum for
+    it. Later rounds may depend on what earlier ones gave. `noise_multiplier` is the noise standard
+    deviation over C, sigma / C as of DP-SGD: **not** over the sensitivity 2 C as in
+    `GaussianEvent`. Zero means no noise at all.
+    """
+
+    noise_multiplier: float
+    sample_rate: float
+    rounds: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComposedEvent(PrivacyEvent):
+    """Several mechanisms on one image, some subsampled; only the accountant's `compose` makes it.
+
+    `gaussian` is all Gaussian ones together (an infinite multiplier where there is none). No two of
+    `subsampled` have both noise and sampling rate alike. It is never recorded: records hold the
+    events of single releases.
+    """
+
+    gaussian: GaussianEvent
+    subsampled: tuple[SubsampledGaussianEvent, ...]
 
 
 @dataclass(frozen=True, kw_only=True)

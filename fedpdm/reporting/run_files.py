@@ -184,12 +184,16 @@ def _privacy_lines(privacy: Mapping[str, Any]) -> list[str]:
     if {"clip_norm", "shift"} <= privacy.keys():
         t0 = f"t0 = {privacy['t0']}, " if "t0" in privacy else ""
         what = f"{t0}clip norm {privacy['clip_norm']:g} around {privacy['shift']:g}"
+    how, bound = "exact accounting (analytic Gaussian)", privacy["epsilon_paper_bound"]
+    compared = "" if bound is None else f"; the paper's bound would say {bound:.4g}"
+    if bound is None:
+        how = "privacy loss distributions, which bound it from above"
     lines = [
         f"Privacy  each image is ({privacy['epsilon']:.4g}, {privacy['delta']:g})-locally "
-        "differentially private, by exact accounting (analytic Gaussian);",
+        f"differentially private, by {how};",
         f"         {what}, "
-        f"{'one release' if releases == 1 else f'up to {releases} releases'} per image; the "
-        f"paper's bound would say {privacy['epsilon_paper_bound']:.4g}.",
+        f"{'one release' if releases == 1 else f'up to {releases} releases'} per image"
+        f"{compared}.",
         f"         A person with more images in one client: epsilon {groups}.",
         "         Not covered: labels, counts, metrics on raw data, fine models once published.",
     ]

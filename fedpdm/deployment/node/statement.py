@@ -9,7 +9,7 @@ from typing import Any
 from fedpdm.config import RunConfig
 from fedpdm.data import ImageSet
 from fedpdm.deployment.policy import NodePolicy, check_total
-from fedpdm.privacy.accountant import compose, epsilon_spent, repeated, worst
+from fedpdm.privacy.accountant import compose, epsilon_spent, grouped, worst
 from fedpdm.privacy.noise import SystemNoise
 from fedpdm.privacy.planning import ReleasePlan, build_release_request
 from fedpdm.privacy.releases import ReleaseStore
@@ -72,12 +72,12 @@ def node_statement(
     if preview.again and spent.event is not None:
         event = compose([spent.event, event])
     elif spent.event is not None:
-        event = worst((spent.event, event))
+        event = worst((spent.event, event), delta=config.privacy.delta)
     delta = config.privacy.delta
     statement |= {
         "client_id": client_id,
         "epsilon": max(preview.epsilon_after, spent.largest),
-        "group_epsilon": {str(k): epsilon_spent([repeated(event, k)], delta=delta) for k in GROUPS},
+        "group_epsilon": {str(k): epsilon_spent([grouped(event, k)], delta=delta) for k in GROUPS},
         "images": len(images),
         "images_released_before": preview.known,
         "images_released_now": preview.fresh,

@@ -112,7 +112,7 @@ class ReleaseStore:
         return SpentBudget(
             delta=delta,
             distribution=tuple(sorted(counts.items(), reverse=True)),
-            event=worst(paid) if paid else None,
+            event=worst(paid, delta=delta) if paid else None,
             releases_per_image=max(map(len, touched), default=0),
         )
 
