@@ -66,7 +66,7 @@ LEAST_NOISE, MOST_NOISE = 1e-3, 1e6  # a smaller multiplier counts as none, a la
 _LEAST_STEP = 1e-6  # of the grid: below it differences of delta lose their digits
 _MOST_STEPS = 1 << 18  # of the grid, in a round and in what all rounds spread over
 _TAIL = 40.0  # -ln of the probability that counts as a loss without bound, in a round
-_ROUNDING = 1e-15  # of delta, for each round
+_ROUNDING = 1e-15  # of delta, for each round, and ten times for all
 _TOLERANCE = 1e-4  # relative, of a noise multiplier
 
 
@@ -188,10 +188,10 @@ def _check(*, epsilon: float, delta: float, sample_rate: float, rounds: int, mu:
         raise ValueError(f"sample_rate must be in (0, 1], got {sample_rate}")
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
-    if delta < 2.0 * rounds * _ROUNDING:
+    if delta < (least := 2.0 * _ROUNDING * (10 + rounds)):
         raise ValueError(
-            f"delta must be at least {2.0 * rounds * _ROUNDING:g} for {rounds} subsampled rounds, "
-            f"got {delta:g}: below it rounding decides"
+            f"delta must be at least {least:g} for {rounds} subsampled rounds, got {delta:g}: "
+            "below it rounding decides"
         )
     if not (mu >= 0 and math.isfinite(mu)):
         raise ValueError(f"mu must be at least 0 and finite, got {mu}")
@@ -228,7 +228,7 @@ def _is_unbounded(parts: tuple[SubsampledGaussianEvent, ...]) -> bool:
 
 
 def _rounding(parts: tuple[SubsampledGaussianEvent, ...]) -> float:
-    return _ROUNDING * sum(part.rounds for part in parts)
+    return _ROUNDING * (10 + sum(part.rounds for part in parts))
 
 
 def _inverse_square(noise_multiplier: float) -> float:
