@@ -27,8 +27,12 @@ def multiplier_of(event: PrivacyEvent) -> float:
     A subclass is another: it may mean something else.
     """
     if type(event) is not GaussianEvent:
-        raise ValueError(f"the accountant cannot read events of type {type(event).__name__}")
+        raise _unreadable(event)
     return event.noise_multiplier
+
+
+def _unreadable(event: PrivacyEvent) -> ValueError:
+    return ValueError(f"the accountant cannot read events of type {type(event).__name__}")
 
 
 def mu_of(event: PrivacyEvent) -> float:
@@ -54,6 +58,8 @@ def read_events(events: Iterable[PrivacyEvent]) -> ComposedEvent:
             gaussian, subsampled = GaussianEvent(noise_multiplier=math.inf), (event,)
         mus.append(mu_of(gaussian))
         for part in subsampled:
+            if type(part) is not SubsampledGaussianEvent:
+                raise _unreadable(part)
             if not 0.0 < part.sample_rate <= 1.0 or part.rounds < 1:
                 raise ValueError(
                     "sample_rate must be in (0, 1] and rounds at least 1, "
@@ -117,7 +123,7 @@ def grouped(event: PrivacyEvent, count: int) -> PrivacyEvent:
     """
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count}")
-    if type(event) is GaussianEvent:
+    if count == 1 or type(event) is GaussianEvent:
         return repeated(event, count)
     parts = read_events([event])
     gaussian = GaussianEvent(noise_multiplier=parts.gaussian.noise_multiplier / count)
