@@ -1,11 +1,10 @@
-"""Events of subsampled rounds: added up, compared, kept in records and told, beside Gaussian ones."""
+"""Events of subsampled rounds, beside Gaussian ones: added up, compared, kept and told."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -80,10 +79,9 @@ def sampled_rounds() -> tuple[SampledParameters, ...]:
 
 
 @pytest.fixture(autouse=True)
-def _registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(door, "_registered", dict(door._registered))
     register(SampledSums)
-    yield
 
 
 # --- Added up ------------------------------------------------------------------------------------
@@ -192,7 +190,7 @@ def test_what_is_no_such_event_is_refused(event: Any) -> None:
         lambda: grouped(event, 2),
         lambda: worst([gaussian(2.0), event]),
     ):
-        with pytest.raises(ValueError, match="cannot read events of type (Shuffled|Mixed)$"):
+        with pytest.raises(ValueError, match=r"cannot read events of type (Shuffled|Mixed)$"):
             account()
 
 
