@@ -8,6 +8,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedpdm.commands.privacy_network import (
+    NETWORK_OPTIONS,
+    add_network_options,
+    describe_network,
+    numbers,
+)
 from fedpdm.config.schema import ScheduleConfig
 from fedpdm.text import json_text
 
@@ -33,6 +39,7 @@ examples:
   fedpdm privacy --epsilon 10 --clip-norm 10 --releases 4   for 4 noisings of the same image
   fedpdm privacy --public-sample public.npz --clip-quantile 0.5 --epsilon 10
   fedpdm privacy --epsilon 10 --clip-norm 10 --picture releases.png --data digits
+  fedpdm privacy --network --epsilon 10                     noise of a network by DP-SGD
 """
 # Multiples of epsilon, and deltas, of the curve.
 CURVE_EPSILONS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
@@ -53,7 +60,7 @@ def add_privacy_parser(commands: Any) -> None:
     parser.add_argument("--epsilon", type=float, help="of all releases of one image")
     parser.add_argument("--t0", type=int, help="noising steps")
     parser.add_argument("--clip-norm", type=float, help="L2 bound C of an image in [-1, 1] - shift")
-    parser.add_argument("--delta", type=float, default=1e-5, help="default: %(default)s")
+    parser.add_argument("--delta", type=float, help="default: 1e-5")
     parser.add_argument(
         "--images", type=int, metavar="N",
         help="images of a client: delta should be below 1 / N; default: 1000",
@@ -81,6 +88,7 @@ def add_privacy_parser(commands: Any) -> None:
         help="images of one person in one client; default: %(default)s",
     )  # fmt: skip
     parser.add_argument("--curve", action="store_true", help="also epsilon against delta")
+    add_network_options(parser)
     public = parser.add_argument_group(
         "public images",
         "IMAGES is a data set by name, a folder with one folder per class, or a .npz file.\n"
@@ -108,6 +116,11 @@ def run_privacy(options: argparse.Namespace) -> None:
     """The command's action. `ValueError` with one line for bad input."""
     _check_options(options)
     answer: dict[str, Any] = {}
+    if options.network:
+        answer["network"] = network = describe_network(options)
+        _warn_of_delta(answer, network["delta"], options)
+        _tell(answer, options)
+        return
     clip_norm = options.clip_norm
     if options.public_sample is not None:
         _warn(f"--public-sample: {SAMPLE_WARNING}")
@@ -118,7 +131,6 @@ def run_privacy(options: argparse.Namespace) -> None:
             return
 
     from fedpdm.diffusion.schedule import make_schedule
-    from fedpdm.privacy.accountant import delta_warning
     from fedpdm.privacy.calibration import ACCOUNTINGS, UnreachableEpsilonError, calibrate
 
     schedule = make_schedule(
@@ -150,9 +162,7 @@ def run_privacy(options: argparse.Namespace) -> None:
         if options.curve:
             answer[accounting]["curve"] = _curve(found, exact, options)
     assert exact is not None
-    if warning := delta_warning(options.delta, images=options.images):
-        _warn(f"--delta: {warning}")
-        answer["delta_warning"] = warning
+    _warn_of_delta(answer, options.delta, options)
     answer["schedule"] = {"kind": schedule.kind, "num_steps": schedule.num_steps}
     if options.picture is not None:
         _warn(f"--picture: {PICTURE_WARNING}")
@@ -169,6 +179,9 @@ def _check_options(options: argparse.Namespace) -> None:
             raise ValueError("--clip-quantile: give it or --clip-norm, not both")
         if not 0.0 <= options.clip_quantile <= 1.0:
             raise ValueError(f"--clip-quantile: must be in [0, 1], got {options.clip_quantile}")
+    for name in NETWORK_OPTIONS:
+        if not options.network and getattr(options, name) is not None:
+            raise ValueError(f"--{name}: needs --network")
     for name in DRAWING:
         if options.picture is None and getattr(options, name) is not None:
             raise ValueError(f"--{name}: needs --picture")
@@ -179,8 +192,10 @@ def _check_options(options: argparse.Namespace) -> None:
     for name, default in DRAWING.items():
         if getattr(options, name) is None:
             setattr(options, name, default)
-    options.group_sizes = _numbers(int, "--group-sizes", options.group_sizes)
-    options.epsilons = _numbers(float, "--epsilons", options.epsilons)
+    options.group_sizes = numbers(int, "--group-sizes", options.group_sizes)
+    options.epsilons = numbers(float, "--epsilons", options.epsilons)
+    if options.delta is None and not options.network:
+        options.delta = 1e-5
     if options.images is not None and options.images < 1:
         raise ValueError(f"--images: must be at least 1, got {options.images}")
     if options.resolution is not None and not 1 <= options.resolution <= 1024:
@@ -193,13 +208,12 @@ def _check_options(options: argparse.Namespace) -> None:
         raise ValueError(f"--picture: must end in .png, got {options.picture}")
 
 
-def _numbers(kind: type[Any], option: str, text: str) -> tuple[Any, ...]:
-    """Numbers separated by commas."""
-    try:
-        return tuple(kind(part) for part in text.split(","))
-    except ValueError:
-        what = "whole numbers" if kind is int else "numbers"
-        raise ValueError(f"{option}: must be {what} separated by commas, got {text!r}") from None
+def _warn_of_delta(answer: dict[str, Any], delta: float, options: argparse.Namespace) -> None:
+    from fedpdm.privacy.accountant import delta_warning
+
+    if warning := delta_warning(delta, images=options.images):
+        _warn(f"--delta: {warning}")
+        answer["delta_warning"] = warning
 
 
 def _warn(text: str) -> None:

@@ -21,6 +21,8 @@ def answer_lines(answer: Mapping[str, Any]) -> list[str]:
         parts.append(_sample_lines(answer["public_sample"]))
     if "exact" in answer:
         parts.append(_calibration_lines(answer))
+    if "network" in answer:
+        parts += _network_lines(answer["network"])
     if "picture" in answer:
         picture = answer["picture"]
         parts.append([f"picture of {picture['source']} written to {picture['path']}"])
@@ -82,6 +84,39 @@ def _curve(
         (f"  {at} {points[0][at]:g}", [point[value] for point in points])
         for points in zip(*curves, strict=True)
     ]
+
+
+def _network_lines(network: Mapping[str, Any]) -> list[list[str]]:
+    """The noise by rate, rounds and share, then the same over the clipped signal, if known."""
+    shares = list(dict.fromkeys(row["share"] for row in network["rows"]))
+    heads = [f"{100 * share:g}%" for share in shares]
+    clients, images, size = (network[key] for key in ("clients", "images", "parameters"))
+    tables = {"noise_multiplier": "noise multiplier sigma / C"}
+    if size is not None:
+        tables["noise_per_step"] = (
+            f"noise over C in a step's mean gradient: {clients} clients of {images:,} images, each "
+            f"its own noise, {size:,} parameters"
+        )
+    parts = [
+        [
+            "a network that is trained in rounds over Poisson samples (DP-SGD), beside statistics",
+            f"epsilon {network['epsilon']:g} at delta {network['delta']:g}, one image replaced by "
+            "another of its label; privacy loss distributions,",
+            "an upper bound (the paper has none for it)",
+        ]
+    ]
+    for key, title in tables.items():
+        lines = [title, _line("  by the statistics' share of mu^2", *heads)]
+        for rate, count in dict.fromkeys((r["sample_rate"], r["rounds"]) for r in network["rows"]):
+            values = [
+                _number(row[key])
+                for row in network["rows"]
+                if (row["sample_rate"], row["rounds"]) == (rate, count)
+            ]
+            label = f"  q {rate:g}, {count:,} rounds: {rate * count:.4g} passes"
+            lines.append(_line(label, *values))
+        parts.append(lines)
+    return parts
 
 
 def _sample_lines(sample: Mapping[str, Any]) -> list[str]:

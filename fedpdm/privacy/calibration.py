@@ -20,8 +20,15 @@ from statistics import NormalDist
 import numpy as np
 
 from fedpdm.diffusion.schedule import NoiseSchedule
-from fedpdm.privacy.accountant import ACCOUNTINGS, Accounting, accounting_named, repeated
+from fedpdm.privacy.accountant import (
+    ACCOUNTINGS,
+    Accounting,
+    accounting_named,
+    multiplier_for,
+    repeated,
+)
 from fedpdm.privacy.events import noise_multiplier, release_event
+from fedpdm.privacy.subsampled import subsampled_multiplier
 from fedpdm.privacy.types import GaussianEvent
 
 __all__ = [
@@ -30,7 +37,9 @@ __all__ = [
     "Calibration",
     "UnreachableEpsilonError",
     "calibrate",
+    "calibrate_rounds",
     "calibrate_t0",
+    "noise_per_step",
     "rounded",
 ]
 
@@ -206,6 +215,39 @@ def calibrate_t0(
         f"the last step, t0 = {last}, raise epsilon to {rounded(least, ROUND_CEILING)} or lower "
         f"clip_norm to {rounded(clip_norm * most / needed, ROUND_FLOOR)} ({accounting} accounting)"
     )
+
+
+def calibrate_rounds(
+    *, epsilon: float, delta: float, sample_rate: float, rounds: int, share: float = 0.0
+) -> float:
+    """Noise over C with which sums over Poisson samples keep to (epsilon, delta).
+
+    Gaussian mechanisms on the same images keep `share`, in [0, 1), of mu^2 of the budget; with 0
+    there are none. The rest is as in `fedpdm.privacy.subsampled.subsampled_multiplier`.
+
+    Raises:
+        ValueError: an argument out of its range.
+    """
+    if not 0.0 <= share < 1.0:
+        raise ValueError(f"share must be in [0, 1), got {share}")
+    return subsampled_multiplier(
+        epsilon=epsilon,
+        delta=delta,
+        sample_rate=sample_rate,
+        rounds=rounds,
+        mu=math.sqrt(share) / multiplier_for(epsilon=epsilon, delta=delta),
+    )
+
+
+def noise_per_step(
+    multiplier: float, *, sample_rate: float, images: int, clients: int, parameters: int
+) -> float:
+    """Norm of the noise in the mean of clipped gradients, over C: sqrt(M d) sigma / (C q N).
+
+    N = `clients` * `images` images, of each client `images`; each of the M clients adds noise of
+    its own to each of d `parameters`. `multiplier` is sigma / C.
+    """
+    return multiplier * math.sqrt(clients * parameters) / (sample_rate * images * clients)
 
 
 def _largest_clip_norm(

@@ -6,6 +6,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import dp_accounting
@@ -272,3 +273,21 @@ def test_bad_numbers_are_refused() -> None:
             ValueError, match=r"sample_rate must be in \(0, 1\] and rounds at least"
         ):
             epsilon_spent([rounds(1.0, rate, count)], delta=DELTA)
+
+
+@pytest.mark.slow
+def test_the_table_of_the_method() -> None:
+    """docs/method.md: each number keeps to its budget, and 0.2% less would not."""
+    page = (Path(__file__).parents[2] / "docs" / "method.md").read_text()
+    number = r" ([\d.]+) \|"
+    rows = re.findall(rf"^\|{number} (\d+) \| \d+ \|{3 * number}$", page, re.MULTILINE)
+    assert len(rows) == 4
+    whole = multiplier_for(epsilon=10.0, delta=DELTA)
+    for rate, count, *noises in rows:
+        for share, noise in zip((0.0, 0.3, 0.6), map(float, noises), strict=True):
+            beside = [GaussianEvent(noise_multiplier=whole / math.sqrt(share))] if share else []
+            spent, less = (
+                epsilon_spent([*beside, rounds(s, float(rate), int(count))], delta=DELTA)
+                for s in (noise, 0.998 * noise)
+            )
+            assert spent <= 10.0 < less
