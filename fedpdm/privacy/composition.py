@@ -51,7 +51,8 @@ def read_events(events: Iterable[PrivacyEvent]) -> ComposedEvent:
     mus: list[float] = []
     rounds: dict[tuple[float, float], int] = {}
     for event in events:
-        gaussian, subsampled = event, ()
+        gaussian: PrivacyEvent = event
+        subsampled: tuple[PrivacyEvent, ...] = ()
         if type(event) is ComposedEvent:
             gaussian, subsampled = event.gaussian, event.subsampled
         elif type(event) is SubsampledGaussianEvent:

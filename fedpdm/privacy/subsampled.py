@@ -285,7 +285,7 @@ def _losses(parts: tuple[SubsampledGaussianEvent, ...], grid: int) -> Any:
     for part, most in zip(parts, largest, strict=True):
         last = math.ceil(most / step)
         values = hockey_sticks(
-            np.arange(-last, last + 1) * step,
+            step * np.arange(-last, last + 1, dtype=np.float64),
             noise_multiplier=part.noise_multiplier,
             sample_rate=part.sample_rate,
         )
