@@ -132,18 +132,14 @@ def subsampled_multiplier(
         mu: of all Gaussian mechanisms on the same images, their sensitivity over their noise.
 
     Returns:
-        A noise multiplier that keeps to the budget, at most 1e-4 above the smallest.
+        A noise multiplier that keeps to the budget, at most 1e-4 above the smallest; more where
+        `mu` leaves less than 1% of the squared whole, and the grid's error counts.
 
     Raises:
         ValueError: an argument out of its range, or a `mu` that leaves nothing of the budget.
     """
     _check(epsilon=epsilon, delta=delta, sample_rate=sample_rate, rounds=rounds, mu=mu)
     whole = _gaussian_mu(epsilon, delta)
-    if mu >= whole * (1.0 - 1e-6):
-        raise ValueError(
-            f"mu must be below {whole:.5g}, the whole of epsilon {epsilon:g} at delta {delta:g}, "
-            f"or nothing is left for subsampled rounds; got {mu:.5g}"
-        )
 
     def event(log_multiplier: float) -> ComposedEvent:
         one = SubsampledGaussianEvent(
@@ -152,17 +148,26 @@ def subsampled_multiplier(
         gaussian = GaussianEvent(noise_multiplier=1.0 / mu if mu > 0 else math.inf)
         return ComposedEvent(gaussian=gaussian, subsampled=(one,))
 
-    def excess(log_multiplier: float, grid: int = COARSE) -> float:
+    def excess(log_multiplier: float, grid: int) -> float:
         found = composed_delta(event(log_multiplier), epsilon=epsilon, grid=grid)
         return math.log(found / delta)
 
+    # A grid that sees room beside mu: where little is left, the coarse one sees none.
+    most = math.log(MOST_NOISE)
+    grids = [g for g in (COARSE, FINE) if mu < 0.9999 * whole and excess(most, g) <= 0]
+    if not grids:
+        raise ValueError(
+            f"mu must be below {whole:.5g}, the whole of epsilon {epsilon:g} at delta {delta:g}, "
+            f"or nothing is left for subsampled rounds; got {mu:.5g}"
+        )
     left = (whole + mu) * (whole - mu) / (4.0 * rounds * sample_rate**2)
     guess = -0.5 * math.log(math.asinh(left))
-    found, slope = _root(excess, guess)
+    found, slope = _root(lambda log_multiplier: excess(log_multiplier, grids[0]), guess)
     for _ in range(2):  # Newton's steps on the fine grid, from the coarse one's slope
         found -= excess(found, FINE) / slope
+    step = _TOLERANCE / 5.0
     while composed_epsilon(event(found), delta=delta) > epsilon:
-        found += _TOLERANCE / 5.0
+        found, step = found + step, 2.0 * step
     return math.exp(found)
 
 

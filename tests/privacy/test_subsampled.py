@@ -265,6 +265,7 @@ def test_bad_numbers_are_refused() -> None:
         ({"rounds": 0}, "rounds must be at least 1, got 0"),
         ({"mu": -1.0}, "mu must be at least 0 and finite, got -1.0"),
         ({"mu": 2.01}, "mu must be below 2.0004, the whole of epsilon 10 at delta 1e-05"),
+        ({"mu": 2.0003}, "or nothing is left for subsampled rounds; got 2.0003"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             subsampled_multiplier(**{**good, **bad})
