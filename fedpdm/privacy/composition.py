@@ -96,8 +96,8 @@ def repeated(event: PrivacyEvent, count: int) -> PrivacyEvent: ...
 def repeated(event: PrivacyEvent, count: int) -> PrivacyEvent:
     """`compose([event] * count)`: K releases of one image.
 
-    Of images that are released one by one it is also what k that are replaced together cost; for
-    other events see `grouped`.
+    It is also what k images cost that are noised one by one and replaced together; of images in the
+    same sums see `grouped`.
     """
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count}")
@@ -114,18 +114,16 @@ def repeated(event: PrivacyEvent, count: int) -> PrivacyEvent:
 
 
 def grouped(event: PrivacyEvent, count: int) -> PrivacyEvent:
-    """An upper bound on what `count` images cost that are replaced together in one client.
+    """An upper bound on what `count` images cost that are in the same sums and replaced together.
 
-    Of a Gaussian event that is `repeated`: each image is released by itself. In a round over a
-    Poisson sample at least one of k images is drawn with probability 1 - (1 - q)^k, and what is
-    then added moves by k times as much at most; given which are drawn, the proof for one image
-    holds. Gaussian mechanisms beside such rounds are taken to be sums, in which k images move by k
-    times as much too.
+    k images move a sum by k times as much as one at most. In a round over a Poisson sample at least
+    one of them is drawn with probability 1 - (1 - q)^k; given which are drawn, the proof for one
+    image holds. (Images that are noised one by one cost less: `repeated`.)
     """
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count}")
-    if count == 1 or type(event) is GaussianEvent:
-        return repeated(event, count)
+    if count == 1:
+        return event
     parts = read_events([event])
     gaussian = GaussianEvent(noise_multiplier=parts.gaussian.noise_multiplier / count)
     return compose(

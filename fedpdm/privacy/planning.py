@@ -20,6 +20,7 @@ from fedpdm.privacy.mechanism import (
     StatisticsParameters,
     SystemNoise,
     event_of,
+    group_event_of,
     mechanism_named,
     mechanism_of,
 )
@@ -48,6 +49,10 @@ class ReleasePlan:
     event: PrivacyEvent
     epsilon_exact: float
     epsilon_paper: float | None
+
+    def group_event(self, count: int) -> PrivacyEvent:
+        """At most what all rounds cost `count` of a client's images that are replaced together."""
+        return group_event_of([(each, event_of(each)) for each in self.rounds], count)
 
     @property
     def mechanism(self) -> ReleaseMechanism[Any]:

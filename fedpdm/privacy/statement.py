@@ -9,11 +9,11 @@ from __future__ import annotations
 import dataclasses
 import textwrap
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fedpdm.config import RunConfig
-from fedpdm.privacy.accountant import delta_warning, epsilon_spent, grouped, worst
+from fedpdm.privacy.accountant import delta_warning, epsilon_spent
 from fedpdm.privacy.ledger import Ledger
 from fedpdm.privacy.mechanism import mechanism_of, parameter_fields
 from fedpdm.privacy.noise import SAMPLER_DISTANCE
@@ -22,7 +22,14 @@ from fedpdm.privacy.releases import ReleaseStore
 from fedpdm.privacy.types import Parameters, PrivacyEvent
 from fedpdm.storage.files import StoreError
 
-__all__ = ["baseline_statement", "client_statement", "plain_text", "run_statement", "warning_about"]
+__all__ = [
+    "baseline_statement",
+    "client_statement",
+    "group_epsilons",
+    "plain_text",
+    "run_statement",
+    "warning_about",
+]
 
 GROUPS = (1, 2, 5, 10)
 GUARANTEE = "local differential privacy per image, replace-one"
@@ -48,7 +55,7 @@ def client_statement(store: ReleaseStore, *, delta: float) -> dict[str, Any]:
         "client_id": ledger.client_id,
         "epsilon": spent.largest,
         "delta": delta,
-        "group_epsilon": _groups(spent.event, delta),
+        "group_epsilon": group_epsilons([spent.group_event], delta=delta),
         "epsilon_distribution": [list(pair) for pair in spent.distribution],
         "images": spent.images,
         "image_shape": list(last.image_shape),
@@ -77,7 +84,7 @@ def run_statement(
     """
     delta = config.privacy.delta
     counts = Counter[float]()
-    events = [plan.event]
+    groups: list[Callable[[int], PrivacyEvent | None]] = [plan.group_event]
     releases_per_image = 1
     ledgers: list[Ledger] = []
     most_images: int | None = None
@@ -90,7 +97,7 @@ def run_statement(
             continue
         if spent.event is not None:
             ledgers.append(store.ledger())
-            events.append(spent.event)
+            groups.append(spent.group_event)
             releases_per_image = max(releases_per_image, spent.releases_per_image)
             counts.update(dict(spent.distribution))
             most_images = max(most_images or 0, spent.images)
@@ -103,7 +110,7 @@ def run_statement(
         "epsilon_paper_bound": plan.epsilon_paper,
         "accounting": config.privacy.accounting,
         "delta": delta,
-        "group_epsilon": _groups(worst(events, delta=delta), delta),
+        "group_epsilon": group_epsilons(groups, delta=delta),
         "epsilon_distribution": [list(pair) for pair in distribution],
         "released": _sentences(plan.rounds),
         **plan.mechanism.settings(plan.rounds[0]),
@@ -169,9 +176,16 @@ def _sentences(rounds: Sequence[Parameters]) -> str:
     return " ".join(dict.fromkeys(mechanism_of(each).sentence(each) for each in rounds))
 
 
-def _groups(event: PrivacyEvent, delta: float) -> dict[str, float]:
-    """Epsilon of a person with k images in one client, all replaced together."""
-    return {str(k): epsilon_spent([grouped(event, k)], delta=delta) for k in GROUPS}
+def group_epsilons(
+    events: Sequence[Callable[[int], PrivacyEvent | None]], *, delta: float
+) -> dict[str, float]:
+    """Epsilon of a person with k images in one client, all replaced together: of whichever of the
+    `events`, each by k, costs most."""
+    found = {}
+    for k in GROUPS:
+        costs = [event for each in events if (event := each(k)) is not None]
+        found[str(k)] = max(epsilon_spent([event], delta=delta) for event in costs)
+    return found
 
 
 def _paragraph(title: str, text: str | None) -> list[str]:

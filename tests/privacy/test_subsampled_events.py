@@ -143,7 +143,7 @@ def test_a_group_costs_no_less_than_it_shows() -> None:
     # Without sampling it is exact: mu grows with k.
     whole = grouped(rounds(8.0, 1.0, 4), 3)
     assert whole == rounds(8.0 / 3.0, 1.0, 4)
-    assert grouped(gaussian(3.0), 4) == repeated(gaussian(3.0), 4)
+    assert grouped(gaussian(3.0), 4) == gaussian(0.75)
     both = grouped(compose([gaussian(3.0), rounds(6.0, 1.0, 1)]), 3)
     assert both == compose([gaussian(1.0), rounds(2.0, 1.0, 1)])
     with pytest.raises(ValueError, match="count must be at least 1, got 0"):

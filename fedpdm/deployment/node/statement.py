@@ -9,11 +9,12 @@ from typing import Any
 from fedpdm.config import RunConfig
 from fedpdm.data import ImageSet
 from fedpdm.deployment.policy import NodePolicy, check_total
-from fedpdm.privacy.accountant import compose, epsilon_spent, grouped, worst
+from fedpdm.privacy.accountant import compose
 from fedpdm.privacy.noise import SystemNoise
 from fedpdm.privacy.planning import ReleasePlan, build_release_request
 from fedpdm.privacy.releases import ReleaseStore
-from fedpdm.privacy.statement import GROUPS, plain_text, run_statement, warning_about
+from fedpdm.privacy.statement import group_epsilons, plain_text, run_statement, warning_about
+from fedpdm.privacy.types import PrivacyEvent
 
 __all__ = ["check_spending", "images_sha256", "node_statement", "statement_text"]
 
@@ -68,16 +69,17 @@ def node_statement(
     preview = store.preview(images, request)
     spent = store.spent(delta=config.privacy.delta)
     statement = run_statement(config, plan, noise_source=SystemNoise.description, stores=[store])
-    event = plan.event
-    if preview.again and spent.event is not None:
-        event = compose([spent.event, event])
-    elif spent.event is not None:
-        event = worst((spent.event, event), delta=config.privacy.delta)
     delta = config.privacy.delta
+
+    def again(count: int) -> PrivacyEvent | None:
+        """What was spent, and this release once more."""
+        before = spent.group_event(count) if preview.again else None
+        return compose([before, plan.group_event(count)]) if before is not None else None
+
     statement |= {
         "client_id": client_id,
         "epsilon": max(preview.epsilon_after, spent.largest),
-        "group_epsilon": {str(k): epsilon_spent([grouped(event, k)], delta=delta) for k in GROUPS},
+        "group_epsilon": group_epsilons([plan.group_event, spent.group_event, again], delta=delta),
         "images": len(images),
         "images_released_before": preview.known,
         "images_released_now": preview.fresh,

@@ -14,6 +14,7 @@ from fedpdm.privacy.mechanism.images import ImageMechanism, prepared
 from fedpdm.privacy.mechanism.records import (
     IMAGES,
     event_of,
+    group_event_of,
     join,
     mechanism_field,
     parameter_fields,
@@ -43,6 +44,7 @@ __all__ = [
     "clip_l2",
     "clip_to_grid",
     "event_of",
+    "group_event_of",
     "join",
     "mechanism_field",
     "mechanism_named",

@@ -30,6 +30,7 @@ import torch
 from fedpdm.config import ConfigError, RunConfig
 from fedpdm.config.plugins import is_named, load_installed, load_named
 from fedpdm.diffusion.schedule import NoiseSchedule
+from fedpdm.privacy.composition import grouped
 from fedpdm.privacy.noise import NoiseSource
 from fedpdm.privacy.types import Parameters, PrivacyEvent, Release
 
@@ -101,6 +102,15 @@ class ReleaseMechanism(abc.ABC, Generic[P]):
     @abc.abstractmethod
     def event(self, parameters: P) -> PrivacyEvent:
         """What one release costs each image in it."""
+
+    def group_event(self, event: PrivacyEvent, count: int) -> PrivacyEvent:
+        """At most what a release with this `event` costs `count` of a client's images that are
+        replaced together.
+
+        As it stands it holds for every mechanism: `count` images may move what is sent by `count`
+        times as much as one. Where images are noised one by one they cost less.
+        """
+        return grouped(event, count)
 
     @abc.abstractmethod
     def check(self, parameters: P) -> None:

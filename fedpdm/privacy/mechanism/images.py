@@ -12,6 +12,7 @@ import torch
 from fedpdm.config import ConfigError, RunConfig
 from fedpdm.diffusion.schedule import NoiseSchedule
 from fedpdm.privacy.calibration import calibrate_t0
+from fedpdm.privacy.composition import repeated
 from fedpdm.privacy.events import check_parameters, implied_event, release_parameters, same_release
 from fedpdm.privacy.mechanism.door import (
     Layout,
@@ -23,7 +24,7 @@ from fedpdm.privacy.mechanism.door import (
 )
 from fedpdm.privacy.mechanism.gaussian import noised_chunks
 from fedpdm.privacy.noise import NoiseSource
-from fedpdm.privacy.types import GaussianEvent, ReleasedDataset, ReleaseParameters
+from fedpdm.privacy.types import GaussianEvent, PrivacyEvent, ReleasedDataset, ReleaseParameters
 
 __all__ = ["ImageMechanism", "prepared"]
 
@@ -70,6 +71,10 @@ class ImageMechanism(ReleaseMechanism[ReleaseParameters]):
 
     def event(self, parameters: ReleaseParameters) -> GaussianEvent:
         return implied_event(parameters)
+
+    def group_event(self, event: PrivacyEvent, count: int) -> PrivacyEvent:
+        """Exactly: each image has noise of its own."""
+        return repeated(event, count)
 
     def check(self, parameters: ReleaseParameters) -> None:
         check_parameters(parameters)

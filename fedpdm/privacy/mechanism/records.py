@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
+from fedpdm.privacy.composition import compose
 from fedpdm.privacy.mechanism.door import mechanism_of, recorded_mechanism
 from fedpdm.privacy.noise import SeededNoise
 from fedpdm.privacy.types import (
@@ -65,6 +66,12 @@ def event_of(parameters: Parameters) -> PrivacyEvent:
     """What a release with these parameters costs each image in it."""
     event: PrivacyEvent = mechanism_of(parameters).event(parameters)
     return event
+
+
+def group_event_of(releases: Iterable[tuple[Parameters, PrivacyEvent]], count: int) -> PrivacyEvent:
+    """At most what these releases cost `count` of a client's images that are in all of them and
+    are replaced together."""
+    return compose([mechanism_of(p).group_event(event, count) for p, event in releases])
 
 
 def mechanism_field(parameters: Parameters) -> dict[str, str]:

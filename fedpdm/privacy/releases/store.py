@@ -20,7 +20,7 @@ import numpy as np
 from fedpdm.data import ImageSet
 from fedpdm.privacy.accountant import compose, epsilon_spent, worst
 from fedpdm.privacy.ledger import START, Ledger, append
-from fedpdm.privacy.mechanism import ReleaseSource
+from fedpdm.privacy.mechanism import ReleaseSource, group_event_of
 from fedpdm.privacy.releases.archive import Progress, ReleaseArchive
 from fedpdm.privacy.releases.request import (
     ImageKey,
@@ -31,7 +31,7 @@ from fedpdm.privacy.releases.request import (
 )
 from fedpdm.privacy.releases.spending import releases_of_images
 from fedpdm.privacy.releases.traces import check_traces
-from fedpdm.privacy.types import PrivacyEvent, Release
+from fedpdm.privacy.types import Parameters, PrivacyEvent, Release
 from fedpdm.storage.files import StoreError, locked
 
 __all__ = ["ReleaseStore", "SpentBudget"]
@@ -42,13 +42,21 @@ class SpentBudget:
     """Epsilon per image at `delta`: (epsilon, number of images), largest first.
 
     `event` is all that was done to the image that paid most (None if nothing was released),
-    `releases_per_image` how often the image that was noised most often was noised.
+    `releases_per_image` how often the image that was noised most often was noised. `together` has,
+    for each set of releases that some image is in, what each was made with and what it cost.
     """
 
     delta: float
     distribution: tuple[tuple[float, int], ...]
     event: PrivacyEvent | None
     releases_per_image: int
+    together: tuple[tuple[tuple[Parameters, PrivacyEvent], ...], ...]
+
+    def group_event(self, count: int) -> PrivacyEvent | None:
+        """At most what `count` images cost that are replaced together; None if nothing was
+        released."""
+        found = [group_event_of(each, count) for each in self.together]
+        return worst(found, delta=self.delta) if found else None
 
     @property
     def largest(self) -> float:
@@ -103,17 +111,18 @@ class ReleaseStore:
     def spent(self, *, delta: float) -> SpentBudget:
         """What each image has spent so far, all its releases composed."""
         ledger = self.ledger()
-        events = {record.release: record.event for record in ledger.releases()}
+        made = {each.release: (each.parameters, each.event) for each in ledger.releases()}
         touched = releases_of_images(ledger, self._archive.index(ledger))
         counts, paid = Counter[float](), []
         for numbers, count in touched.items():
-            paid.append(compose([events[number] for number in numbers]))
+            paid.append(compose([made[number][1] for number in numbers]))
             counts[epsilon_spent(paid[-1:], delta=delta)] += count
         return SpentBudget(
             delta=delta,
             distribution=tuple(sorted(counts.items(), reverse=True)),
             event=worst(paid, delta=delta) if paid else None,
             releases_per_image=max(map(len, touched), default=0),
+            together=tuple(tuple(made[number] for number in numbers) for numbers in touched),
         )
 
     def preview(self, images: ImageSet, request: ReleaseRequest) -> ReleasePreview:
