@@ -191,7 +191,7 @@ class PFDMClient(NumPyClient):
 
     def _evaluate_model(self, coarse: Denoiser, *, final: bool) -> dict[str, Any]:
         heldout = self.local.held.heldout if len(self.local.held.heldout) else self.local.held.train
-        loss, _ = self.work.coarse_loss(coarse, heldout, training=False)
+        loss, _, known = self.work.coarse_loss(coarse, heldout, training=False)
         value = mean_loss(
             loss,
             num_examples=len(heldout),
@@ -202,6 +202,8 @@ class PFDMClient(NumPyClient):
             "heldout_coarse_loss": value,
             "num_heldout": len(heldout),
         }
+        if known is not None and known.share is not None:
+            metrics["heldout_coarse_known"] = known.share
         if final:
             metrics |= self._final_images(coarse)
         return metrics

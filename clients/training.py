@@ -23,13 +23,19 @@ from fedpdm import wire
 from fedpdm.data import ImageSet
 from fedpdm.data.members import save_members
 from fedpdm.diffusion.denoisers import Denoiser
+from fedpdm.diffusion.knowledge import Knowledge
 from fedpdm.diffusion.training import BatchLoss, Progress, Trainer, class_weights, select_device
 from fedpdm.jobs.progress import count_progress, work_progress
 from fedpdm.privacy.mechanism import released_images
 from fedpdm.privacy.statement import baseline_statement, client_statement, plain_text
 from fedpdm.privacy.types import Release, ReleasedDataset
 from fedpdm.rng import Purpose, torch_generator
-from fedpdm.setup.losses import coarse_batch_loss, fine_batch_loss, raw_coarse_batch_loss
+from fedpdm.setup.losses import (
+    coarse_batch_loss,
+    coarse_knowledge,
+    fine_batch_loss,
+    raw_coarse_batch_loss,
+)
 from fedpdm.wire.types import CoarseUpdate
 
 __all__ = ["LocalTraining"]
@@ -106,16 +112,19 @@ class LocalTraining:
 
     def coarse_loss(
         self, model: Denoiser, indices: np.ndarray, *, training: bool
-    ) -> tuple[BatchLoss, bool]:
-        """(loss of the shared model on the images at `indices`, whether their noise is seeded).
+    ) -> tuple[BatchLoss, bool, Knowledge | None]:
+        """(loss of the shared model on the images at `indices`, whether their noise is seeded, what
+        counts the knowledge of its answers).
 
-        On the release of these images, or for baselines on the raw ones.
+        On the release of these images, or for baselines on the raw ones, without the last.
         """
         options: dict[str, Any] = {"training": training, "device": self.device}
         if self.config.kind.releases:
-            released = self.release()
-            loss = coarse_batch_loss(self.setup, model, released, subset=indices, **options)
-            return loss, released.seeded
+            released, known = self.release(), coarse_knowledge(self.setup)
+            loss = coarse_batch_loss(
+                self.setup, model, released, subset=indices, known=known, **options
+            )
+            return loss, released.seeded, known
         images = self.local.held.images
         loss = raw_coarse_batch_loss(
             self.setup,
@@ -124,7 +133,7 @@ class LocalTraining:
             labels=images.labels[indices],
             **options,
         )
-        return loss, False
+        return loss, False, None
 
     def borrowed(
         self, role: str, *, fresh: bool = False
@@ -169,7 +178,7 @@ class LocalTraining:
                 step=(round - 1) * self.config.coarse.steps_per_round,
                 what=f"coarse weights from the server, or moments of {self.who}",
             )
-            loss, seeded = self.coarse_loss(trainer.model, indices, training=True)
+            loss, seeded, known = self.coarse_loss(trainer.model, indices, training=True)
             mu = float(config.get("proximal_mu", 0.0))
             anchor = received if mu > 0 else None
             if self.config.aggregation.encoding == "float32":
@@ -200,12 +209,14 @@ class LocalTraining:
                 functools.partial(store.draft_state, round, "coarse", moments),
                 num_bytes=sum(tensor.nbytes for tensor in moments.values()),
             )
-        metrics = {
+        metrics: dict[str, Any] = {
             "coarse_loss": report.loss,
             "coarse_steps": report.num_steps,
             "coarse_seconds": self.clock(report.seconds),
             "coarse_images": report.num_images,
         }
+        if known is not None and known.share is not None:
+            metrics["coarse_known"] = known.share
         # Moments and EMA of a large model go before the message is made: memory peaks there.
         del trainer, loss, moments
         message = wire.encode_update(
