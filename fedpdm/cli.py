@@ -148,7 +148,10 @@ def _parser() -> Parser:
 
     sample = commands.add_parser("sample", help="sample from an exported pipeline")
     sample.add_argument("pipeline", type=Path)
-    sample.add_argument("--label", type=int, action="append", help="class; default: all in turn")
+    sample.add_argument(
+        "--label", action="append", metavar="CLASS",
+        help="number or name of a class (repeatable); default: all in turn",
+    )  # fmt: skip
     sample.add_argument("--num", type=int, default=64)
     sample.add_argument("--out", type=Path, required=True, help="PNG file")
     sample.add_argument("--seed", type=int, default=0)

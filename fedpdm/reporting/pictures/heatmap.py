@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from fedpdm.data.partition import ClientPartition
 from fedpdm.reporting.pictures.files import DPI, INK, MUTED, png_path, save_figure
+from fedpdm.reporting.pictures.lettering import written
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -56,7 +57,8 @@ def draw_partition(
     is_majority = np.array(
         [[k in part.majority for k in range(num_classes)] for part in partitions]
     )
-    save_figure(_partition_figure(partitions, counts, is_majority, list(class_names)), target)
+    names = [written(name) for name in class_names]
+    save_figure(_partition_figure(partitions, counts, is_majority, names), target)
 
 
 def _partition_figure(

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedpdm.reporting.pictures.files import DPI, INK, MUTED, png_path, save_figure
+from fedpdm.reporting.pictures.lettering import letter
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -223,7 +224,7 @@ def _text_width(texts: Sequence[str], *, size: float, bold: bool = False) -> int
     figure = Figure(dpi=DPI)
     weight = "bold" if bold else "normal"
     widths = [
-        figure.text(0, 0, text, fontsize=size, fontweight=weight, parse_math=False)
+        letter(figure.text(0, 0, text, fontsize=size, fontweight=weight, parse_math=False))
         .get_window_extent()
         .width
         for text in texts
