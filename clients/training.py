@@ -16,6 +16,7 @@ import torch
 from flwr.common import NDArrays, Scalar
 
 from clients.bounds import check_release
+from clients.diary import tell_owner
 from clients.failures import kept_at_home
 from clients.local import LocalClient
 from clients.workers import WriteBehind, borrowed
@@ -54,6 +55,7 @@ class LocalTraining:
         self.config = local.config
         self.setup = local.setup
         self.device = select_device(self.config.run.device)
+        self.fine_loss: float | None = None  # of the last fine training, for the owner
         if self.config.run.threads:
             torch.set_num_threads(self.config.run.threads)
 
@@ -101,11 +103,16 @@ class LocalTraining:
             client=local.client_id, allow_new_release=local.allow_new_release, **asked
         )
         check_release(local.policy, local.releases, images, request)
-        head = local.releases.ledger().head
+        before = local.releases.ledger()
+        head = before.head
         released = local.releases.obtain(
             images, request, progress=count_progress(f"{self.who} release", "image")
         )
-        if local.releases.ledger().head != head or store.load_statement() is None:
+        after = local.releases.ledger()
+        if self.deployed and after.head != head:
+            new = sum(record.images for record in after.releases()[len(before.releases()) :])
+            tell_owner(self.who, f"released {new} images for the first time, of {len(images)}")
+        if after.head != head or store.load_statement() is None:
             statement = client_statement(local.releases, delta=self.config.privacy.delta)
             store.save_statement(statement, plain_text(statement))
         return released
@@ -240,8 +247,9 @@ class LocalTraining:
         store, what = self.local.store, f"round {round} fine"
         with kept_at_home(store, what, who=self.who, deployed=self.deployed) as failed:
             losses = self._train_fine(round)
+            self.fine_loss = float(np.mean(losses)) if losses else None
             if losses and self.local.raw_metrics:
-                metrics["fine_loss"] = float(np.mean(losses))
+                metrics["fine_loss"] = self.fine_loss
         if failed:
             with kept_at_home(store, what, who=self.who, deployed=self.deployed):
                 store.draft_previous_state(round, "fine")

@@ -184,10 +184,25 @@ def summarise(run: RunDirectory) -> str:
             lines.append(f"  {name:<19} {what}")
     lines += ["", *_privacy_lines(privacy), ""]
     table = metrics_table(final["clients"])
-    lines += table if table else [_no_metrics(run.config())]
+    lines += [*table, *_recipe(run.config())] if table else [_no_metrics(run.config())]
     lines.append("")
     lines += _shared_lines(final, of="images" if "baseline" in privacy else "releases")
     return "\n".join(lines)
+
+
+def _recipe(config: RunConfig) -> list[str]:
+    """What `both` is, in the words of `fedpdm experiment`; nothing for a baseline."""
+    if not config.kind.releases:
+        return []
+    if config.has_statistics:
+        what = "from class Gaussians on, 'statistics' in fedpdm experiment"
+    elif config.coarse.objective == "truncated":
+        what = "trained as 'ours' in fedpdm experiment (not as 'PFDM', which is the paper's recipe)"
+    elif config.coarse.objective == "noise_to_noise":
+        what = "with the paper's noise-to-noise model, as 'PFDM' in fedpdm experiment"
+    else:
+        what = f"with coarse.objective {config.coarse.objective}"
+    return [f"  both: the shared model, then the client's fine model; {what}."]
 
 
 def _shared_lines(final: Mapping[str, Any], *, of: str) -> list[str]:
@@ -233,7 +248,7 @@ def metrics_table(clients: Sequence[Mapping[str, Any]]) -> list[str]:
     """
     rows = []
     shared = any(name.endswith("_shared_frechet") for metrics in clients for name in metrics)
-    first, title = ("shared", "shared") if shared else ("pfdm", "PFDM")
+    first, title = ("shared", "shared") if shared else ("pfdm", "both")
     for metrics in clients:
         for group in ("majority", "minority", "all"):
             if not any(f"{group}_{method}_frechet" in metrics for method in (first, "alone")):

@@ -19,12 +19,12 @@ from typing import Any
 import psutil
 
 from fedpdm.config import ConfigError, RunConfig
+from fedpdm.engines.causes import last_error
 from fedpdm.engines.deployed.control import CONNECTION, FlowerRun, Node, without_colour
 from fedpdm.engines.flowercli import (
     RunFailed,
     app_directory,
     end_processes,
-    last_error,
     write_run_config,
 )
 from fedpdm.engines.superlink import SuperLink

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Final
 
 from fedpdm.text import visible
@@ -13,7 +14,7 @@ from fedpdm.text import visible
 if TYPE_CHECKING:
     from matplotlib.text import Text
 
-__all__ = ["fallback_fonts", "letter", "written"]
+__all__ = ["fallback_fonts", "letter", "text_width", "written"]
 
 # Fonts that have many scripts, the best looking first; others are tried after them.
 _PREFERRED: Final = re.compile(
@@ -50,6 +51,22 @@ def letter(text: Text) -> Text:
         if others := fallback_fonts([content]):
             text.set_fontfamily([*text.get_fontfamily(), *others])
     return text
+
+
+def text_width(texts: Sequence[str], *, size: float, dpi: float, bold: bool = False) -> int:
+    """Width in whole pixels of the widest text; 0 for none."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(dpi=dpi)
+    weight = "bold" if bold else "normal"
+    widths = [
+        letter(figure.text(0, 0, text, fontsize=size, fontweight=weight, parse_math=False))
+        .get_window_extent()
+        .width
+        for text in texts
+        if text
+    ]
+    return math.ceil(max(widths, default=0.0))
 
 
 def _spelled(character: str) -> str:
