@@ -66,7 +66,7 @@ class PFDMClient(NumPyClient):
         except self._caught as error:
             return [], 0, self._failure(error)
         message = [np.frombuffer(reply.payload, dtype=np.uint8)] if reply.payload else []
-        if self.work.deployed:
+        if self.local.tells_owner:
             size, loss = len(reply.payload or b""), self.work.fine_loss
             words = round_words(reply.round, metrics, num_bytes=size, fine_loss=loss)
             tell_owner(self.work.who, words)
@@ -81,7 +81,7 @@ class PFDMClient(NumPyClient):
             checked = self._checked(metrics)
         except self._caught as error:
             return 0.0, 0, self._failure(error)
-        if self.work.deployed and (known := shared_words(metrics)):
+        if self.local.tells_owner and (known := shared_words(metrics)):
             tell_owner(self.work.who, f"round {config.get('round')} evaluated: {', '.join(known)}")
         loss = metrics.get("heldout_coarse_loss", 0.0)  # the checked ones leave out NaN
         return float(loss), int(metrics["num_heldout"]), checked

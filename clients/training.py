@@ -109,7 +109,7 @@ class LocalTraining:
             images, request, progress=count_progress(f"{self.who} release", "image")
         )
         after = local.releases.ledger()
-        if self.deployed and after.head != head:
+        if local.tells_owner and after.head != head:
             new = sum(record.images for record in after.releases()[len(before.releases()) :])
             tell_owner(self.who, f"released {new} images for the first time, of {len(images)}")
         if after.head != head or store.load_statement() is None:
