@@ -47,6 +47,14 @@ def _show_from(show: Progress, start: int, total: int, done: int, _: int, loss: 
     show(start + done, total, loss)
 
 
+def _coarse_progress(where: str, known: Knowledge | None) -> Progress:
+    """Without the loss where it hardly moves (`fedpdm.reporting.shared_words`)."""
+    if known is None:
+        return work_progress(where)
+    show = count_progress(where, "step")
+    return lambda done, total, _: show(done, total)
+
+
 class LocalTraining:
     """One client's training, between its images and its store. Use under the store's lock."""
 
@@ -199,7 +207,7 @@ class LocalTraining:
                 generator=self.generator(Purpose.COARSE_TRAINING, round),
                 anchor=anchor,
                 proximal_mu=mu,
-                progress=work_progress(where),
+                progress=_coarse_progress(where, known),
                 what=where,
             )
             update = CoarseUpdate(
