@@ -145,7 +145,7 @@ def test_stop_leaves_other_checkouts_alone_unless_asked(
         assert capsys.readouterr().out == "1 processes ended\n"
         assert [process.poll() is None for process in sleeping.values()] == [False, True, False]
         assert main(["stop", "--all"]) == 0
-        assert sleeping["other"].wait(10) != 0
+        assert sleeping["other"].poll() is not None
         assert main(["stop", "x", "--all"]) == 2
     finally:
         for process in sleeping.values():
