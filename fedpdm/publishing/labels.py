@@ -15,7 +15,7 @@ def label_of(given: int | str, names: Mapping[int, str], known: range) -> int:
     number = str(given).strip()
     if number.removeprefix("-").isdecimal():
         if int(number) != -1 and int(number) not in known:
-            raise ValueError(f"label must be in [-1, {len(known) - 1}], got {number}")
+            raise ValueError(f"labels must be in [0, {len(known) - 1}], got {number}")
         return int(number)
     found = [k for k, name in names.items() if name.casefold() == number.casefold()]
     if len(found) != 1:

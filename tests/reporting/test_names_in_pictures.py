@@ -177,7 +177,7 @@ def test_a_class_may_be_named() -> None:
     ]  # fmt: skip
     with pytest.raises(ValueError, match=r"airplane, Cat, dog\), got 'aeroplane'; did you mean"):
         label_of("aeroplane", names, known)
-    with pytest.raises(ValueError, match=r"label must be in \[-1, 2\], got 3"):
+    with pytest.raises(ValueError, match=r"labels must be in \[0, 2\], got 3"):
         label_of("3", names, known)
     with pytest.raises(ValueError, match="without names"):
         label_of("cat", {}, known)
