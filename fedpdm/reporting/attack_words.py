@@ -60,6 +60,7 @@ def _auc(attack: Mapping[str, Any]) -> tuple[float, float, float] | None:
     given = auc if isinstance(auc, Mapping) else {"value": auc}
     value = given.get("value")
     three = [value, given.get("low", value), given.get("high", value)]
-    if not all(isinstance(each, int | float) and math.isfinite(each) for each in three):
+    numbers = [float(x) for x in three if isinstance(x, int | float) and math.isfinite(x)]
+    if len(numbers) < len(three):
         return None
-    return float(three[0]), float(three[1]), float(three[2])
+    return numbers[0], numbers[1], numbers[2]
