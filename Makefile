@@ -97,7 +97,7 @@ format: install ## apply ruff's fixes and format
 bench: install ## speed and memory as ratios, on an idle machine
 	$(BIN)/python -m bench
 
-stop: ## end every local Flower and Ray process that runs have started
+stop: ## end the local Flower and Ray processes that runs of this checkout have started
 	@test -x $(BIN)/fedpdm && $(BIN)/fedpdm stop || echo "nothing installed, nothing to stop"
 
 clean: stop ## remove caches and the virtual environment (runs/ is kept)

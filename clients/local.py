@@ -34,7 +34,8 @@ class LocalClient:
     `held` are its raw images. `reference` is the data set's public test split, None where no image
     metrics are measured. `raw_metrics` says whether metrics computed on raw images may leave,
     `allow_new_release` whether images may be noised once more. `policy` holds a deployed node's own
-    bounds, if it has any.
+    bounds, if it has any; `tells_owner` says whether somebody watches it who reads what it did
+    (`clients.diary`): a node's operator.
     """
 
     setup: RunSetup
@@ -45,6 +46,7 @@ class LocalClient:
     allow_new_release: bool
     reference: ImageSet | None
     policy: NodePolicy | None = None
+    tells_owner: bool = False
 
     @property
     def client_id(self) -> int:
@@ -135,4 +137,5 @@ def _open(
         allow_new_release=allow_new_release,
         reference=reference,
         policy=policy,
+        tells_owner=not config.run.simulation,
     )

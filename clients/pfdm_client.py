@@ -19,6 +19,7 @@ import torch
 from flwr.client import NumPyClient
 from flwr.common import NDArrays, Scalar
 
+from clients.diary import round_words, tell_owner
 from clients.failures import EXPECTED, failure_line, kept_at_home
 from clients.local import LocalClient
 from clients.samples import measure_images
@@ -30,6 +31,7 @@ from fedpdm.diffusion.weights import load_named
 from fedpdm.evaluation.measures import mean_loss
 from fedpdm.privacy.mechanism import select
 from fedpdm.privacy.types import Release
+from fedpdm.reporting.shared_words import shared_words
 from fedpdm.rng import Purpose
 from fedpdm.setup.build import build_gaussians
 from fedpdm.storage.client_store import Reply
@@ -64,6 +66,10 @@ class PFDMClient(NumPyClient):
         except self._caught as error:
             return [], 0, self._failure(error)
         message = [np.frombuffer(reply.payload, dtype=np.uint8)] if reply.payload else []
+        if self.local.tells_owner:
+            size, loss = len(reply.payload or b""), self.work.fine_loss
+            words = round_words(reply.round, metrics, num_bytes=size, fine_loss=loss)
+            tell_owner(self.work.who, words)
         return message, reply.num_examples, metrics
 
     def evaluate(
@@ -75,6 +81,8 @@ class PFDMClient(NumPyClient):
             checked = self._checked(metrics)
         except self._caught as error:
             return 0.0, 0, self._failure(error)
+        if self.local.tells_owner and (known := shared_words(metrics)):
+            tell_owner(self.work.who, f"round {config.get('round')} evaluated: {', '.join(known)}")
         loss = metrics.get("heldout_coarse_loss", 0.0)  # the checked ones leave out NaN
         return float(loss), int(metrics["num_heldout"]), checked
 
@@ -191,7 +199,7 @@ class PFDMClient(NumPyClient):
 
     def _evaluate_model(self, coarse: Denoiser, *, final: bool) -> dict[str, Any]:
         heldout = self.local.held.heldout if len(self.local.held.heldout) else self.local.held.train
-        loss, _ = self.work.coarse_loss(coarse, heldout, training=False)
+        loss, _, known = self.work.coarse_loss(coarse, heldout, training=False)
         value = mean_loss(
             loss,
             num_examples=len(heldout),
@@ -202,6 +210,8 @@ class PFDMClient(NumPyClient):
             "heldout_coarse_loss": value,
             "num_heldout": len(heldout),
         }
+        if known is not None and known.share is not None:
+            metrics["heldout_coarse_known"] = known.share
         if final:
             metrics |= self._final_images(coarse)
         return metrics

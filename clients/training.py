@@ -16,6 +16,7 @@ import torch
 from flwr.common import NDArrays, Scalar
 
 from clients.bounds import check_release
+from clients.diary import tell_owner
 from clients.failures import kept_at_home
 from clients.local import LocalClient
 from clients.workers import WriteBehind, borrowed
@@ -23,13 +24,19 @@ from fedpdm import wire
 from fedpdm.data import ImageSet
 from fedpdm.data.members import save_members
 from fedpdm.diffusion.denoisers import Denoiser
+from fedpdm.diffusion.knowledge import Knowledge
 from fedpdm.diffusion.training import BatchLoss, Progress, Trainer, class_weights, select_device
 from fedpdm.jobs.progress import count_progress, work_progress
 from fedpdm.privacy.mechanism import released_images
 from fedpdm.privacy.statement import baseline_statement, client_statement, plain_text
 from fedpdm.privacy.types import Release, ReleasedDataset
 from fedpdm.rng import Purpose, torch_generator
-from fedpdm.setup.losses import coarse_batch_loss, fine_batch_loss, raw_coarse_batch_loss
+from fedpdm.setup.losses import (
+    coarse_batch_loss,
+    coarse_knowledge,
+    fine_batch_loss,
+    raw_coarse_batch_loss,
+)
 from fedpdm.wire.types import CoarseUpdate
 
 __all__ = ["LocalTraining"]
@@ -40,6 +47,14 @@ def _show_from(show: Progress, start: int, total: int, done: int, _: int, loss: 
     show(start + done, total, loss)
 
 
+def _coarse_progress(where: str, known: Knowledge | None) -> Progress:
+    """Without the loss where it hardly moves (`fedpdm.reporting.shared_words`)."""
+    if known is None:
+        return work_progress(where)
+    show = count_progress(where, "step")
+    return lambda done, total, _: show(done, total)
+
+
 class LocalTraining:
     """One client's training, between its images and its store. Use under the store's lock."""
 
@@ -48,6 +63,7 @@ class LocalTraining:
         self.config = local.config
         self.setup = local.setup
         self.device = select_device(self.config.run.device)
+        self.fine_loss: float | None = None  # of the last fine training, for the owner
         if self.config.run.threads:
             torch.set_num_threads(self.config.run.threads)
 
@@ -95,27 +111,35 @@ class LocalTraining:
             client=local.client_id, allow_new_release=local.allow_new_release, **asked
         )
         check_release(local.policy, local.releases, images, request)
-        head = local.releases.ledger().head
+        before = local.releases.ledger()
+        head = before.head
         released = local.releases.obtain(
             images, request, progress=count_progress(f"{self.who} release", "image")
         )
-        if local.releases.ledger().head != head or store.load_statement() is None:
+        after = local.releases.ledger()
+        if local.tells_owner and after.head != head:
+            new = sum(record.images for record in after.releases()[len(before.releases()) :])
+            tell_owner(self.who, f"released {new} images for the first time, of {len(images)}")
+        if after.head != head or store.load_statement() is None:
             statement = client_statement(local.releases, delta=self.config.privacy.delta)
             store.save_statement(statement, plain_text(statement))
         return released
 
     def coarse_loss(
         self, model: Denoiser, indices: np.ndarray, *, training: bool
-    ) -> tuple[BatchLoss, bool]:
-        """(loss of the shared model on the images at `indices`, whether their noise is seeded).
+    ) -> tuple[BatchLoss, bool, Knowledge | None]:
+        """(loss of the shared model on the images at `indices`, whether their noise is seeded, what
+        counts the knowledge of its answers).
 
-        On the release of these images, or for baselines on the raw ones.
+        On the release of these images, or for baselines on the raw ones, without the last.
         """
         options: dict[str, Any] = {"training": training, "device": self.device}
         if self.config.kind.releases:
-            released = self.release()
-            loss = coarse_batch_loss(self.setup, model, released, subset=indices, **options)
-            return loss, released.seeded
+            released, known = self.release(), coarse_knowledge(self.setup)
+            loss = coarse_batch_loss(
+                self.setup, model, released, subset=indices, known=known, **options
+            )
+            return loss, released.seeded, known
         images = self.local.held.images
         loss = raw_coarse_batch_loss(
             self.setup,
@@ -124,7 +148,7 @@ class LocalTraining:
             labels=images.labels[indices],
             **options,
         )
-        return loss, False
+        return loss, False, None
 
     def borrowed(
         self, role: str, *, fresh: bool = False
@@ -169,7 +193,7 @@ class LocalTraining:
                 step=(round - 1) * self.config.coarse.steps_per_round,
                 what=f"coarse weights from the server, or moments of {self.who}",
             )
-            loss, seeded = self.coarse_loss(trainer.model, indices, training=True)
+            loss, seeded, known = self.coarse_loss(trainer.model, indices, training=True)
             mu = float(config.get("proximal_mu", 0.0))
             anchor = received if mu > 0 else None
             if self.config.aggregation.encoding == "float32":
@@ -183,7 +207,7 @@ class LocalTraining:
                 generator=self.generator(Purpose.COARSE_TRAINING, round),
                 anchor=anchor,
                 proximal_mu=mu,
-                progress=work_progress(where),
+                progress=_coarse_progress(where, known),
                 what=where,
             )
             update = CoarseUpdate(
@@ -200,12 +224,14 @@ class LocalTraining:
                 functools.partial(store.draft_state, round, "coarse", moments),
                 num_bytes=sum(tensor.nbytes for tensor in moments.values()),
             )
-        metrics = {
+        metrics: dict[str, Any] = {
             "coarse_loss": report.loss,
             "coarse_steps": report.num_steps,
             "coarse_seconds": self.clock(report.seconds),
             "coarse_images": report.num_images,
         }
+        if known is not None and known.share is not None:
+            metrics["coarse_known"] = known.share
         # Moments and EMA of a large model go before the message is made: memory peaks there.
         del trainer, loss, moments
         message = wire.encode_update(
@@ -229,8 +255,9 @@ class LocalTraining:
         store, what = self.local.store, f"round {round} fine"
         with kept_at_home(store, what, who=self.who, deployed=self.deployed) as failed:
             losses = self._train_fine(round)
+            self.fine_loss = float(np.mean(losses)) if losses else None
             if losses and self.local.raw_metrics:
-                metrics["fine_loss"] = float(np.mean(losses))
+                metrics["fine_loss"] = self.fine_loss
         if failed:
             with kept_at_home(store, what, who=self.who, deployed=self.deployed):
                 store.draft_previous_state(round, "fine")

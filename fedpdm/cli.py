@@ -148,17 +148,27 @@ def _parser() -> Parser:
 
     sample = commands.add_parser("sample", help="sample from an exported pipeline")
     sample.add_argument("pipeline", type=Path)
-    sample.add_argument("--label", type=int, action="append", help="class; default: all in turn")
+    sample.add_argument(
+        "--label", action="append", metavar="CLASS",
+        help="number or name of a class (repeatable); default: all in turn",
+    )  # fmt: skip
     sample.add_argument("--num", type=int, default=64)
     sample.add_argument("--out", type=Path, required=True, help="PNG file")
     sample.add_argument("--seed", type=int, default=0)
     sample.add_argument("--steps", type=int, default=25)
     sample.add_argument("--guidance", type=float, help="default: the exported")
     sample.add_argument("--scheduler", help="a diffusers scheduler class; default: the exported")
-    sample.add_argument("--method", choices=("pfdm", "alone", "coarse"), default="pfdm")
+    sample.add_argument(
+        "--method", choices=("pfdm", "alone", "coarse"), default="pfdm",
+        help="pfdm: the shared model, then the fine one; alone: the fine one; coarse: the shared",
+    )  # fmt: skip
     sample.set_defaults(action=_sample)
 
-    stop = commands.add_parser("stop", help="end every process that runs have left or started")
+    stop = commands.add_parser(
+        "stop", help="end the processes that runs of this checkout have left or started"
+    )
+    stop.add_argument("run", type=Path, nargs="?", help="of this run directory alone")
+    stop.add_argument("--all", action="store_true", help="of every checkout on this machine")
     stop.set_defaults(action=_stop)
 
     keys = commands.add_parser("config", help="every configuration key, default and meaning")
@@ -265,8 +275,14 @@ def _sample(options: argparse.Namespace) -> None:
 def _stop(options: argparse.Namespace) -> None:
     from fedpdm.engines.flower import stop_processes
 
-    ended = stop_processes()
-    tell(options, f"{ended} processes ended", {"ended": ended})
+    if options.run and options.all:
+        raise ConfigError("stop: give a run directory or --all, not both")
+    home = options.run.absolute() / ".flower" if options.run else None
+    ended, others = stop_processes(home, every=options.all)
+    words = f"{ended} processes ended"
+    if others:
+        words += f"; {others} of other checkouts go on (--all ends them too)"
+    tell(options, words, {"ended": ended, "others": others})
 
 
 def _keys(options: argparse.Namespace) -> None:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+import unicodedata
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["LONGEST", "finite", "json_text", "line", "markdown", "visible"]
+__all__ = ["LONGEST", "finite", "json_text", "line", "markdown", "table_lines", "visible"]
 
 LONGEST = 500  # characters of a line from outside
 
@@ -61,6 +62,36 @@ def markdown(text: object, *, limit: int = LONGEST) -> str:
     """A `line` that Markdown and HTML show as it is: no emphasis, link, heading, cell or tag."""
     shown = line(text, limit=limit).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return _MARKED.sub(r"\\\g<0>", shown).replace("://", "&#58;//")
+
+
+def table_lines(
+    head: Sequence[str], body: Sequence[Sequence[str]], *, width: int | None = None
+) -> list[str]:
+    """A table in plain text, its columns two blanks apart.
+
+    One that is wider than `width` is shown in parts below each other, a blank line between them;
+    each begins with the first column. A column that does not fit beside it stands alone with it.
+    """
+    rows = [head, *body]
+    widths = [max(_columns(row[k]) for row in rows) for k in range(len(head))]
+    parts: list[list[int]] = [[]]
+    for k in range(1, len(head)):
+        taken = widths[0] + sum(2 + widths[j] for j in parts[-1])
+        if parts[-1] and width is not None and taken + 2 + widths[k] > width:
+            parts.append([])
+        parts[-1].append(k)
+    lines: list[str] = []
+    for part in parts:
+        lines += [""] if lines else []
+        for row in rows:
+            cells = [row[k] + " " * (widths[k] - _columns(row[k])) for k in (0, *part)]
+            lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+def _columns(text: str) -> int:
+    """Places that a terminal shows it in: East Asian letters take two."""
+    return sum(1 + (unicodedata.east_asian_width(each) in "WF") for each in text)
 
 
 def finite(value: Any) -> Any:

@@ -13,6 +13,7 @@ import numpy as np
 from flwr.common import EvaluateRes, NDArrays, Parameters, Scalar
 
 from fedpdm import wire
+from fedpdm.reporting.shared_words import shared_words
 from fedpdm.text import line
 
 __all__ = [
@@ -24,7 +25,7 @@ __all__ = [
     "decode_arrays",
     "describe_failures",
     "encode_arrays",
-    "mean_loss",
+    "heldout_metrics",
     "mean_metrics",
     "round_line",
 ]
@@ -161,18 +162,28 @@ def describe_failures(
     return lines
 
 
-def mean_loss(results: Sequence[EvaluateRes]) -> float:
-    """Held-out losses averaged over clients, weighted by examples."""
-    counts = np.array([result.num_examples for result in results], dtype=np.float64)
-    losses = np.array([result.loss for result in results], dtype=np.float64)
-    return float((counts * losses).sum() / counts.sum())
+def heldout_metrics(
+    evaluations: Sequence[tuple[EvaluateRes, Mapping[str, Scalar]]],
+) -> dict[str, float]:
+    """Held-out losses averaged over clients, weighted by examples, and what the model knows over
+    those that say it."""
+    means = {"heldout_coarse_loss": _mean([(r.num_examples, r.loss) for r, _ in evaluations])}
+    name = "heldout_coarse_known"
+    if known := [(r.num_examples, float(m[name])) for r, m in evaluations if name in m]:
+        means[name] = _mean(known)
+    return means
+
+
+def _mean(weighted: Sequence[tuple[int, float]]) -> float:
+    counts, values = np.array(weighted, dtype=np.float64).T
+    return float((counts * values).sum() / counts.sum())
 
 
 def mean_metrics(answers: Sequence[ClientAnswer], *, seconds: float) -> dict[str, float]:
-    """Losses averaged over the clients that say them (weighted by examples), images per second in
-    all."""
+    """Losses and knowledge as means over the clients that say them (weighted by examples), images
+    per second in all."""
     means = {}
-    for name in ("coarse_loss", "fine_loss"):
+    for name in ("coarse_loss", "coarse_known", "fine_loss"):
         values = [a for a in answers if name in a.metrics]
         if values:
             weighted = sum(float(a.metrics[name]) * a.num_examples for a in values)
@@ -187,13 +198,9 @@ def mean_metrics(answers: Sequence[ClientAnswer], *, seconds: float) -> dict[str
 def round_line(record: Mapping[str, Any], *, rounds: int, seconds_left: float) -> str:
     """A round's record as the one line that is shown."""
     parts = [f"round {record['round']}/{rounds}"]
-    for name, label in (
-        ("coarse_loss", "coarse loss"),
-        ("heldout_coarse_loss", "held-out"),
-        ("fine_loss", "fine loss"),
-    ):
-        if record.get(name) is not None:
-            parts.append(f"{label} {record[name]:.4f}")
+    parts += shared_words(record)
+    if record.get("fine_loss") is not None:
+        parts.append(f"fine loss {record['fine_loss']:.4f}")
     parts.append(f"{record['images_per_second']:.0f} images/s")
     parts.append(f"{record['bytes_down'] / 1e6:.1f} MB down, {record['bytes_up'] / 1e6:.1f} MB up")
     parts.append(f"{seconds_left:.0f} s left")

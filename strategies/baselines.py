@@ -62,8 +62,8 @@ class CentralisedTraining(CoarseServerTraining):
     def phase(self, round: int) -> Phase:
         return Phase.FINE
 
-    def training_data(self) -> tuple[BatchLoss, torch.Tensor]:
-        """(loss on all clients' training images, their labels); records whose these are."""
+    def training_data(self) -> tuple[BatchLoss, torch.Tensor, None]:
+        """(loss on all clients' training images, their labels, None); records whose these are."""
         records = [record.fields() for record in self._members]
         self._run.write_json("server/members.json", {"clients": records})
         loss = raw_coarse_batch_loss(
@@ -74,4 +74,4 @@ class CentralisedTraining(CoarseServerTraining):
             training=True,
             device=self._device,
         )
-        return loss, torch.from_numpy(self._labels)
+        return loss, torch.from_numpy(self._labels), None

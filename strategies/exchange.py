@@ -37,7 +37,7 @@ from strategies.answers import (
     check_size,
     decode_arrays,
     describe_failures,
-    mean_loss,
+    heldout_metrics,
 )
 from strategies.roster import ClientFailure, Roster, ServerSettings
 from strategies.rounds import RoundBook
@@ -256,8 +256,8 @@ class RoundExchange(Strategy):
             good.append((client_id, result, metrics))
         self.book.report(round, "evaluate", problems, num_good=len(good))
         good.sort(key=lambda answer: answer[0])
-        loss = mean_loss([result for _, result, _ in good])
-        measured = {"heldout_coarse_loss": loss} if self.has_model else {}
+        means = heldout_metrics([(result, metrics) for _, result, metrics in good])
+        loss, measured = means["heldout_coarse_loss"], means if self.has_model else {}
         self.book.evaluated(measured)
         if round == self.settings.rounds:
             self.history["final"] = {

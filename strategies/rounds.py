@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from fedpdm.reporting.shared_words import EXPLANATION
 from fedpdm.reporting.trackers import RunTrackers
 from strategies.answers import ClientAnswer, mean_metrics, round_line
 from strategies.roster import ClientFailure, ServerSettings
@@ -53,6 +54,7 @@ class RoundBook:
         self.say = announce
         self.first_round = 1  # of this process
         self._rounds_before = 0  # trained by earlier processes
+        self._explained = False
         self._started = time.perf_counter()
 
     def go_on(self, rounds_done: int, history: dict[str, Any]) -> None:
@@ -134,6 +136,9 @@ class RoundBook:
         pace = spent / max(1, rounds_here)
         left = pace * (self._settings.rounds - self.rounds_done)
         self.say(round_line(record, rounds=self._settings.rounds, seconds_left=left))
+        if not self._explained and "coarse_known" in record:
+            self.say(EXPLANATION)
+            self._explained = True
         if self.trackers is not None:
             self.trackers.round(record)
 

@@ -16,6 +16,7 @@ import torch
 from flwr.common import NDArrays, Parameters, ndarrays_to_parameters
 
 from fedpdm import wire
+from fedpdm.diffusion.knowledge import Knowledge
 from fedpdm.diffusion.training import BatchLoss, Trainer, class_weights, select_device
 from fedpdm.privacy.mechanism import (
     join,
@@ -31,7 +32,7 @@ from fedpdm.setup.build import (
     build_optimizer_settings,
     server_steps_per_round,
 )
-from fedpdm.setup.losses import coarse_batch_loss
+from fedpdm.setup.losses import coarse_batch_loss, coarse_knowledge
 from fedpdm.setup.run_setup import RunSetup
 from fedpdm.storage.run_directory import RunDirectory
 from fedpdm.wire.types import Phase
@@ -138,21 +139,22 @@ class CoarseServerTraining(CoarseStrategy):
                 f"[0, {self._spec.num_classes - 1}]"
             )
 
-    def training_data(self) -> tuple[BatchLoss, torch.Tensor]:
-        """(loss on all releases, their labels)."""
-        released = self._collected()
+    def training_data(self) -> tuple[BatchLoss, torch.Tensor, Knowledge | None]:
+        """(loss on all releases, their labels, what counts the knowledge of answers)."""
+        released, known = self._collected(), coarse_knowledge(self._setup)
         loss = coarse_batch_loss(
             self._setup,
             self._trainer.model,
             released,
             training=True,
             device=self._device,
+            known=known,
         )
-        return loss, released.labels
+        return loss, released.labels, known
 
     def merge(self, round: int) -> dict[str, float]:
         """Train on all that there is."""
-        loss, labels = self.training_data()
+        loss, labels, known = self.training_data()
         balance = self._config.coarse.class_balance
         report = self._trainer.train(
             loss,
@@ -164,7 +166,10 @@ class CoarseServerTraining(CoarseStrategy):
             what=f"server round {round} coarse",
         )
         self.weights = {k: v.cpu().clone() for k, v in self._trainer.weights().items()}
-        return {"coarse_loss": report.loss, "server_steps": report.num_steps}
+        metrics = {"coarse_loss": report.loss, "server_steps": report.num_steps}
+        if known is not None and known.share is not None:
+            metrics["coarse_known"] = known.share
+        return metrics
 
     def average(self, round: int) -> None:
         """The trainer's average, over steps."""

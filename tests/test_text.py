@@ -10,7 +10,7 @@ import unicodedata
 
 import pytest
 
-from fedpdm.text import LONGEST, finite, json_text, line, markdown, visible
+from fedpdm.text import LONGEST, finite, json_text, line, markdown, table_lines, visible
 from tests.support.cases import every
 
 SHOWN = [
@@ -79,3 +79,24 @@ def test_numbers_that_json_does_not_have_are_null() -> None:
         text = json_text(value, indent=indent)
         assert json.loads(text, parse_constant=pytest.fail) == finite(value)
     assert json_text({"a": 1}) == json.dumps({"a": 1}, indent=1)
+
+
+def test_a_table_keeps_to_a_width_and_repeats_its_first_column() -> None:
+    head = ["method", *(f"column {k}" for k in range(20))]
+    body = [["one", *("1.00 ± 0.10" for _ in range(20))], ["two", *("-" for _ in range(20))]]
+    whole = table_lines(head, body)
+    assert len(whole) == 3
+    assert len(whole[0]) > 200
+    parts = table_lines(head, body, width=80)
+    assert max(map(len, parts)) <= 80
+    assert parts.count("") == len(parts) // 4
+    assert [row.split("  ")[0] for row in parts[:3]] == [row.split()[0] for row in parts[4:7]]
+    found = [cell for row in parts if row.startswith("method") for cell in re.split(" {2,}", row)]
+    assert [cell for cell in found if cell != "method"] == head[1:]
+    assert table_lines(["a", "b" * 100], [["c", "d"]], width=80)[0] == f"a  {'b' * 100}"
+    assert table_lines(["a"], [["b"]], width=1) == ["a", "b"]
+
+
+def test_columns_stand_under_each_other_with_letters_of_two_places() -> None:
+    first, second, third = table_lines(["x", "y"], [["\u732b", "1"], ["abc", "2"]])
+    assert (first, second, third) == ("x    y", "\u732b   1", "abc  2")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedpdm.commands.terminal import say
+from fedpdm.commands.terminal import say, show
 from fedpdm.config import ConfigError
 
 if TYPE_CHECKING:
@@ -116,6 +117,7 @@ def finish_attacks(
     """Make the attacks, write what a reader gets into --out; results in the order of `jobs`."""
     from fedpdm.attacks.jobs.report import write_report
     from fedpdm.attacks.jobs.running import run_attack_jobs
+    from fedpdm.reporting.attack_words import verdicts
     from fedpdm.storage.holding import held
 
     with held(options.out):
@@ -124,7 +126,9 @@ def finish_attacks(
     if getattr(options, "json", False):
         print((options.out / "attacks.json").read_text(), end="")
     else:
-        print(f"{len(done)} attacks, summary in {path}")
+        for words in verdicts(json.loads((options.out / "attacks.json").read_text())["attacks"]):
+            show(words)
+        show(f"{len(done)} attacks, summary in {path}")
     return done
 
 

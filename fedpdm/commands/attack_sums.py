@@ -17,7 +17,7 @@ from fedpdm.commands.terminal import say
 if TYPE_CHECKING:
     from fedpdm.config import RunConfig
     from fedpdm.data import ImageSet
-    from fedpdm.privacy.mechanism import StatisticsParameters
+    from fedpdm.privacy.mechanism import ReleasedStatistics, StatisticsParameters
 
 __all__ = ["run_sum_audit", "run_sum_linkage"]
 
@@ -30,6 +30,7 @@ def run_sum_linkage(options: argparse.Namespace) -> int:
     from fedpdm.attacks.sum_canaries import auditors_public, opposites
     from fedpdm.attacks.sum_linkage import link_sums, with_image
     from fedpdm.engines.one_client import release_sums
+    from fedpdm.jobs.progress import sum_progress
 
     if options.images < 1:
         raise ValueError(f"--images: must be at least 1, got {options.images}")
@@ -48,16 +49,19 @@ def run_sum_linkage(options: argparse.Namespace) -> int:
     )
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="fedpdm-attack-") as folder:
-        clients = itertools.count()
+        clients, show = itertools.count(), sum_progress("linkage", "release", 2 * options.repeats)
+
+        def obtain(images: ImageSet) -> list[ReleasedStatistics]:
+            client = next(clients)
+            place = Path(folder) / str(client)
+            sums = release_sums(_fresh(config, client), images, place, public=public)
+            show(1)
+            return sums
+
         result = link_sums(
             others,
             pair,
-            lambda images: release_sums(
-                _fresh(config, client := next(clients)),
-                images,
-                Path(folder) / str(client),
-                public=public,
-            ),
+            obtain,
             public,
             planned,
             num_releases=options.repeats,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedpdm.commands.terminal import progress_aside, show
+from fedpdm.commands.terminal import progress_aside, show, terminal_width
 from fedpdm.config import ConfigError
 from fedpdm.text import json_text
 
@@ -67,7 +68,18 @@ def run_evaluate(options: argparse.Namespace) -> None:
     if options.json:
         print(json_text(scores))
     elif not options.quiet:
-        show("\n".join(lines))
+        width = terminal_width()
+        show("\n".join(each for one in lines for each in _wrapped(one, width)))
+
+
+def _wrapped(text: str, width: int | None) -> list[str]:
+    """A line in parts of at most `width` columns, broken between scores."""
+    if width is None or len(text) <= width:
+        return [text]
+    return textwrap.wrap(
+        text, max(width, 20), subsequent_indent="    ", break_long_words=False,
+        break_on_hyphens=False,
+    )  # fmt: skip
 
 
 def _client_lines(clients: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -30,6 +30,8 @@ EXAMPLES: Mapping[str, str] = {
 """,
     "stop": """\
   fedpdm stop
+  fedpdm stop runs/eps3
+  fedpdm stop --all
 """,
     "config": """\
   fedpdm config

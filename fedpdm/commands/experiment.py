@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedpdm.commands.terminal import complain, progress_aside, show
+from fedpdm.commands.terminal import complain, progress_aside, show, terminal_width
 from fedpdm.config import ConfigError, Suite, apply_overrides, load_suite
 from fedpdm.text import json_text
 
@@ -92,7 +92,8 @@ def run_experiment(options: argparse.Namespace) -> int:
     else:
         from fedpdm.reporting.suite_tables import suite_tables
 
-        show("\n" + suite_tables(suite, options.profile, options.results))
+        width = terminal_width()
+        show("\n" + suite_tables(suite, options.profile, options.results, width=width))
     for title, line in failed:
         complain(f"{title} failed: {line}")
     return 1 if failed else 0

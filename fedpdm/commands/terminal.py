@@ -28,6 +28,7 @@ __all__ = [
     "say",
     "show",
     "tell",
+    "terminal_width",
     "walk_commands",
 ]
 
@@ -175,6 +176,11 @@ def say(words: str) -> None:
 def show(text: str) -> None:
     """Results on standard output, in lines; what of them came from outside cannot draw on it."""
     print(visible(text), flush=True)
+
+
+def terminal_width() -> int | None:
+    """Columns of the terminal that shows standard output; None where none does."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def complain(error: object) -> None:

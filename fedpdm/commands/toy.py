@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fedpdm.commands.terminal import say
+from fedpdm.commands.terminal import say, terminal_width
 from fedpdm.text import json_text
 
 __all__ = ["add_toy_parser"]
@@ -91,5 +91,8 @@ def run_toy(options: argparse.Namespace) -> int:
         write_results(rows, report, config, out)
     say(f"toy: done in {time.perf_counter() - started:.0f} s; {len(figures)} figures, "
          f"results.json and results.csv in {out}")  # fmt: skip
-    print(json_text(report, indent=None) if options.json else report_text(rows, report))
+    if options.json:
+        print(json_text(report, indent=None))
+    else:
+        print(report_text(rows, report, width=terminal_width()))
     return 1 if report["contradictions"] else 0

@@ -21,12 +21,13 @@ from pathlib import Path
 import psutil
 
 from fedpdm.config import ConfigError, RunConfig
+from fedpdm.deployment.code_digest import code_root
+from fedpdm.engines.causes import last_error
 from fedpdm.engines.flowercli import (
     RunFailed,
     app_directory,
     end_processes,
     flower_environment,
-    last_error,
     stream,
     tool,
     write_run_config,
@@ -38,6 +39,7 @@ from fedpdm.text import line
 __all__ = ["RunFailed", "run_with_flower", "stop_processes"]
 
 MARKER = "FEDPDM_FLOWER_HOME"
+CHECKOUT = "FEDPDM_CHECKOUT"  # the code that started a process
 MOST_ON_A_GPU = 8
 SLOW_START = b"Failed to start local SuperLink within"  # Flower waits for 15 seconds, no longer
 STARTS = 4
@@ -107,8 +109,9 @@ def run_with_flower(
             print("Flower's SuperLink was slow to start; once more", flush=True)
         outcome = _outcome(environment, empty)
     if outcome != "finished:completed":
+        superlink = home / "local-superlink" / "superlink.log"
         raise RunFailed(
-            f"the run ended as {outcome!r}: {last_error(out / 'flower.log')} "
+            f"the run ended as {outcome!r}: {last_error(out / 'flower.log', superlink)} "
             f"(all output: {out / 'flower.log'}); --resume continues it"
         )
 
@@ -133,23 +136,32 @@ def _short_directory() -> Iterator[str]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def stop_processes(home: Path | None = None) -> int:
-    """End every process that a run started: of one Flower home, or of all. Returns how many."""
+def stop_processes(home: Path | None = None, *, every: bool = False) -> tuple[int, int]:
+    """End the processes that runs of this checkout (or installation) started: of one Flower home,
+    or of all its runs. Those of other checkouts are left alone unless `every` is asked for.
+
+    Returns how many were ended, and how many of other checkouts go on.
+    """
     mine = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
-    found = []
+    found, others = [], 0
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
-            marked = process.environ().get(MARKER)
+            environment = process.environ()
+            marked = environment.get(MARKER)
             if process.pid in mine or marked is None:
                 continue
-            if home is None or marked == str(home):
+            ours = every or environment.get(CHECKOUT) == str(code_root())
+            if marked == str(home) or (home is None and ours):
                 found.append(process)
-    return end_processes(found)
+            elif home is None:
+                others += 1
+    return end_processes(found), others
 
 
 def _environment(home: Path, port: int) -> dict[str, str]:
     return flower_environment(home) | {
         MARKER: str(home),
+        CHECKOUT: str(code_root()),
         "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(port),
         "RAY_DEDUP_LOGS": "0",
     }

@@ -18,14 +18,14 @@ from fedpdm.config import RunConfig, config_to_json
 from fedpdm.config.plugins import DIRECTORY_VARIABLE
 from fedpdm.deployment.code_digest import PACKAGES, code_root
 from fedpdm.deployment.proxies import without_proxy_here
-from fedpdm.text import line, visible
+from fedpdm.text import visible
 
 __all__ = [
     "RunFailed",
     "app_directory",
     "end_processes",
     "flower_environment",
-    "last_error",
+    "shown_line",
     "stream",
     "tool",
     "write_run_config",
@@ -162,14 +162,14 @@ def stream(
             for each in process.stdout:
                 record.write(visible(_COLOUR.sub("", each)))
                 record.flush()
-                for shown in [_plain(each)] if verbose else _shown(each):
+                for shown in [shown_line(each)] if verbose else _shown(each):
                     print(shown, flush=True)
         except KeyboardInterrupt:
             process.terminate()
             raise
 
 
-def _plain(raw: str) -> str:
+def shown_line(raw: str) -> str:
     """A line as it came; without its colours where they are not wanted (no-color.org)."""
     coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     text, *rest = _COLOUR.split(raw.rstrip("\n"))
@@ -195,13 +195,3 @@ _OURS = re.compile(
     r"(?<!\S)(round \d+(/\d+| fit| evaluate)|client \d+ round \d+|client \d+ [\w ,]+: \w+ \d+/\d+"
     r"|resumed after round)\b.*"
 )
-
-
-def last_error(log: Path) -> str:
-    """The last line of the log that looks like the cause."""
-    causes = [
-        each.strip()
-        for each in log.read_bytes().decode(errors="replace").split("\n")
-        if "Error" in each or "Failure" in each
-    ]
-    return line(causes[-1], limit=400) if causes else "no error was printed"

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
 import signal
 import socket
 import subprocess
+import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedpdm.config import ConfigError
+from fedpdm.engines.flowercli import shown_line
 from fedpdm.engines.warm import warm_process
 
 __all__ = ["NodeCommand", "run_node"]
@@ -70,9 +73,14 @@ def run_node(node: NodeCommand, *, port: int | None = None) -> int:
 
 def _run_once(node: NodeCommand, port: int, stop: threading.Event) -> int:
     command = [*node.command, "--host", "127.0.0.1", "--port", str(port)]
-    with subprocess.Popen(
-        command, cwd=node.cwd, env=dict(node.environment), stdin=subprocess.DEVNULL
-    ) as process:
+    with (
+        _passed_on(lambda text: print(text, flush=True)) as out,
+        _passed_on(lambda text: print(text, file=sys.stderr, flush=True)) as errors,
+        subprocess.Popen(
+            command, cwd=node.cwd, env=dict(node.environment), stdin=subprocess.DEVNULL,
+            stdout=out, stderr=errors,
+        ) as process,
+    ):  # fmt: skip
         while process.poll() is None:
             if not stop.wait(0.5):
                 continue
@@ -82,6 +90,26 @@ def _run_once(node: NodeCommand, port: int, stop: threading.Event) -> int:
             except subprocess.TimeoutExpired:
                 process.kill()
         return process.returncode
+
+
+@contextlib.contextmanager
+def _passed_on(show: Callable[[str], None]) -> Iterator[int]:
+    """A pipe to write to; what comes is shown by the line: plain text, in colour on a terminal
+    alone. At the end what was written is waited for, not what a process left behind may write."""
+    reading, writing = os.pipe()
+
+    def read() -> None:
+        with open(reading, encoding="utf-8", errors="replace") as lines:
+            for each in lines:
+                show(shown_line(each))
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    try:
+        yield writing
+    finally:
+        os.close(writing)
+        reader.join(timeout=2.0)
 
 
 @contextlib.contextmanager

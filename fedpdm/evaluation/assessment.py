@@ -24,6 +24,7 @@ from fedpdm.evaluation.judging import check_counts, reference_rows
 from fedpdm.evaluation.measures import group_labels
 from fedpdm.evaluation.scoring import Say, Scorer, build_extractor, real_images_of_others
 from fedpdm.evaluation.synthesis import Synthesizer, open_synthesizer
+from fedpdm.jobs.progress import count_progress, work_progress
 from fedpdm.rng import Purpose, torch_generator
 from fedpdm.storage.run_directory import RunDirectory
 
@@ -143,6 +144,7 @@ def assess(
             np.concatenate(drawn), np.concatenate(wanted), scorer.test.images, scorer.test.labels,
             num_classes=scorer.train.num_classes, seed=seed,
             num_steps=min(NUM_STEPS, scorer.config.evaluation.classifier_steps),
+            device=source.device, progress=work_progress(f"client {client} downstream classifier"),
         )  # fmt: skip
         record["downstream"] = downstream.named("synthetic")
         results.append(record)
@@ -184,16 +186,25 @@ def handover_curve(
         others, labels = scorer.others(client, classes)
         for t in levels:
             say(f"client {client}, {group}: from t = {t}")
-            images = refined(synthesizer, others, labels, t=t)
+            count = count_progress(f"client {client} {group} from t = {t}", "image")
+            images = refined(synthesizer, others, labels, t=t, progress=count)
             scores = scorer.scores((images, labels), group=group, classes=classes, own=own)
             curve.append({"group": group, "t": t, "scores": scores})
     return curve
 
 
 def refined(
-    synthesizer: Synthesizer, images: np.ndarray, labels: np.ndarray, *, t: int
+    synthesizer: Synthesizer,
+    images: np.ndarray,
+    labels: np.ndarray,
+    *,
+    t: int,
+    progress: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
-    """Images uint8 (N, C, H, W), noised to t and brought down to 0 by the fine model alone."""
+    """Images uint8 (N, C, H, W), noised to t and brought down to 0 by the fine model alone.
+
+    `progress` is told (images done, N).
+    """
     config, settings, device = synthesizer.config, synthesizer.settings, synthesizer.device
     generator = torch_generator(config.run.seed, Purpose.SAMPLING, client=t, device=device)
     parts = []
@@ -208,6 +219,8 @@ def refined(
             labels=torch.from_numpy(labels[chosen]).to(device), generator=generator,
         )  # fmt: skip
         parts.append(denormalize(x.cpu(), shift=synthesizer.spec.shift).numpy())
+        if progress is not None:
+            progress(start + len(x_0), len(images))
     return np.concatenate(parts)
 
 

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedpdm.evaluation.features import fit_classifier, predict
+from fedpdm.evaluation.features.network import Progress
 from fedpdm.rng import Purpose, seed_sequence
 
 __all__ = ["NUM_STEPS", "DownstreamScores", "classifier_scores"]
@@ -50,6 +51,7 @@ def classifier_scores(
     seed: int,
     num_steps: int = NUM_STEPS,
     device: torch.device | str = "cpu",
+    progress: Progress | None = None,
 ) -> DownstreamScores:
     """Train `SmallClassifier` on synthetic images and labels, test it on real ones.
 
@@ -60,6 +62,7 @@ def classifier_scores(
         images, labels: uint8 (N, C, H, H) and int64 (N,) in [0, num_classes), N >= 2.
         test_images, test_labels: the same of M real images that no client holds, M >= 1.
         seed: of initial weights, order and shifts; equal seeds give equal scores on one machine.
+        progress: as of `fit_classifier`.
 
     Raises:
         ValueError: for arrays that do not fit together.
@@ -80,6 +83,7 @@ def classifier_scores(
         num_steps=num_steps,
         seed=seed_sequence(seed, Purpose.DOWNSTREAM),
         device=device,
+        progress=progress,
         what="downstream classifier",
     )
     right = predict(model, test_images).argmax(axis=1) == test_labels

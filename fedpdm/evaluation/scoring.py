@@ -25,6 +25,7 @@ from fedpdm.evaluation.features import (
     train_feature_network,
 )
 from fedpdm.evaluation.judging import GroupReference, score_group
+from fedpdm.jobs.progress import work_progress
 from fedpdm.rng import Purpose, numpy_rng
 
 __all__ = ["Labelled", "Say", "Scorer", "build_extractor", "real_images_of_others"]
@@ -45,7 +46,8 @@ def build_extractor(
         components = min(32, len(reference) - 1)
         return PixelExtractor.fit(reference.images, num_components=components), None
     public = load_public(config, count=config.evaluation.num_public)
-    network = train_feature_network(public, seed=0, cache=cache)
+    show = work_progress("feature network")
+    network = train_feature_network(public, seed=0, cache=cache, progress=show)
     say(f"feature network: accuracy {network.accuracy:.3f} on {network.num_held_out} public images")
     return network, network
 

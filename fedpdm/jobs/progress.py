@@ -39,11 +39,16 @@ def sum_progress(title: str, unit: str, total: int) -> Callable[[int], None]:
 
 
 def _progress(title: str, unit: str) -> Callable[[int, int, str], None]:
-    started = time.perf_counter()
+    """What is done falls where further work begins under the same title: that counts anew."""
+    started, before = time.perf_counter(), 0
     if sys.stderr.isatty():
         bar: Any = tqdm(desc=title, leave=False, unit=unit)
 
         def advance(done: int, total: int, note: str) -> None:
+            nonlocal bar
+            if done < bar.n:
+                bar.close()
+                bar = tqdm(desc=title, leave=False, unit=unit)
             bar.total = total
             bar.update(done - bar.n)
             bar.set_postfix_str(note)
@@ -52,11 +57,14 @@ def _progress(title: str, unit: str) -> Callable[[int, int, str], None]:
 
         return advance
 
-    last = started
+    last = called = started
 
     def tell(done: int, total: int, note: str) -> None:
-        nonlocal last
+        nonlocal last, called, started, before
         now = time.perf_counter()
+        if done < before:
+            started = called
+        before, called = done, now
         if now - last < SECONDS_BETWEEN_LINES or done >= total:
             return
         last = now

@@ -39,7 +39,7 @@ NOT_PROTECTED = (
     "the number of images a client holds, and how many of them are equal",
     "metrics computed on raw data (sent in simulation, or where a client's own config says so)",
     "a client's own images if it publishes its fine model: that model is trained without noise",
-    "more than one image of a person as strongly as one: see group_epsilon",
+    "more than one image of a person as strongly as one: together they have a larger epsilon",
 )
 
 

@@ -34,6 +34,7 @@ from fedpdm.privacy.releases import ReleaseStore
 from fedpdm.privacy.statement import client_statement
 from fedpdm.publishing.class_counts import exported_share
 from fedpdm.publishing.class_gaussians import GaussianClasses
+from fedpdm.publishing.labels import label_of
 from fedpdm.publishing.model_card import model_card
 from fedpdm.publishing.pfdm_sampling import TwoStageSampling
 from fedpdm.publishing.pipeline import PFDMPipeline
@@ -198,7 +199,7 @@ def load_pipeline(path: Path) -> PFDMPipeline:
 def sample_grid(
     path: Path,
     *,
-    labels: Sequence[int] | None,
+    labels: Sequence[int | str] | None,
     num: int,
     out: Path,
     seed: int = 0,
@@ -212,7 +213,7 @@ def sample_grid(
 
     Args:
         path: the exported directory.
-        labels: classes to draw; None for all.
+        labels: classes to draw, by number or by name; None for all.
         num: images in all, shared evenly between the classes, at least one each.
         out: file name that ends in .png; an old file is replaced. It is returned.
         seed: the same seed gives the same picture, up to a device's rounding.
@@ -226,7 +227,9 @@ def sample_grid(
     target = png_path(out)
     generator = torch_generator(seed, Purpose.SAMPLING)
     pipeline = load_pipeline(path)
-    classes = list(range(pipeline.config["num_classes"])) if labels is None else list(labels)
+    names = {int(k): v for k, v in (pipeline.config["id2label"] or {}).items()}
+    known = range(pipeline.config["num_classes"])
+    classes = list(known) if labels is None else [label_of(each, names, known) for each in labels]
     if not classes or num < len(classes):
         raise ValueError(f"num must be at least 1 for each of {len(classes)} labels, got {num}")
     if scheduler is not None:
@@ -243,7 +246,7 @@ def sample_grid(
         pipeline.set_progress_bar_config(desc=title, leave=False, disable=None)
         drawn: Any = pipeline(part, generator=generator, output_type="pt", **options).images
         images.append((drawn * 255.0).round().to(torch.uint8).numpy())
-    names = {-1: "no label"} | {int(k): v for k, v in (pipeline.config["id2label"] or {}).items()}
+    names[-1] = "no label"
     _draw(np.concatenate(images), [names.get(k, str(k)) for k in classes], counts, target)
     return target
 

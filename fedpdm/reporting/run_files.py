@@ -20,6 +20,7 @@ from fedpdm.privacy.releases import ReleaseStore
 from fedpdm.privacy.statement import baseline_statement, plain_text, run_statement
 from fedpdm.reporting.pictures import draw_image_grid, draw_partition
 from fedpdm.reporting.provenance import software_versions
+from fedpdm.reporting.shared_words import EXPLANATION, percent
 from fedpdm.setup.choice import kept_choices
 from fedpdm.setup.run_setup import RunSetup
 from fedpdm.storage.client_store import ClientStore
@@ -35,6 +36,7 @@ ROW_NAMES = {
     "alone": "training alone",
 }
 COLUMNS = 20
+CLASSES_SHOWN = 40
 CLIENTS_SHOWN = 4
 
 
@@ -68,18 +70,22 @@ def draw_samples(run: RunDirectory, config: RunConfig) -> bool:
     """`samples.png` from the clients' stored samples (simulation: one party holds them all).
 
     A group of rows per client: coarse output, coarse then fine, training alone; columns go
-    through the classes. Returns whether there was anything to draw.
+    through the classes, headed by their names: `CLASSES_SHOWN` of them, evenly, where there are
+    more. Returns whether there was anything to draw.
     """
+    names = _class_names(run)
     rows: list[np.ndarray] = []
     labels: list[str] = []
     groups: list[str] = []
     columns: list[str] = []
+    present = 0
     for client in range(min(CLIENTS_SHOWN, config.partition.num_clients)):
         samples = ClientStore(run.client_path(client)).load_samples()
         if samples is None:
             continue
         chosen = _columns(samples["labels"])
-        columns = [str(label) for label in samples["labels"][chosen]]
+        present = len(np.unique(samples["labels"]))
+        columns = [names.get(int(label), str(label)) for label in samples["labels"][chosen]]
         for method, name in ROW_NAMES.items():
             if method in samples:
                 rows.append(samples[method][chosen])
@@ -94,13 +100,24 @@ def draw_samples(run: RunDirectory, config: RunConfig) -> bool:
         row_groups=groups,
         column_labels=columns,
         title=f"{config.name}: samples per class",
+        note=f"{CLASSES_SHOWN} of {present} classes" if present > CLASSES_SHOWN else None,
     )
     return True
 
 
+def _class_names(run: RunDirectory) -> dict[int, str]:
+    """By label, as the split says; empty where there is none."""
+    if not (run.root / "partition.json").exists():
+        return {}
+    return dict(enumerate(map(str, run.read_json("partition.json").get("class_names", ()))))
+
+
 def _columns(labels: np.ndarray) -> np.ndarray:
-    """Positions of an equal number of samples of each class, about `COLUMNS` in all."""
+    """Positions of an equal number of samples of each class shown, about `COLUMNS` in all."""
     classes = np.unique(labels)
+    if len(classes) > CLASSES_SHOWN:
+        even = np.linspace(0, len(classes) - 1, CLASSES_SHOWN).round().astype(int)
+        classes = classes[even]
     each = max(1, COLUMNS // len(classes))
     return np.concatenate([np.flatnonzero(labels == k)[:each] for k in classes])
 
@@ -167,12 +184,34 @@ def summarise(run: RunDirectory) -> str:
             lines.append(f"  {name:<19} {what}")
     lines += ["", *_privacy_lines(privacy), ""]
     table = metrics_table(final["clients"])
-    lines += table if table else [_no_metrics(run.config())]
+    lines += [*table, *_recipe(run.config())] if table else [_no_metrics(run.config())]
     lines.append("")
-    if final.get("heldout_coarse_loss") is not None:
-        what = "images" if "baseline" in privacy else "releases"
-        lines.append(f"Shared model's loss on held-out {what}: {final['heldout_coarse_loss']:.4f}")
+    lines += _shared_lines(final, of="images" if "baseline" in privacy else "releases")
     return "\n".join(lines)
+
+
+def _recipe(config: RunConfig) -> list[str]:
+    """What `both` is, in the words of `fedpdm experiment`; nothing for a baseline."""
+    if not config.kind.releases:
+        return []
+    if config.has_statistics:
+        what = "from class Gaussians on, 'statistics' in fedpdm experiment"
+    elif config.coarse.objective == "truncated":
+        what = "trained as 'ours' in fedpdm experiment (not as 'PFDM', which is the paper's recipe)"
+    elif config.coarse.objective == "noise_to_noise":
+        what = "with the paper's noise-to-noise model, as 'PFDM' in fedpdm experiment"
+    else:
+        what = f"with coarse.objective {config.coarse.objective}"
+    return [f"  both: the shared model, then the client's fine model; {what}."]
+
+
+def _shared_lines(final: Mapping[str, Any], *, of: str) -> list[str]:
+    """What the shared model knows of held-out images, or its loss on them."""
+    if (known := final.get("heldout_coarse_known")) is not None:
+        return [f"Shared model  knows {percent(known)} of held-out images; {EXPLANATION}"]
+    if (loss := final.get("heldout_coarse_loss")) is not None:
+        return [f"Shared model's loss on held-out {of}: {loss:.4f}"]
+    return []
 
 
 def _privacy_lines(privacy: Mapping[str, Any]) -> list[str]:
@@ -209,7 +248,7 @@ def metrics_table(clients: Sequence[Mapping[str, Any]]) -> list[str]:
     """
     rows = []
     shared = any(name.endswith("_shared_frechet") for metrics in clients for name in metrics)
-    first, title = ("shared", "shared") if shared else ("pfdm", "PFDM")
+    first, title = ("shared", "shared") if shared else ("pfdm", "both")
     for metrics in clients:
         for group in ("majority", "minority", "all"):
             if not any(f"{group}_{method}_frechet" in metrics for method in (first, "alone")):

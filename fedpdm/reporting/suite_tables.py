@@ -22,7 +22,7 @@ from fedpdm.reporting.results import (
 )
 from fedpdm.reporting.use_table import draw_lengths, use_table
 from fedpdm.storage.files import write_atomic
-from fedpdm.text import markdown, visible
+from fedpdm.text import markdown, table_lines, visible
 
 __all__ = ["suite_tables", "write_results_page"]
 
@@ -116,9 +116,11 @@ def _columns(results: Sequence[dict[str, Any]]) -> list[Column]:
     return columns
 
 
-def suite_tables(suite: Suite, profile: str, results: Path, *, page: bool = False) -> str:
+def suite_tables(
+    suite: Suite, profile: str, results: Path, *, page: bool = False, width: int | None = None
+) -> str:
     """All tables of a suite at one profile: methods, the floor, gaps closed, ablations; as plain
-    text, or as Markdown for a `page`."""
+    text of at most `width` columns, or as Markdown for a `page`."""
     folder = results / f"{suite.name}-{profile}"
     found = load_results(folder) if folder.is_dir() else []
     columns = _columns(found)
@@ -149,7 +151,7 @@ def suite_tables(suite: Suite, profile: str, results: Path, *, page: bool = Fals
     lines = [f"## {title}" if page else title, ""]
     if description := suite.profile(profile).description:
         lines += [f"{write(description)}.", ""]
-    lines += _layout(head, body, page=page)
+    lines += _layout(head, body, page=page, width=width)
     compared = [
         (suite.method(method).title, method, [r for r in found if r["method"] == method])
         for method in methods
@@ -157,9 +159,10 @@ def suite_tables(suite: Suite, profile: str, results: Path, *, page: bool = Fals
     lines += ["", *map(write, _gaps(found, compared, columns)), ""]
     if use := use_table(suite, methods, found):
         title = "Accuracy of the client's own classifier"
-        lines += [f"### {title}" if page else title, "", *_layout(*use, page=page), ""]
+        lines += [f"### {title}" if page else title, "", *_layout(*use, page=page, width=width), ""]
     for name in suite.ablations:
-        lines += _ablation(suite, suite.profile(profile), name, folder, page=page)
+        size = suite.profile(profile)
+        lines += _ablation(suite, size, name, folder, page=page, width=width)
     seen = [(write(suite.method(m).title), write(suite.method(m).trust)) for m in methods]
     if page:
         lines += ["Trust: " + "; ".join(f"*{title}*: {words}" for title, words in seen) + ".", ""]
@@ -219,7 +222,9 @@ def _gaps(
     return lines
 
 
-def _ablation(suite: Suite, size: Profile, name: str, folder: Path, *, page: bool) -> list[str]:
+def _ablation(
+    suite: Suite, size: Profile, name: str, folder: Path, *, page: bool, width: int | None
+) -> list[str]:
     ablation, draws = suite.ablation(name), size.draws > 1
     if not (folder / name).is_dir():
         return []
@@ -242,7 +247,12 @@ def _ablation(suite: Suite, size: Profile, name: str, folder: Path, *, page: boo
                 missing.append(f"{row.method} {variant}")
     write = _paragraph if page else visible
     title = write(f"Ablation: {ablation.title}")
-    lines = [f"### {title}" if page else title, "", *_layout(head, body, page=page), ""]
+    lines = [
+        f"### {title}" if page else title,
+        "",
+        *_layout(head, body, page=page, width=width),
+        "",
+    ]
     if draws:
         words = f"Seed {size.first_seed}; mean ± standard error over draws of the releases' noise."
         lines += [write(words), ""]
@@ -251,10 +261,10 @@ def _ablation(suite: Suite, size: Profile, name: str, folder: Path, *, page: boo
     return [*lines, write(f"Not run: {', '.join(missing)}."), ""] if missing else lines
 
 
-def _layout(head: Sequence[str], body: Sequence[Sequence[str]], *, page: bool) -> list[str]:
+def _layout(
+    head: Sequence[str], body: Sequence[Sequence[str]], *, page: bool, width: int | None
+) -> list[str]:
     if page:
         lines = ["| " + " | ".join(map(markdown, head)) + " |", "|" + "---|" * len(head)]
         return lines + ["| " + " | ".join(map(markdown, row)) + " |" for row in body]
-    widths = [max(len(row[k]) for row in (head, *body)) for k in range(len(head))]
-    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
-            for row in (head, *body)]  # fmt: skip
+    return table_lines(head, body, width=width)

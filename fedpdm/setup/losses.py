@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import torch
 
 from fedpdm.data import normalize
 from fedpdm.data.augment import random_affine
+from fedpdm.diffusion.combined import Watched
 from fedpdm.diffusion.denoisers import Denoiser
+from fedpdm.diffusion.knowledge import Knowledge
 from fedpdm.diffusion.objectives import denoising_loss, drop_labels
 from fedpdm.diffusion.training import BatchLoss
 from fedpdm.privacy.mechanism import clip_l2
@@ -15,7 +19,20 @@ from fedpdm.privacy.types import ReleasedDataset
 from fedpdm.setup.chosen import find_objective, find_weighting
 from fedpdm.setup.run_setup import RunSetup
 
-__all__ = ["coarse_batch_loss", "fine_batch_loss", "raw_coarse_batch_loss"]
+__all__ = ["coarse_batch_loss", "coarse_knowledge", "fine_batch_loss", "raw_coarse_batch_loss"]
+
+
+def coarse_knowledge(setup: RunSetup) -> Knowledge | None:
+    """To measure what the shared model knows of released images; None where none are released."""
+    parameters = setup.plan and setup.release_plan.images
+    if not parameters:
+        return None
+    return Knowledge(
+        setup.schedule,
+        t0=parameters.t0,
+        clip_norm=parameters.clip_norm,
+        chain=find_objective(setup.config).chain,
+    )
 
 
 def coarse_batch_loss(
@@ -26,10 +43,12 @@ def coarse_batch_loss(
     training: bool,
     device: torch.device,
     subset: np.ndarray | None = None,
+    known: Knowledge | None = None,
 ) -> BatchLoss:
     """The configured coarse objective on a release, as loss of a batch of indices.
 
-    Indices count within `subset` (int64 positions in the release) where it is given.
+    Indices count within `subset` (int64 positions in the release) where it is given. `known` counts
+    what each answer knows.
     """
     section, schedule = setup.config.coarse, setup.schedule
     x_tilde, labels = released.x_tilde.to(device), released.labels.to(device)
@@ -42,10 +61,12 @@ def coarse_batch_loss(
         if positions is not None:
             indices = positions[indices]
         chosen = drop_labels(labels[indices], probability=dropout, generator=generator)
+        batch = x_tilde[indices]
+        watched = Watched(denoiser, functools.partial(known.add, batch)) if known else denoiser
         return objective.loss(
-            denoiser,
+            watched,
             schedule,
-            x_tilde[indices],
+            batch,
             labels=chosen,
             t0=released.parameters.t0,
             weighting=weighting,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpdm.config import ToyConfig
-from fedpdm.text import json_text
+from fedpdm.text import json_text, table_lines
 from fedpdm.toy.cells import Cell
 from fedpdm.toy.figures import (
     ScatterData,
@@ -101,30 +101,31 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def report_text(rows: Sequence[Mapping[str, Any]], report: Mapping[str, Any]) -> str:
-    """The rows as a table, and the lines of `summarise`."""
+HEAD = ("cell", "method", "W2^2", "95% interval", "theory", "ratio", "95% interval", "theory")
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    """A row of the printed table, under `HEAD`."""
+    theory = "" if row["theory_w2"] is None else f"{row['theory_w2']:.5f}"
+    interval = f"{row['w2_low']:.5f}-{row['w2_high']:.5f}"
+    where = f"{row['sweep']} {row['x']:g}, {row['fit']}, {row['sampler']}, {row['class']}"
+    cells = [where, row["method"], f"{row['w2']:.5f}", interval, theory, "", "", ""]
+    if "ratio" in row:
+        expected = "" if row["theory_ratio"] is None else f"{row['theory_ratio']:.3f}"
+        interval = f"{row['ratio_low']:.3f}-{row['ratio_high']:.3f}"
+        cells[5:] = [f"{row['ratio']:.3f}", interval, expected]
+    return cells
+
+
+def report_text(
+    rows: Sequence[Mapping[str, Any]], report: Mapping[str, Any], *, width: int | None = None
+) -> str:
+    """The rows as a table of at most `width` columns, and the lines of `summarise`."""
+    body = [_cells(row) for row in rows if row["method"] != "coarse"]
     lines = [
         "Squared 2-Wasserstein distance to the truth, and its ratio to training alone",
-        f"{'sweep':<10}{'x':>7} {'fit':<7}{'sampler':<10}{'class':<9}{'method':<8}"
-        f"{'W2^2':>9} {'95% interval':>19}{'theory':>9}  {'ratio':>6} {'95% interval':>15}"
-        f"{'theory':>8}",
+        *table_lines(HEAD, body, width=width),
     ]
-    for row in rows:
-        if row["method"] == "coarse":
-            continue
-        theory = "" if row["theory_w2"] is None else f"{row['theory_w2']:.5f}"
-        line = (
-            f"{row['sweep']:<10}{row['x']:>7g} {row['fit']:<7}{row['sampler']:<10}"
-            f"{row['class']:<9}{row['method']:<8}{row['w2']:>9.5f} "
-            f"{row['w2_low']:>9.5f}-{row['w2_high']:>9.5f}{theory:>9}"
-        )
-        if "ratio" in row:
-            expected = "" if row["theory_ratio"] is None else f"{row['theory_ratio']:.3f}"
-            line += (
-                f"  {row['ratio']:>6.3f} {row['ratio_low']:>7.3f}-{row['ratio_high']:>7.3f}"
-                f"{expected:>8}"
-            )
-        lines.append(line)
     for name, slope in report["slopes"].items():
         lines.append(
             f"slope of the error in {name}: {slope['slope']:.4f} ({slope['low']:.4f} to "

@@ -15,11 +15,13 @@ __all__ = ["CLOCKS", "FIT_METRICS", "RAW_METRICS", "check_metrics"]
 CLOCKS = ("seconds", "coarse_seconds")
 LONGEST_SECONDS = 10_000_000
 
-# Counts and times, and losses of the coarse model on releases: functions of the release alone.
+# Counts and times, and what the coarse model's answers on releases cost and know: functions of the
+# release alone.
 FIT_METRICS: Mapping[str, type] = {
     "client_id": int,
     "num_released": int,
     "coarse_loss": float,
+    "coarse_known": float,
     "coarse_steps": int,
     "coarse_seconds": float,
     "seconds": float,
@@ -27,6 +29,7 @@ FIT_METRICS: Mapping[str, type] = {
     "fine_images": int,
     "replayed": bool,
     "heldout_coarse_loss": float,
+    "heldout_coarse_known": float,
     "num_heldout": int,
     "ledger": str,  # the random marks of its records (`fedpdm.privacy.ledger`)
 }

@@ -289,7 +289,8 @@ def test_everything_is_written_and_kept(
     command += ["--samples", "60", "--uploads", "20", "--seed", "4"]
     command += ["--public", "digits", "--public-steps", "2"]
     assert main(command) == 0
-    first = capsys.readouterr().err
+    shown = capsys.readouterr()
+    first = shown.err
     facts = json.loads((tmp_path / "attacks.json").read_text())
     groups = [each["group"] for each in facts["attacks"]]
     assert {name: groups.count(name) for name in set(groups)} == {
@@ -308,6 +309,9 @@ def test_everything_is_written_and_kept(
     text = (tmp_path / "summary.md").read_text()
     for words in ("locally differentially private", "50.01", "chance", "Linkage", "publisher"):
         assert words in text
+    assert text.index("## Verdict") < text.index("What the numbers mean")
+    assert "linkage on client 0: " in shown.out
+    assert "the upload alone, rescaled" in text
     for name in text.splitlines()[-1][7:-1].split(", "):
         assert (tmp_path / name).stat().st_size > 100, name
     assert "s left" in first

@@ -83,7 +83,7 @@ def test_flowers_colours_are_kept_at_terminals_alone(
     monkeypatch.setenv("NO_COLOR", setting)
     monkeypatch.setattr("sys.stdout.isatty", lambda: terminal)
     line = "\x1b[92mINFO\x1b[0m : started\n"
-    assert flowercli._plain(line) == (line.rstrip() if kept else "INFO : started")
+    assert flowercli.shown_line(line) == (line.rstrip() if kept else "INFO : started")
 
 
 # Results for programs.
@@ -165,6 +165,27 @@ def test_evaluate_in_json(
         "  real images recall 1",
         "  accuracy 0.500",
     ]
+
+
+def test_long_lines_of_scores_keep_to_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whole scores, a part of a line under the other; into a file each line as it is."""
+    values = {f"majority_measure_{k}[trained-64]": 0.125 for k in range(12)}
+    record = {"num_own": 7, "scores": values, "floor": {}}
+    clients = [{"client_id": 3, "groups": {"majority": record}, "downstream": {}}]
+    monkeypatch.setattr(
+        "fedpdm.evaluation.assessment.assess_run", lambda *_, **__: ({"clients": clients}, None)
+    )
+    monkeypatch.setenv("COLUMNS", "80")
+    assert call("evaluate", "run") == 0
+    whole = capsys.readouterr().out
+    assert max(map(len, whole.splitlines())) > 200
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert call("evaluate", "run") == 0
+    parts = capsys.readouterr().out
+    assert max(map(len, parts.splitlines())) <= 80
+    assert parts.split() == whole.split()
 
 
 def test_quiet_silences_the_progress_stream_alone(capsys: pytest.CaptureFixture[str]) -> None:

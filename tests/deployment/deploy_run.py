@@ -27,6 +27,7 @@ from fedpdm.config import ConfigError, RunConfig, config_from_mapping, config_to
 from fedpdm.data.loading import load_split
 from fedpdm.engines.deployed.coordinator import run_progress
 from fedpdm.privacy.releases import ReleaseStore
+from fedpdm.reporting.shared_words import shared_words
 from tests.support.real_nodes import (
     RealFederation,
     RunningCommand,
@@ -217,8 +218,7 @@ def check_all(session: Session, out: Path) -> None:
     assert 0.0 < last < 1.1, f"the coarse loss is {last}, after {first} in round 1"
     session.say(
         f"checked: rounds 1 to {ROUNDS}; participants per round {present}; every image noised "
-        f"once; coarse loss {first:.4f} to {last:.4f}, held-out "
-        f"{history['final']['heldout_coarse_loss']:.4f}"
+        f"once; coarse loss {first:.4f} to {last:.4f}; {', '.join(shared_words(rounds[-1]))}"
     )
 
 

@@ -94,7 +94,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
 
 def test_the_run_ends_with_0_and_says_what_happened(finished: Finished) -> None:
     assert finished.code == 0, finished.output
-    for line in ("nodes: 2 of 2 online", "round 1/2  coarse loss ", "round 2/2  coarse loss "):
+    for line in ("nodes: 2 of 2 online", "round 1/2  shared model knows ", "round 2/2  shared mod"):
         assert line in finished.output
     assert "MB up" in finished.output
     assert "s left" in finished.output
@@ -188,7 +188,7 @@ def test_status_says_nodes_rounds_bytes_and_losses(
     assert call("federation", "status", "--state", finished.federation.state) == 0
     text = capsys.readouterr().out
     assert "nodes: 2 of 2 online" in text
-    assert "round 2 of 2, coarse loss" in text
+    assert "round 2 of 2, shared model knows" in text
 
 
 def test_bad_input_ends_with_2_and_one_line(

@@ -63,11 +63,11 @@ def test_the_server_cannot_turn_raw_metrics_on(tmp_path: Path, training: str) ->
     federation.ask(0, "train", {"round": 1, "phase": phase, "final": True, **WISHES})
     federation.ask(0, "evaluate", {"round": 1, "final": True, **WISHES})
     federation.ask(0, "get_properties", WISHES)
-    trained = {"coarse_loss", "coarse_steps", "coarse_seconds", "coarse_images"}
+    trained = {"coarse_loss", "coarse_known", "coarse_steps", "coarse_seconds", "coarse_images"}
     common = {"client_id", "num_released", "fine_images", "seconds", "ledger"}
     assert [set(sent.metrics) for sent in federation.sent] == [
         common | (trained if training == "federated" else set()),
-        {"client_id", "heldout_coarse_loss", "num_heldout"},
+        {"client_id", "heldout_coarse_loss", "heldout_coarse_known", "num_heldout"},
         {"client_id", "ledger"},
     ]
     assert local_of(federation, 0).store.load_samples() is not None  # it was the final evaluation

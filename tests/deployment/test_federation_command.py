@@ -15,11 +15,12 @@ import pytest
 from fedpdm.config import ConfigError
 from fedpdm.deployment.registered import registered_clients
 from fedpdm.engines import flowercli
+from fedpdm.engines.causes import last_error
 from fedpdm.engines.deployed.control import Node
 from fedpdm.engines.deployed.coordinator import LogTail, node_lines, run_progress
 from fedpdm.engines.deployed.preflight import check_deployed_run
 from fedpdm.engines.deployed.status import describe, status_of
-from fedpdm.engines.flowercli import RunFailed, last_error
+from fedpdm.engines.flowercli import RunFailed
 from fedpdm.engines.superlink import SuperLink
 from fedpdm.engines.superlink_settings import SuperLinkSettings, answers, split_address
 from fedpdm.reporting.run_files import RunLog
@@ -261,7 +262,9 @@ def test_status_of_a_killed_coordinator_tells_the_rounds(
         "rounds_done": 1,
         "rounds": 2,
         "coarse_loss": 1.0,
+        "coarse_known": None,
         "heldout_coarse_loss": None,
+        "heldout_coarse_known": None,
         "bytes_down": 2_000_000,
         "bytes_up": 1_000_000,
         "seconds": 30.0,
@@ -343,7 +346,7 @@ def test_nothing_that_is_shown_draws_on_the_terminal(
         superlink.ask("list")
     shown.append(str(caught.value))
     (tmp_path / "flower.log").write_text(f"Error: {HOSTILE}\n")
-    shown += [last_error(tmp_path / "flower.log"), flowercli._plain(HOSTILE)]
+    shown += [last_error(tmp_path / "flower.log"), flowercli.shown_line(HOSTILE)]
     shown += flowercli._shown(f"ERROR {HOSTILE}")
     assert len(shown) == 9
     for text in shown:

@@ -621,6 +621,19 @@ def test_a_node_that_ends_is_started_again_until_told_to_stop(tmp_path: Path) ->
 
 
 @pytest.mark.slow
+def test_a_log_is_plain_text(tmp_path: Path) -> None:
+    """Flower colours its lines wherever they go; what escapes is left is shown, not obeyed."""
+    script = r"printf '\033[92mINFO \033[0m:   in \033[2Jit\n'; printf 'part' >&2; exec sleep 99"
+    with started(tmp_path, script) as process:
+        assert process.stdout is not None
+        first = process.stdout.readline()
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=120)
+    assert first == "INFO :   in \\x1b[2Jit\n"
+    assert errors == "part\n"
+
+
+@pytest.mark.slow
 def test_stopping_ends_the_supernode_and_two_nodes_do_not_share_a_store(tmp_path: Path) -> None:
     with started(tmp_path, "echo $$; exec sleep 1000") as process:
         assert process.stdout is not None

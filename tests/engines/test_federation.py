@@ -67,6 +67,8 @@ def test_run_leaves_everything_behind(finished: tuple[RunConfig, Path]) -> None:
     metrics = json.loads((out / "metrics.json").read_text())
     assert [record["round"] for record in metrics["rounds"]] == [1, 2]
     assert [c["client_id"] for c in metrics["final"]["clients"]] == [0, 1, 2]
+    assert all(record["coarse_known"] < 1 for record in metrics["rounds"])
+    assert metrics["final"]["heldout_coarse_known"] < 1
     privacy = json.loads((out / "privacy.json").read_text())
     assert privacy["t0"] == 642
     assert privacy["epsilon"] == pytest.approx(9.956, abs=5e-4)

@@ -14,8 +14,9 @@ import psutil
 import pytest
 import torch
 
+from fedpdm.cli import main
 from fedpdm.config import RunConfig, config_to_yaml
-from fedpdm.engines.flower import MARKER, run_with_flower, stop_processes
+from fedpdm.engines.flower import CHECKOUT, MARKER, run_with_flower, stop_processes
 from fedpdm.engines.inprocess import run_in_process
 from fedpdm.storage.client_store import read_tensors
 from tests.support.command_line import without_advice
@@ -112,12 +113,41 @@ def test_killed_run_resumes_to_the_same_weights(tmp_path: Path) -> None:
 
 def test_stop_ends_processes_of_one_home_only(tmp_path: Path) -> None:
     environment = {**os.environ, MARKER: str(tmp_path / "a")}
-    mine = subprocess.Popen(["sleep", "60"], env=environment)
-    other = subprocess.Popen(["sleep", "60"], env={**os.environ, MARKER: str(tmp_path / "b")})
+    mine = subprocess.Popen(["sleep", "999"], env=environment)
+    other = subprocess.Popen(["sleep", "999"], env={**os.environ, MARKER: str(tmp_path / "b")})
     try:
-        assert stop_processes(tmp_path / "a") == 1
+        assert stop_processes(tmp_path / "a") == (1, 0)
         assert mine.poll() is not None
         assert other.poll() is None
     finally:
         other.kill()
         other.wait()
+
+
+def test_stop_leaves_other_checkouts_alone_unless_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those of versions that did not mark their checkout count as others, too."""
+    marks = {"mine": str(tmp_path / "here"), "other": str(tmp_path / "there"), "old": None}
+    monkeypatch.setattr("fedpdm.engines.flower.code_root", lambda: tmp_path / "here")
+    sleeping = {}
+    for name, mark in marks.items():
+        environment = {**os.environ, MARKER: str(tmp_path / name / ".flower")}
+        environment |= {CHECKOUT: mark} if mark else {}
+        sleeping[name] = subprocess.Popen(["sleep", "999"], env=environment)
+    ours = [psutil.Process(process.pid) for process in sleeping.values()]
+    monkeypatch.setattr(psutil, "process_iter", lambda: ours)
+    try:
+        assert main(["stop", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out) == {"ended": 1, "others": 2}
+        assert [process.poll() is None for process in sleeping.values()] == [False, True, True]
+        assert main(["stop", str(tmp_path / "old")]) == 0
+        assert capsys.readouterr().out == "1 processes ended\n"
+        assert [process.poll() is None for process in sleeping.values()] == [False, True, False]
+        assert main(["stop", "--all"]) == 0
+        assert sleeping["other"].poll() is not None
+        assert main(["stop", "x", "--all"]) == 2
+    finally:
+        for process in sleeping.values():
+            process.kill()
+            process.wait()

@@ -131,8 +131,10 @@ def test_a_page_of_one_run_has_every_part(trained: Path) -> None:
     metrics = json.loads((trained / "metrics.json").read_text())
     released = [str(c["num_released"]) for c in metrics["rounds"][0]["clients"]]
     assert [row[2] for row in ledger[1:]] == released
+    known = page.table("What the shared model knows of images")
+    assert known[1][1] == f"{100 * metrics['rounds'][0]['coarse_known']:.5g}"
     losses = page.table("Losses")
-    assert losses[1][1] == f"{metrics['rounds'][0]['coarse_loss']:.5g}"
+    assert losses[1][1] == f"{metrics['rounds'][0]['fine_loss']:.5g}"
     final = metrics["final"]["clients"][0]
     distances = page.table("Distances and class fidelity")
     at = distances[0].index("distance, coarse, then fine")

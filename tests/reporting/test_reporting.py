@@ -196,6 +196,7 @@ def test_summary_says_what_is_promised_and_what_is_not(tmp_path: Path) -> None:
     assert "SIMULATION: the noise is seeded" in told
     assert f"epsilon {privacy['group_epsilon']['2']:.4g} for 2" in told
     assert "held-out releases: 0.9877" in told
+    assert "then the client's fine model; trained as 'ours' in fedpdm experiment (not as" in told
     assert str(tmp_path) in told
     assert "samples.png" in told
     assert "partition.png" not in told  # only what is there is listed

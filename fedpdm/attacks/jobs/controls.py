@@ -29,10 +29,12 @@ from fedpdm.diffusion.schedule import make_schedule
 from fedpdm.diffusion.training import OptimizerSettings, Progress, Trainer, select_device
 from fedpdm.diffusion.twostage import SamplerSettings, sample_in_batches
 from fedpdm.diffusion.weights import load_named
+from fedpdm.jobs.progress import sum_progress
 from fedpdm.storage.files import StoreError, read_tensors, write_tensors
 
 __all__ = ["as_it_must_be", "control_images", "plan_controls", "train_control"]
 
+SAMPLING_STEPS = 50
 OVERFITTED, UNSEEN = "overfitted", "never saw them"  # the models, by what they know of the members
 
 
@@ -173,13 +175,20 @@ def as_it_must_be(done: EndedAttack) -> bool:
 def draw_samples(
     model: ModelTarget, labels: np.ndarray, num: int, seed: int, *, shape: tuple[int, int, int]
 ) -> np.ndarray:
-    """uint8 (num, C, H, W) by 50 steps of DPM-Solver, of classes drawn from `labels`."""
+    """uint8 (num, C, H, W) by steps of DPM-Solver, of classes drawn from `labels`."""
     wanted = np.random.default_rng(seed_of(seed, "labels")).choice(labels, size=num)
     target = model.target
+    watch = sum_progress("samples to attack", "step", num * SAMPLING_STEPS)
     output = sample_in_batches(
         target.denoiser,
         None,
-        SamplerSettings(schedule=target.schedule, t0=0, scheduler="dpm_solver", num_steps=50),
+        SamplerSettings(
+            schedule=target.schedule,
+            t0=0,
+            scheduler="dpm_solver",
+            num_steps=SAMPLING_STEPS,
+            watch=watch,
+        ),
         image_shape=shape,
         labels=torch.from_numpy(wanted).to(target.device),
         generator=torch.Generator(target.device).manual_seed(seed),

@@ -126,7 +126,7 @@ def memorisation_job(
             found = find_memorised(ours, known, progress=count, **options)
             result[space] = dataclasses.asdict(found.summary)
             if len(control) >= 1:
-                beside = find_memorised(control, known, **options)
+                beside = find_memorised(control, known, progress=count, **options)
                 result[space]["held_out_flagged_fraction"] = beside.summary.flagged_fraction
                 if len(control) >= 100:
                     judged = judge_by_control(found, beside)

@@ -256,11 +256,14 @@ def _samplers(one: Synthesizer) -> dict[str, Any]:
         return rng.choice(one.own.train_labels, size=num)
 
     def as_run(num: int, seed: int) -> np.ndarray:
-        return one.sample(labels_of(num, seed), seed=seed)
+        labels = labels_of(num, seed)
+        return one.shown("samples to attack", labels).sample(labels, seed=seed)
 
     def coarse_only(num: int, seed: int) -> np.ndarray:
         generator = torch.Generator(one.device).manual_seed(seed)
-        return replace(one, fine=None).draw_pixels(labels_of(num, seed), generator=generator)
+        labels = labels_of(num, seed)
+        coarse = replace(one, fine=None).shown("samples of the coarse model", labels)
+        return coarse.draw_pixels(labels, generator=generator)
 
     if one.coarse is None or one.fine is None:
         return {"shared" if one.fine is None else "fine": as_run}

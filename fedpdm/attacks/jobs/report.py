@@ -11,6 +11,7 @@ import numpy as np
 
 from fedpdm.attacks.jobs.running import EndedAttack
 from fedpdm.attacks.roc import roc_points
+from fedpdm.reporting.attack_words import ATTACKERS, verdicts
 from fedpdm.reporting.pictures import draw_roc
 from fedpdm.reporting.provenance import software_versions
 from fedpdm.storage.files import write_atomic, write_json
@@ -64,7 +65,7 @@ def write_report(
         "pictures": [path.name for path in curves],
     }
     write_json(out / "attacks.json", record)
-    text = _summary(done, title=title, facts=facts, curves=curves)
+    text = _summary(done, record["attacks"], title=title, facts=facts, curves=curves)
     write_atomic(out / "summary.md", text.encode())
     return out / "summary.md"
 
@@ -95,9 +96,15 @@ def _percent(estimate: Mapping[str, float]) -> str:
 
 
 def _summary(
-    done: Sequence[EndedAttack], *, title: str, facts: Mapping[str, Any], curves: Sequence[Path]
+    done: Sequence[EndedAttack],
+    attacks: Sequence[Mapping[str, Any]],
+    *,
+    title: str,
+    facts: Mapping[str, Any],
+    curves: Sequence[Path],
 ) -> str:
-    lines = [f"# {markdown(title)}", "", visible(str(facts["what"])), "", MEANING]
+    lines = [f"# {markdown(title)}", "", visible(str(facts["what"])), "", "## Verdict", ""]
+    lines += [*(f"- {markdown(one)}" for one in verdicts(attacks)), "", MEANING]
     by_group: dict[str, list[EndedAttack]] = {}
     for each in done:
         by_group.setdefault(each.job.group, []).append(each)
@@ -197,8 +204,9 @@ def _upload_lines(found: Sequence[EndedAttack], words: str) -> list[str]:
         for row in each.result["rows"]:
             ssim = "" if row["ssim"] is None else f"{row['ssim']:.3f}"
             named = row["identification_in_class"]
+            who = ATTACKERS.get(row["attacker"], row["attacker"])
             lines.append(
-                f"| {row['attacker']}, {row['method']} | {row['recovery']:.3f} | "
+                f"| {who}, {row['method']} | {row['recovery']:.3f} | "
                 f"{row['recovery_blind']:.3f} | {ssim} | {100 * named['rate']:.1f}% "
                 f"(chance {100 * named['chance']:.1f}%) |"
             )

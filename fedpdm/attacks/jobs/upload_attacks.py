@@ -19,6 +19,7 @@ from fedpdm.attacks.reconstruction import attack_uploads, unclip_factor
 from fedpdm.data import ImageSet, denormalize
 from fedpdm.privacy.mechanism import select
 from fedpdm.privacy.types import ReleasedDataset
+from fedpdm.reporting.attack_words import ATTACKERS
 from fedpdm.reporting.pictures import draw_reconstructions
 
 __all__ = ["linkage_job", "reconstruction_job"]
@@ -61,9 +62,10 @@ def reconstruction_job(
         shown = {"original": originals[:10]}
         for (attacker, method), images in found.images.items():
             if attacker != "blind":
-                row = attacker if method == "rescaled" else f"{attacker}, {method}"
+                row = ATTACKERS.get(attacker, f"{attacker}, {method}")
                 shown[row] = denormalize(images[:10], shift=shift).numpy()
-        draw_reconstructions(picture, shown, note=f"t0 = {found.t0}")
+        title = f"{name[0].upper()}{name[1:]}"
+        draw_reconstructions(picture, shown, title=title, note=f"t0 = {found.t0}")
         best = min(
             (row for row in found.rows if row.attacker not in ("none", "blind")),
             key=lambda row: row.distance,

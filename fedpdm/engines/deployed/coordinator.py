@@ -19,12 +19,12 @@ from typing import Any
 import psutil
 
 from fedpdm.config import ConfigError, RunConfig
+from fedpdm.engines.causes import last_error
 from fedpdm.engines.deployed.control import CONNECTION, FlowerRun, Node, without_colour
 from fedpdm.engines.flowercli import (
     RunFailed,
     app_directory,
     end_processes,
-    last_error,
     write_run_config,
 )
 from fedpdm.engines.superlink import SuperLink
@@ -46,7 +46,9 @@ class RunProgress:
     rounds_done: int
     rounds: int
     coarse_loss: float | None
+    coarse_known: float | None
     heldout_coarse_loss: float | None
+    heldout_coarse_known: float | None
     bytes_down: int
     bytes_up: int
     seconds: float
@@ -68,7 +70,9 @@ def run_progress(out: Path) -> RunProgress:
         rounds_done=len(rounds),
         rounds=total,
         coarse_loss=last.get("coarse_loss"),
+        coarse_known=last.get("coarse_known"),
         heldout_coarse_loss=last.get("heldout_coarse_loss"),
+        heldout_coarse_known=last.get("heldout_coarse_known"),
         bytes_down=sum(record["bytes_down"] for record in rounds),
         bytes_up=sum(record["bytes_up"] for record in rounds),
         seconds=sum(record["seconds"] for record in rounds),

@@ -10,6 +10,7 @@ from typing import Any
 from fedpdm.config import ConfigError
 from fedpdm.engines.deployed.coordinator import run_progress
 from fedpdm.engines.superlink import SuperLink
+from fedpdm.reporting.shared_words import shared_words
 from fedpdm.text import line
 
 __all__ = ["describe", "status_of"]
@@ -79,9 +80,7 @@ def describe(status: dict[str, Any]) -> str:
 
 def _rounds(progress: dict[str, Any]) -> str:
     parts = [f"round {progress['rounds_done']} of {progress['rounds']}"]
-    for name, label in (("coarse_loss", "coarse loss"), ("heldout_coarse_loss", "held-out")):
-        if progress[name] is not None:
-            parts.append(f"{label} {progress[name]:.4f}")
+    parts += shared_words(progress)
     parts.append(
         f"{progress['bytes_down'] / 1e6:.1f} MB down, {progress['bytes_up'] / 1e6:.1f} MB up"
     )

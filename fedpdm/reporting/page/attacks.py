@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fedpdm.reporting.attack_words import ATTACKERS
 from fedpdm.reporting.page.cells import Table, is_number, number
 
 __all__ = ["AttackGroup", "attack_groups"]
@@ -13,7 +14,7 @@ __all__ = ["AttackGroup", "attack_groups"]
 
 @dataclass(frozen=True, kw_only=True)
 class AttackGroup:
-    """Attacks of one kind: a table of scores, further tables with a caption, and lines."""
+    """Attacks of one kind: a table of scores, further tables with a caption, and notes."""
 
     title: str
     scores: Table | None
@@ -52,14 +53,9 @@ def attack_groups(attacks: Mapping[str, Any]) -> list[AttackGroup]:
                     for attack in rest
                     if attack.get("rows")
                 ],
-                lines=[
-                    *(
-                        f"{attack.get('name', name)}: {attack['headline']}"
-                        for attack in rest
-                        if "headline" in attack
-                    ),
-                    *dict.fromkeys(str(attack["note"]) for attack in found if "note" in attack),
-                ],
+                lines=list(
+                    dict.fromkeys(str(attack["note"]) for attack in found if "note" in attack)
+                ),
             )
         )
     return groups
@@ -85,7 +81,7 @@ def _plain_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             if isinstance(value, Mapping):
                 cells |= {f"{key} {k}": number(v) for k, v in value.items()}
             elif not isinstance(value, list):
-                cells[key] = number(value)
+                cells[key] = number(ATTACKERS.get(value, value) if key == "attacker" else value)
         flat.append(cells)
     columns = list(dict.fromkeys(key for cells in flat for key in cells))
     return Table(

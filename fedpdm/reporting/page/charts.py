@@ -28,6 +28,8 @@ _SIZE: Final = 440, 260  # of a chart, in pixels
 _SAMPLE: Final = 36, 14  # of a line in a legend
 _MARGINS: Final = {"left": 62, "right": 12, "top": 12, "bottom": 44}
 _TICKS: Final = 6  # intervals, at most
+_DECIMALS: Final = 7  # at most, of a tick
+_NAME, _DIGIT = 30, 9  # pixels: for the name of the y axis, and of a digit beside a tick
 _MOST_MARKS: Final = 40
 # The page's colours for light and dark, under stand-ins that matplotlib draws with.
 _GRID, _SOFT = "#100001", "#100002"
@@ -47,16 +49,22 @@ class Series:
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """A drawn chart; `legend` is (name, drawn sample of the line), `rows` the numbers by x."""
+    """A drawn chart; `legend` is (name, drawn sample of the line), `rows` the numbers by x.
+
+    `note` is a line under the title, or empty.
+    """
 
     title: str
+    note: str
     svg: Markup
     legend: Sequence[tuple[str, Markup]]
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
 
 
-def line_chart(series: Sequence[Series], *, title: str, x_label: str, y_label: str) -> Chart | None:
+def line_chart(
+    series: Sequence[Series], *, title: str, x_label: str, y_label: str, note: str = ""
+) -> Chart | None:
     """A chart of what is there; None if no series has a finite point."""
     kept = []
     for one in series:
@@ -84,12 +92,13 @@ def line_chart(series: Sequence[Series], *, title: str, x_label: str, y_label: s
     axes.xaxis.set_major_locator(MaxNLocator(_TICKS, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(_TICKS, steps=(1, 2, 5, 10)))
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
-    axes.yaxis.set_major_formatter(lambda y, _: f"{y:.4g}")
+    axes.yaxis.set_major_formatter(lambda y, _: _told_apart(y, axes.get_ylim()))
     axes.grid(axis="y", color=_GRID, linewidth=1, clip_on=False)
     axes.set_axisbelow(True)
     axes.tick_params(left=False, bottom=False, labelsize=13)
     axes.set_xlabel(x_label, fontsize=13)
     axes.set_ylabel(y_label, fontsize=13)
+    _make_room(axes, width)
     axes.yaxis.set_label_coords(13 / width, (bottom + height - 12) / 2 / height, figure.transFigure)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(_SOFT)
@@ -98,11 +107,33 @@ def line_chart(series: Sequence[Series], *, title: str, x_label: str, y_label: s
     head = Markup('<svg class="chart" role="img" viewBox="0 0 {} {}" aria-label="{}">')
     return Chart(
         title=title,
+        note=note,
         svg=head.format(width, height, visible(words)) + _drawn(figure) + Markup("</svg>"),
         legend=[(one.name, _sample(index)) for index, one in enumerate(kept)],
         columns=[x_label, *[one.name for one in kept]],
         rows=_rows(kept),
     )
+
+
+def _make_room(axes: Axes, width: int) -> None:
+    """Move the left side so that ticks' labels do not reach the name of the axis.
+
+    The page's own font draws them: a digit is taken to be `_DIGIT` wide.
+    """
+    low, high = axes.get_ylim()
+    ticks = [tick for tick in axes.get_yticks() if low <= tick <= high]
+    longest = max((len(axes.yaxis.get_major_formatter()(tick)) for tick in ticks), default=0)
+    left = max(_MARGINS["left"], _NAME + longest * _DIGIT)
+    box = axes.get_position()
+    axes.set_position((left / width, box.y0, 1 - (left + _MARGINS["right"]) / width, box.height))
+
+
+def _told_apart(y: float, limits: tuple[float, float]) -> str:
+    """A tick with as many decimals as tell it from the next one."""
+    step = abs(limits[1] - limits[0]) / _TICKS
+    decimals = max(0, 1 - math.floor(math.log10(step))) if step > 0 else 0
+    text = f"{y:,.{decimals}f}" if decimals <= _DECIMALS else f"{y:.4g}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
 
 
 def _rows(series: Sequence[Series]) -> list[list[str]]:

@@ -21,6 +21,7 @@ from markupsafe import Markup
 
 import fedpdm.reporting.page.tables as tables
 from fedpdm.config import RunConfig
+from fedpdm.reporting.attack_words import verdicts
 from fedpdm.reporting.page.attacks import attack_groups
 from fedpdm.reporting.page.cells import number
 from fedpdm.reporting.page.pictures import (
@@ -60,6 +61,7 @@ class RunSection:
     choices: Any
     film: Any
     film_problem: str
+    attack_verdicts: Sequence[str]
     attacks: Sequence[Any]
     attack_pictures: Sequence[Picture]
     config: Sequence[tuple[str, str, bool]]
@@ -192,6 +194,7 @@ def _section(
         choices=tables.choice_table(facts),
         film=None if isinstance(film, str) else film,
         film_problem=film if isinstance(film, str) else "",
+        attack_verdicts=verdicts((facts.attacks or {}).get("attacks", ())),
         attacks=attack_groups(facts.attacks or {}),
         attack_pictures=_attack_pictures(facts, label),
         config=_config_rows(facts.config),

@@ -11,6 +11,7 @@ from fedpdm.reporting.page.cells import Table, is_number, number
 from fedpdm.reporting.page.charts import Chart, Series, line_chart
 from fedpdm.reporting.page.reading import RunFacts, flat_config
 from fedpdm.reporting.run_files import ROW_NAMES
+from fedpdm.reporting.shared_words import EXPLANATION, percent
 
 __all__ = [
     "Split",
@@ -34,6 +35,10 @@ _LOSSES = {
     "coarse_loss": "shared model, training",
     "heldout_coarse_loss": "shared model, held-out",
     "fine_loss": "fine models, training",
+}
+_KNOWN = {
+    "coarse_known": "noised training images",
+    "heldout_coarse_known": "noised held-out images",
 }
 
 
@@ -61,10 +66,12 @@ def summary_rows(facts: RunFacts) -> list[tuple[str, str]]:
         ("time, s", f"{sum(float(r.get('seconds', 0.0)) for r in rounds):.0f}"),
         ("place", "simulation" if config.run.simulation else "deployment"),
     ]
-    if rounds and "heldout_coarse_loss" in rounds[-1]:
-        rows.append(
-            ("held-out loss of the shared model", number(rounds[-1]["heldout_coarse_loss"]))
-        )
+    last = rounds[-1] if rounds else {}
+    if "heldout_coarse_known" in last:
+        known = percent(last["heldout_coarse_known"])
+        rows.append(("the shared model knows of held-out images", known))
+    elif "heldout_coarse_loss" in last:
+        rows.append(("held-out loss of the shared model", number(last["heldout_coarse_loss"])))
     for (group, method, metric), value in _means(facts.final_clients).items():
         if metric == "frechet" and method != "own":
             rows.append((f"distance, {group}, {METHODS[method]}", number(value)))
@@ -121,8 +128,15 @@ def _series(rounds: Sequence[Mapping[str, Any]], key: str, name: str, scale: flo
     return Series(name=name, points=points)
 
 
+def _shown_losses(rounds: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Losses to draw: not the shared model's where what it knows is there (`shared_words`)."""
+    known = {name.replace("known", "loss") for name in _KNOWN if any(name in r for r in rounds)}
+    return {name: words for name, words in _LOSSES.items() if name not in known}
+
+
 def _sums(series: Series) -> Series:
-    total, points = 0.0, []
+    """Sums so far; 0 before the first round."""
+    total, points = 0.0, [(series.points[0][0] - 1, 0.0)] if series.points else []
     for x, y in series.points:
         total += y
         points.append((x, total))
@@ -130,7 +144,8 @@ def _sums(series: Series) -> Series:
 
 
 def run_charts(facts: RunFacts) -> list[Chart]:
-    """Losses, losses by client, distances by group where rounds have them, and bytes."""
+    """What the shared model knows, losses, losses by client, distances by group where rounds have
+    them, and bytes."""
     rounds = facts.rounds
     clients = sorted({int(c.get("client_id", -1)) for r in rounds for c in r.get("clients", ())})
     own = [
@@ -150,8 +165,9 @@ def run_charts(facts: RunFacts) -> list[Chart]:
         for key, name in (("bytes_up", "to the server"), ("bytes_down", "to clients"))
     ]
     charts = [
+        _known_chart([_series(rounds, key, name, 100.0) for key, name in _KNOWN.items()]),
         line_chart(
-            [_series(rounds, key, name) for key, name in _LOSSES.items()],
+            [_series(rounds, key, name) for key, name in _shown_losses(rounds).items()],
             title="Losses", x_label="round", y_label="loss",
         ),
         line_chart(own, title="Fine model's loss by client", x_label="round", y_label="loss"),
@@ -164,20 +180,30 @@ def run_charts(facts: RunFacts) -> list[Chart]:
     return [chart for chart in charts if chart is not None]
 
 
+def _known_chart(series: Sequence[Series], of: str = "images") -> Chart | None:
+    title = f"What the shared model knows of {of}"
+    return line_chart(series, title=title, x_label="round", y_label="%", note=EXPLANATION)
+
+
 def comparison_charts(runs: Sequence[RunFacts], names: Sequence[str]) -> list[Chart]:
     """A line per run."""
+    together = list(zip(runs, names, strict=True))
     charts = [
+        _known_chart([_series(f.rounds, key, name, 100.0) for f, name in together], words)
+        for key, words in _KNOWN.items()
+    ]
+    charts += [
         line_chart(
-            [_series(f.rounds, key, name) for f, name in zip(runs, names, strict=True)],
+            [_series(f.rounds, k, name) for f, name in together if k in _shown_losses(f.rounds)],
             title=title[0].upper() + title[1:], x_label="round", y_label="loss",
         )
-        for key, title in _LOSSES.items()
+        for k, title in _LOSSES.items()
     ]  # fmt: skip
     sent = [
         _sums(
             Series(name=name, points=[(float(r["round"]), _total(r) / 1e6) for r in facts.rounds])
         )
-        for facts, name in zip(runs, names, strict=True)
+        for facts, name in together
     ]
     charts.append(
         line_chart(sent, title="Sent so far", x_label="round", y_label="MB, both directions")

@@ -72,7 +72,7 @@ def draw_reconstructions(
     title: str = "Reconstructions from uploads",
     note: str | None = None,
 ) -> None:
-    """One row per entry (original, upload, none, global, ...), one column per image, as PNG.
+    """One row per entry (original, upload, a model's answer), one column per image, as PNG.
 
     Args:
         path: a name that ends in .png.

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from fedpdm.reporting.pictures.lettering import letter
 from fedpdm.storage.files import appearing
 
 if TYPE_CHECKING:
@@ -35,7 +36,14 @@ def save_png_and_pdf(figure: Figure, stem: Path) -> tuple[Path, Path]:
 
 
 def save_figure(figure: Figure, target: Path) -> None:
-    """Write a PNG or PDF in one step: a reader sees the old file, or the whole new one."""
+    """Write a PNG or PDF in one step: a reader sees the old file, or the whole new one.
+
+    Names in any script are drawn with a font that has them, or spelled (`lettering`).
+    """
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        letter(text)
     kind = target.suffix.lower().lstrip(".")
     unstated = {"png": "Software", "pdf": "CreationDate"}[kind]  # the same picture, same bytes
     with appearing(target) as unfinished:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from fedpdm.data.partition import ClientPartition
 from fedpdm.reporting.pictures.files import DPI, INK, MUTED, png_path, save_figure
+from fedpdm.reporting.pictures.lettering import text_width, written
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -56,7 +57,8 @@ def draw_partition(
     is_majority = np.array(
         [[k in part.majority for k in range(num_classes)] for part in partitions]
     )
-    save_figure(_partition_figure(partitions, counts, is_majority, list(class_names)), target)
+    names = [written(name) for name in class_names]
+    save_figure(_partition_figure(partitions, counts, is_majority, names), target)
 
 
 def _partition_figure(
@@ -75,8 +77,9 @@ def _partition_figure(
     has_numbers = num_classes <= 40
     cell_width = max(0.5, 0.011 * font * (digits + 2)) if has_numbers else 0.16  # inches
     cell_height = font / 30
-    is_turned = max(map(len, class_names)) * 0.0085 * font > cell_width
-    heading = 0.2 + (max(map(len, class_names)) * 0.0085 * font if is_turned else 0.1)
+    widest = text_width(class_names, size=font, dpi=DPI) / DPI
+    is_turned = widest > 0.9 * cell_width
+    heading = 0.2 + (widest if is_turned else 0.1)
     left, right, bottom = 0.95, 0.85, 0.75
     width = max(left + cell_width * num_classes + right, 5.2)
     height = heading + cell_height * num_clients + bottom

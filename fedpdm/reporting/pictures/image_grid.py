@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedpdm.reporting.pictures.files import DPI, INK, MUTED, png_path, save_figure
+from fedpdm.reporting.pictures.lettering import text_width
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -145,11 +146,11 @@ def _grid_figure(
 
     starts = _group_starts(row_groups, num_rows=len(rows))
     group_names = [row_groups[start] for start in starts] if row_groups else []
-    group_width = _text_width(group_names, size=9.5, bold=True)
-    label_width = _text_width(row_labels, size=9.0)
+    group_width = text_width(group_names, size=9.5, dpi=DPI, bold=True)
+    label_width = text_width(row_labels, size=9.0, dpi=DPI)
     left = _MARGIN + label_width + (_LABEL_GAP if label_width else 0)
     left += group_width + 2 * _LABEL_GAP if group_width else 0
-    heading_width = _text_width(column_labels, size=9.0)
+    heading_width = text_width(column_labels, size=9.0, dpi=DPI)
     is_turned = heading_width > cell[1]
     top = _MARGIN + (26 if title else 0) + (20 if note else 0)
     top += (heading_width + 6 if is_turned else 18) if column_labels else 0
@@ -162,8 +163,8 @@ def _grid_figure(
     ]
     canvas_height = tops[-1] + cell[0] + _MARGIN
     canvas_width = left + num_columns * (cell[1] + _GAP) - _GAP + _MARGIN
-    title_width = _text_width([title or ""], size=11.0, bold=True)
-    title_width = max(title_width, _text_width([note or ""], size=9.0))
+    title_width = text_width([title or ""], size=11.0, dpi=DPI, bold=True)
+    title_width = max(title_width, text_width([note or ""], size=9.0, dpi=DPI))
     canvas_width = max(canvas_width, title_width + 2 * _MARGIN)
     canvas = np.full((canvas_height, canvas_width, 3), 255, dtype=np.uint8)
     for row, y in zip(rows, tops, strict=True):
@@ -214,19 +215,3 @@ def _enlarge(image: NDArray[np.uint8], factor: int) -> NDArray[np.uint8]:
     """(C, H, W) to (H * factor, W * factor, 3): nearest neighbour, grey to three channels."""
     enlarged = image.repeat(factor, axis=1).repeat(factor, axis=2).transpose(1, 2, 0)
     return np.broadcast_to(enlarged, (*enlarged.shape[:2], 3))
-
-
-def _text_width(texts: Sequence[str], *, size: float, bold: bool = False) -> int:
-    """Width in whole pixels of the widest text; 0 for none."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(dpi=DPI)
-    weight = "bold" if bold else "normal"
-    widths = [
-        figure.text(0, 0, text, fontsize=size, fontweight=weight, parse_math=False)
-        .get_window_extent()
-        .width
-        for text in texts
-        if text
-    ]
-    return int(np.ceil(max(widths, default=0.0)))
