@@ -15,12 +15,14 @@ from fedpdm.commands.attack_models import route_attack
 from fedpdm.commands.certificates import add_certificates_parser
 from fedpdm.commands.evaluate import add_evaluate_parser
 from fedpdm.commands.experiment import add_experiment_parser
+from fedpdm.commands.export import add_export_parser
 from fedpdm.commands.federation import add_federation_parser
 from fedpdm.commands.ledger import add_ledger_parser
 from fedpdm.commands.node import add_node_parser
 from fedpdm.commands.privacy import add_privacy_parser
 from fedpdm.commands.report import add_report_parser
 from fedpdm.commands.resolving import add_run_arguments, resolve_run
+from fedpdm.commands.sample import add_sample_parser
 from fedpdm.commands.show import add_show_parser, show_run, tell_run
 from fedpdm.commands.tables import add_tables_parser
 from fedpdm.commands.terminal import (
@@ -136,27 +138,8 @@ def _parser() -> Parser:
     add_certificates_parser(commands)
 
     add_show_parser(commands)
-    export = commands.add_parser("export", help="write a diffusers pipeline of one client")
-    export.add_argument("run", type=Path)
-    export.add_argument("--client", type=int, default=0)
-    export.add_argument("--out", type=Path, required=True)
-    export.add_argument(
-        "--counts-epsilon", type=float, metavar="EPSILON",
-        help="noise the numbers of images per class that it holds with sampling.coarse_worth",
-    )  # fmt: skip
-    export.set_defaults(action=_export)
-
-    sample = commands.add_parser("sample", help="sample from an exported pipeline")
-    sample.add_argument("pipeline", type=Path)
-    sample.add_argument("--label", type=int, action="append", help="class; default: all in turn")
-    sample.add_argument("--num", type=int, default=64)
-    sample.add_argument("--out", type=Path, required=True, help="PNG file")
-    sample.add_argument("--seed", type=int, default=0)
-    sample.add_argument("--steps", type=int, default=25)
-    sample.add_argument("--guidance", type=float, help="default: the exported")
-    sample.add_argument("--scheduler", help="a diffusers scheduler class; default: the exported")
-    sample.add_argument("--method", choices=("pfdm", "alone", "coarse"), default="pfdm")
-    sample.set_defaults(action=_sample)
+    add_export_parser(commands)
+    add_sample_parser(commands)
 
     stop = commands.add_parser("stop", help="end every process that runs have left or started")
     stop.set_defaults(action=_stop)
@@ -230,36 +213,6 @@ def _leave(*_: object) -> None:
     """End at once: Flower's server waits for its worker threads, and every file is crash-safe."""
     print("interrupted; nothing is lost, --resume continues the run", file=sys.stderr, flush=True)
     os._exit(130)
-
-
-def _export(options: argparse.Namespace) -> None:
-    from fedpdm.publishing.export import export_pipeline
-    from fedpdm.storage.run_directory import RunDirectory
-
-    run, epsilon = RunDirectory(options.run), options.counts_epsilon
-    path = export_pipeline(run, client_id=options.client, out=options.out, counts_epsilon=epsilon)
-    line = f"pipeline of client {options.client} written to {path}"
-    if epsilon is None and run.config().sampling.coarse_worth is not None:
-        line += "\nit holds the exact numbers of its images per class: see its README.md, Privacy"
-    tell(options, line, {"out": str(path), "client": options.client})
-
-
-def _sample(options: argparse.Namespace) -> None:
-    from fedpdm.publishing.export import sample_grid
-
-    sample_grid(
-        options.pipeline,
-        labels=options.label,
-        num=options.num,
-        out=options.out,
-        seed=options.seed,
-        num_steps=options.steps,
-        guidance=options.guidance,
-        scheduler=options.scheduler,
-        method=options.method,
-    )
-    line = f"{options.num} samples written to {options.out}"
-    tell(options, line, {"out": str(options.out), "num": options.num, "method": options.method})
 
 
 def _stop(options: argparse.Namespace) -> None:

@@ -24,10 +24,6 @@ EXAMPLES: Mapping[str, str] = {
     "export": """\
   fedpdm export runs/eps3 --client 0 --out pipeline0
 """,
-    "sample": """\
-  fedpdm sample pipeline0 --label 3 --num 64 --out grid.png
-  fedpdm sample pipeline0 --method alone --steps 50 --guidance 2 --out alone.png
-""",
     "stop": """\
   fedpdm stop
 """,

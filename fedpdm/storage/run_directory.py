@@ -53,6 +53,8 @@ __all__ = ["RunDirectory"]
 class RunDirectory:
     """Reads and writes one run's files; every write is atomic."""
 
+    STATEMENT = "privacy.json"
+
     def __init__(self, root: Path) -> None:
         self.root = root
         self._config = ""  # its digest, once it is known
@@ -62,7 +64,25 @@ class RunDirectory:
         return self.root / "server" / "checkpoint.safetensors"
 
     def client_path(self, client_id: int) -> Path:
+        """A client's store, where it lies in the run directory (simulation)."""
         return self.root / "clients" / str(client_id)
+
+    def release_path(self, client_id: int) -> Path:
+        """Where the ledger and the releases of that client lie."""
+        return self.client_path(client_id)
+
+    def first_client(self) -> int:
+        """The client whose models are taken where nothing else is said."""
+        return 0
+
+    def clients(self) -> list[int]:
+        """Clients whose stores are here, ascending."""
+        folders = (self.root / "clients").glob("[0-9]*")
+        return sorted(int(path.name) for path in folders if path.name.isdecimal())
+
+    def is_finished(self) -> bool:
+        """Whether the last round's results are here."""
+        return (self.root / "metrics.json").exists() and "final" in self.read_json("metrics.json")
 
     def check(self, config: RunConfig, *, resume: bool) -> None:
         """`ConfigError` if the directory cannot be used for `config`; writes nothing.
@@ -160,6 +180,21 @@ class RunDirectory:
         if not path.exists():
             raise ConfigError(f"{path}: is missing; the run has not got that far")
         return read_json(path, self._named(name))
+
+    def statement(self) -> dict[str, Any]:
+        """What the run promises, in numbers; `ConfigError` if it has not got that far."""
+        found: dict[str, Any] = self.read_json(self.STATEMENT)
+        return found
+
+    def statement_words(self) -> str:
+        """The same in plain words; empty where it has not got that far."""
+        path = (self.root / self.STATEMENT).with_suffix(".txt")
+        return path.read_text(encoding="utf-8") if path.exists() else ""
+
+    def partition(self) -> dict[str, Any] | None:
+        """Who holds how many images of which class; None where that is not known here."""
+        path = self.root / "partition.json"
+        return read_json(path) if path.exists() else None
 
     def save_upload(
         self,

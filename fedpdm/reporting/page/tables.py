@@ -57,9 +57,9 @@ def summary_rows(facts: RunFacts) -> list[tuple[str, str]]:
         ("clients", clients),
         ("rounds", f"{len(rounds)} of {config.run.rounds}"),
         ("shared model", _shared_words(facts)),
-        ("sent, MB", f"{sum(_total(r) for r in rounds) / 1e6:.1f}"),
+        ("sent, MB", _sent(rounds)),
         ("time, s", f"{sum(float(r.get('seconds', 0.0)) for r in rounds):.0f}"),
-        ("place", "simulation" if config.run.simulation else "deployment"),
+        ("place", facts.place),
     ]
     if rounds and "heldout_coarse_loss" in rounds[-1]:
         rows.append(
@@ -79,6 +79,12 @@ def _shared_words(facts: RunFacts) -> str:
         seen = "their total" if facts.config.aggregation.secure else "each client's"
         return f"class Gaussians, computed by the server from noised sums ({seen})"
     return f"{coarse.training}, on {coarse.images.replace('_', '-')} images"
+
+
+def _sent(rounds: Sequence[Mapping[str, Any]]) -> str:
+    """Of all clients, in MB; a node does not know it."""
+    known = any("bytes_up" in each for each in rounds)
+    return f"{sum(map(_total, rounds)) / 1e6:.1f}" if known or not rounds else "-"
 
 
 def _total(record: Mapping[str, Any]) -> float:
