@@ -18,7 +18,7 @@ from typing import Any
 from fedpdm.cli import main
 from fedpdm.config import RunConfig, config_from_mapping
 from fedpdm.config.reading import apply_overrides
-from tests.support.deployments import Federation
+from tests.support.deployments import Federation, policy_text
 from tests.support.federations import flat
 from tests.support.real_nodes import deployed, share_out
 
@@ -42,12 +42,15 @@ def draw(out: Path, folder: Path, overrides: list[str]) -> int:
     simulated: RunConfig = config_from_mapping(apply_overrides(SETTINGS, overrides))
     parts = share_out(simulated, folder / "data")
     config = dataclasses.replace(deployed(simulated, folder / "data"), name=simulated.name)
+    policy = folder / "policy.yaml"
+    policy.write_text(policy_text("mechanisms: [images, statistics]"))
     nodes = {
         client: {
             "partition-id": client,
             "num-partitions": 2,
             "data-dir": str(part),
             "store-dir": str(folder / f"store-{client}"),
+            "policy-file": str(policy),
         }
         for client, part in enumerate(parts)
     }
