@@ -24,6 +24,7 @@ from fedpdm.commands.report import add_report_parser
 from fedpdm.commands.resolving import add_run_arguments, resolve_run
 from fedpdm.commands.sample import add_sample_parser
 from fedpdm.commands.show import add_show_parser, show_run, tell_run
+from fedpdm.commands.sweep import add_sweep_argument, run_sweep
 from fedpdm.commands.tables import add_tables_parser
 from fedpdm.commands.terminal import (
     Parser,
@@ -37,7 +38,7 @@ from fedpdm.commands.terminal import (
     tell,
 )
 from fedpdm.commands.toy import add_toy_parser
-from fedpdm.config import ConfigError, config_keys, config_reference
+from fedpdm.config import ConfigError, RunConfig, config_keys, config_reference
 from fedpdm.text import json_text
 
 __all__ = ["main"]
@@ -104,7 +105,9 @@ def _parser() -> Parser:
 
     run = commands.add_parser("run", help="train a federation (Ray simulation through flwr run)")
     add_run_arguments(
-        run, overrides="config key, e.g. privacy.epsilon=3 (repeatable)",
+        run,
+        overrides="config key, e.g. privacy.epsilon=3 (repeatable); with --resume and no file "
+        "run.rounds alone, and the run, finished or not, goes on for more rounds",
         dry_run="check everything, train nothing",
     )  # fmt: skip
     run.add_argument(
@@ -120,6 +123,7 @@ def _parser() -> Parser:
         "--allow-new-release", action="store_true",
         help="noise released images once more if the settings changed; the ledger adds it up",
     )  # fmt: skip
+    add_sweep_argument(run)
     run.add_argument("--port", type=int, help="of the local SuperLink; default: a free one")
     run.add_argument("--cpus", type=int, help="processors to use; default: all")
     run.add_argument("--verbose", action="store_true", help="show Flower's own output too")
@@ -162,6 +166,8 @@ class _Version(argparse.Action):
 
 
 def _run(options: argparse.Namespace) -> int:
+    if options.sweep:
+        return run_sweep(options, check=_check, work=_work)
     with progress_aside(options):
         code, out = _train(options)
     if options.json:
@@ -171,20 +177,35 @@ def _run(options: argparse.Namespace) -> int:
 
 def _train(options: argparse.Namespace) -> tuple[int, Path]:
     """Exit code and run directory."""
-    if options.cpus is not None and options.cpus < 1:
-        raise ConfigError(f"--cpus: must be at least 1, got {options.cpus}")
     config, out = resolve_run(options)
-    from fedpdm.engines.preflight import check_run
+    for line in _check(options, config, out, resume=options.resume):
+        show(line)
+    if not options.dry_run:
+        _work(options, config, out, resume=options.resume)
+    return 0, out
 
-    chosen: dict[str, Any] = {
-        "resume": options.resume,
+
+def _chosen(options: argparse.Namespace, *, resume: bool) -> dict[str, Any]:
+    """What checks and engines take."""
+    return {
+        "resume": resume,
         "releases": options.releases.absolute() if options.releases else None,
         "allow_new_release": options.allow_new_release,
     }
-    for line in check_run(config, out, **chosen):
-        show(line)
-    if options.dry_run:
-        return 0, out
+
+
+def _check(options: argparse.Namespace, config: RunConfig, out: Path, *, resume: bool) -> list[str]:
+    """Lines about what will run; `ConfigError` or `ValueError` for what cannot."""
+    if options.cpus is not None and options.cpus < 1:
+        raise ConfigError(f"--cpus: must be at least 1, got {options.cpus}")
+    from fedpdm.engines.preflight import check_run
+
+    return check_run(config, out, **_chosen(options, resume=resume))
+
+
+def _work(options: argparse.Namespace, config: RunConfig, out: Path, *, resume: bool) -> None:
+    """One run, with the engine that was asked for."""
+    chosen = _chosen(options, resume=resume)
     if options.engine == "inprocess":
         from fedpdm.engines.inprocess import run_in_process
 
@@ -206,7 +227,6 @@ def _train(options: argparse.Namespace) -> tuple[int, Path]:
         )
         if not options.verbose:  # the server's own words, which Flower's stream frames
             show_run(out, as_json=False)
-    return 0, out
 
 
 def _leave(*_: object) -> None:

@@ -17,6 +17,7 @@ from fedpdm.diffusion.denoisers import Denoiser
 from fedpdm.evaluation.synthesis import Synthesizer
 from fedpdm.publishing.export import export_pipeline
 from fedpdm.setup.build import coarse_share, sampler_settings
+from fedpdm.setup.continuing import run_to_go_on
 from fedpdm.setup.run_setup import set_up_for
 from fedpdm.storage.node_run import open_run
 from fedpdm.storage.run_directory import RunDirectory
@@ -135,12 +136,14 @@ def run(
     Args:
         config: the settings.
         out: the run's directory; results lie there.
-        resume: go on with the run in `out`.
+        resume: go on with the run in `out`, for more rounds if `config` has more.
         strategy: a custom Flower strategy, a `strategies.coarse.CoarseStrategy`; default: the
             one that the config names.
     """
     from fedpdm.engines.inprocess import run_in_process
 
+    if resume:
+        config = run_to_go_on(RunDirectory(Path(out)), config)
     run_in_process(config, Path(out), resume=resume, strategy=strategy)
     return RunDirectory(Path(out))
 

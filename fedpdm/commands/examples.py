@@ -16,6 +16,8 @@ EXAMPLES: Mapping[str, str] = {
   fedpdm run experiments/digits.yaml --set run.trackers=[tensorboard] --engine inprocess
   fedpdm run experiments/digits.yaml --dry-run
   fedpdm run --resume --out runs/eps3 --quiet
+  fedpdm run --resume --out runs/eps3 --set run.rounds=20
+  fedpdm run experiments/digits.yaml --sweep privacy.epsilon=1,3,10 --out runs/epsilons
 """,
     "show": """\
   fedpdm show runs/eps3

@@ -6,6 +6,7 @@ metrics.json         per round and final; versions.json: of the software
 coarse.safetensors   the shared model (EMA), when the run has finished
 samples.png  partition.png  partition.txt  partition.json (digests to compare with other machines)
 log.txt
+earlier/000010/      results after 10 rounds of a run that went on for more
 server/checkpoint.safetensors   to resume from
 server/updates/      updates of this round that wait for their turn
 server/members.json  which images trained a shared model of raw images (a baseline)
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,7 +31,7 @@ from typing import Any
 
 import torch
 
-from fedpdm.config import ConfigError, RunConfig, config_digest, config_to_yaml, load_config
+from fedpdm.config import ConfigError, RunConfig, config_to_yaml, load_config, run_digest
 from fedpdm.storage.client_store import ClientStore, store_label
 from fedpdm.storage.files import (
     StoreError,
@@ -47,7 +49,13 @@ from fedpdm.storage.holding import HOLD
 from fedpdm.storage.tensorfile import write_file
 from fedpdm.text import json_text
 
-__all__ = ["RunDirectory"]
+__all__ = ["RunDirectory", "differing_keys"]
+
+# What a finished run has and one that goes on makes anew.
+RESULTS = (
+    "coarse.safetensors", "privacy.json", "privacy.txt", "metrics.json", "samples.png",
+    "versions.json", "report.html",
+)  # fmt: skip
 
 
 class RunDirectory:
@@ -92,14 +100,15 @@ class RunDirectory:
         """
         if (self.root / "config.yaml").exists():
             known = self.config()
-            if known != config:
+            if known != config and not (resume and goes_on(known, config)):
                 raise ConfigError(
                     f"{self.root}: holds a run of another config "
                     f"({', '.join(differing_keys(known, config))}); choose another --out"
                 )
-            finished = "final" in (self.load_checkpoint() or (0, {}, {}))[2]
-            if finished:
-                advice = "nothing to resume" if resume else "choose another --out"
+            done, _, history = self.load_checkpoint() or (0, {}, {})
+            if "final" in history and done >= config.run.rounds:
+                advice = "nothing to resume, but for more rounds (--set run.rounds)"
+                advice = advice if resume else "choose another --out"
                 raise ConfigError(f"{self.root}: this run has finished; {advice}")
             if not resume:
                 raise ConfigError(
@@ -143,8 +152,22 @@ class RunDirectory:
         for folder in (self.root, self.root / "server", uploads, *uploads.glob("*/")):
             clear_leftovers(folder)
         path = self.root / "config.yaml"
-        if not path.exists():
+        if not path.exists() or self.config() != config:
             write_sealed_text(path, config_to_yaml(config))
+        if resume:
+            self._set_aside(config)
+
+    def _set_aside(self, config: RunConfig) -> None:
+        """Move the results of a run that goes on to `earlier/`, in a folder by its rounds: they
+        would pass for those of the longer run."""
+        done, _, history = self.load_checkpoint() or (0, {}, {})
+        if "final" not in history or done >= config.run.rounds:
+            return
+        folder = self.root / "earlier" / f"{done:06d}"
+        for name in RESULTS:
+            if (self.root / name).exists():
+                folder.mkdir(parents=True, exist_ok=True)
+                os.replace(self.root / name, folder / name)
 
     def config(self) -> RunConfig:
         path = self.root / "config.yaml"
@@ -156,7 +179,7 @@ class RunDirectory:
     def _named(self, part: str) -> dict[str, str]:
         """The label of a file of this run; none before it has a config."""
         if not self._config and (self.root / "config.yaml").exists():
-            self._config = config_digest(self.config())[:16]
+            self._config = run_digest(self.config())
         return {"config": self._config, "part": part} if self._config else {}
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
@@ -271,6 +294,14 @@ class RunDirectory:
             return int(metadata["round"]), tensors, json.loads(metadata["history"])
         except (KeyError, ValueError) as error:
             raise StoreError(f"{self.checkpoint_path}: header is damaged: {error}") from None
+
+
+def goes_on(known: RunConfig, config: RunConfig) -> bool:
+    """Whether `config` is that of the `known` run with more rounds (`run.begun_with` says so)."""
+    begun = known.run.begun_with or known.run.rounds
+    more = {"rounds": config.run.rounds, "begun_with": begun}
+    expected = dataclasses.replace(known, run=dataclasses.replace(known.run, **more))
+    return config == expected and config.run.rounds > known.run.rounds
 
 
 def differing_keys(a: RunConfig, b: RunConfig) -> list[str]:

@@ -84,6 +84,7 @@ RULES: tuple[Rule, ...] = (
     # Runs, and what is done with them.
     Here(r"fedpdm run .*epsilon=3 --out runs/eps3$", (*INPROCESS, *sets(*TINY)), (130,), True),
     Here(r"fedpdm run --resume --out runs/eps3$", INPROCESS),
+    Here(r"fedpdm run --resume .*run.rounds=20", (*INPROCESS, *sets("run.rounds=3"))),
     Here(r"fedpdm run (experiments/digits|mine)\.yaml ", (*INPROCESS, *sets(*TINY))),
     Elsewhere(r"fedpdm (show|sample|export|report) /srv", "tests/deployment/test_own_store.py",
               'called(capsys, "export", root / "vault-1"'),

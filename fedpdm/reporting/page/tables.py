@@ -19,6 +19,7 @@ __all__ = [
     "comparison_table",
     "differing_settings",
     "distance_table",
+    "mean_distances",
     "run_charts",
     "setting",
     "split_of",
@@ -65,9 +66,7 @@ def summary_rows(facts: RunFacts) -> list[tuple[str, str]]:
         rows.append(
             ("held-out loss of the shared model", number(rounds[-1]["heldout_coarse_loss"]))
         )
-    for (group, method, metric), value in _means(facts.final_clients).items():
-        if metric == "frechet" and method != "own":
-            rows.append((f"distance, {group}, {METHODS[method]}", number(value)))
+    rows += [(f"distance, {name}", number(v)) for name, v in mean_distances(facts).items()]
     return rows
 
 
@@ -214,6 +213,15 @@ def _means(clients: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str, str], f
         key: sum(values.values()) / len(values)
         for key in sorted(measured, key=lambda k: (GROUPS.index(k[0]), list(METHODS).index(k[1])))
         if (values := measured[key])
+    }
+
+
+def mean_distances(facts: RunFacts) -> dict[str, float]:
+    """Frechet distances at the end, averaged over clients, by group and method in words."""
+    return {
+        f"{group}, {METHODS[method]}": value
+        for (group, method, metric), value in _means(facts.final_clients).items()
+        if metric == "frechet" and method != "own"
     }
 
 
