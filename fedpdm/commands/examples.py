@@ -23,9 +23,6 @@ EXAMPLES: Mapping[str, str] = {
   fedpdm show runs/eps3
   fedpdm show runs/eps3 --json
 """,
-    "export": """\
-  fedpdm export runs/eps3 --client 0 --out pipeline0
-""",
     "stop": """\
   fedpdm stop
 """,

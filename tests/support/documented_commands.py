@@ -91,6 +91,8 @@ RULES: tuple[Rule, ...] = (
     Here(r"fedpdm sample .*--num (2000|500) ", ("--steps", "1", "--num", "10")),
     Here(r"fedpdm sample ", ("--steps", "2", "--num", "4")),
     Here(r"fedpdm ledger (runs|STORE)"),
+    Elsewhere(r"fedpdm export .*--push-to-hub", "tests/publishing/test_push_to_hub.py",
+              '"export", out, "--push-to-hub"'),
     Here(r"fedpdm (show|export|report|privacy) "),
     Here(r"tensorboard --logdir", ("--inspect",)),
     Here(r"fedpdm evaluate ", ("--num", "40", "--handover", "0,642")),
