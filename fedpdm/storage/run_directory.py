@@ -299,8 +299,8 @@ class RunDirectory:
 def goes_on(known: RunConfig, config: RunConfig) -> bool:
     """Whether `config` is that of the `known` run with more rounds (`run.begun_with` says so)."""
     begun = known.run.begun_with or known.run.rounds
-    more = {"rounds": config.run.rounds, "begun_with": begun}
-    expected = dataclasses.replace(known, run=dataclasses.replace(known.run, **more))
+    longer = dataclasses.replace(known.run, rounds=config.run.rounds, begun_with=begun)
+    expected = dataclasses.replace(known, run=longer)
     return config == expected and config.run.rounds > known.run.rounds
 
 
