@@ -298,10 +298,12 @@ class RunDirectory:
 
 def goes_on(known: RunConfig, config: RunConfig) -> bool:
     """Whether `config` is that of the `known` run with more rounds (`run.begun_with` says so)."""
+    if config.run.rounds <= known.run.rounds:
+        return False
     begun = known.run.begun_with or known.run.rounds
     longer = dataclasses.replace(known.run, rounds=config.run.rounds, begun_with=begun)
     expected = dataclasses.replace(known, run=longer)
-    return config == expected and config.run.rounds > known.run.rounds
+    return config == expected
 
 
 def differing_keys(a: RunConfig, b: RunConfig) -> list[str]:
