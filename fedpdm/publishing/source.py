@@ -22,7 +22,7 @@ NAMES_SHOWN = 20
 SAMPLES_BY = (
     "t0", "chain", "coarse_prediction", "fine_prediction", "num_classes", "resolution",
     "coarse_patch", "fine_patch", "shift", "guidance_scale", "fine_t_max", "coarse_share",
-    "fine_labels", "candidates",
+    "fine_labels", "candidates", "own_classes",
 )  # fmt: skip
 
 
