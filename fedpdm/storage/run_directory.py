@@ -105,8 +105,7 @@ class RunDirectory:
                     f"{self.root}: holds a run of another config "
                     f"({', '.join(differing_keys(known, config))}); choose another --out"
                 )
-            done, _, history = self.load_checkpoint() or (0, {}, {})
-            if "final" in history and done >= config.run.rounds:
+            if self._ended(config):
                 advice = "nothing to resume, but for more rounds (--set run.rounds)"
                 advice = advice if resume else "choose another --out"
                 raise ConfigError(f"{self.root}: this run has finished; {advice}")
@@ -157,11 +156,17 @@ class RunDirectory:
         if resume:
             self._set_aside(config)
 
+    def _ended(self, config: RunConfig) -> bool:
+        """Whether the last evaluation is over; of a run that goes on, that of its last round."""
+        done, _, history = self.load_checkpoint() or (0, {}, {})
+        goes_on_to = 0 if config.run.begun_with is None else config.run.rounds
+        return "final" in history and done >= goes_on_to
+
     def _set_aside(self, config: RunConfig) -> None:
         """Move the results of a run that goes on to `earlier/`, in a folder by its rounds: they
         would pass for those of the longer run."""
         done, _, history = self.load_checkpoint() or (0, {}, {})
-        if "final" not in history or done >= config.run.rounds:
+        if "final" not in history or self._ended(config):
             return
         folder = self.root / "earlier" / f"{done:06d}"
         for name in RESULTS:
