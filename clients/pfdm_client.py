@@ -21,6 +21,7 @@ from flwr.common import NDArrays, Scalar
 
 from clients.diary import round_words, tell_owner
 from clients.failures import EXPECTED, failure_line, kept_at_home
+from clients.keeping import keep_end, keep_round
 from clients.local import LocalClient
 from clients.samples import measure_images
 from clients.training import LocalTraining
@@ -135,7 +136,7 @@ class PFDMClient(NumPyClient):
             if self.config.kind.has_fine_model:
                 metrics |= self.work.train_fine(round)
         metrics["seconds"] = self.work.clock(time.perf_counter() - started)
-        return store.finish_round(
+        reply = store.finish_round(
             Reply(
                 round=round,
                 payload=None,
@@ -145,6 +146,8 @@ class PFDMClient(NumPyClient):
                 ledger=self.local.releases.ledger().head,
             )
         )
+        keep_round(self.work, round, reply.metrics)
+        return reply
 
     def _shared_part(
         self, parameters: NDArrays, round: int, config: dict[str, Scalar], write: WriteBehind
@@ -182,20 +185,26 @@ class PFDMClient(NumPyClient):
 
     def _evaluate(self, parameters: NDArrays, config: dict[str, Scalar]) -> dict[str, Any]:
         final = bool(config.get("final", False))
+        shared: dict[str, torch.Tensor] = {}
+        metrics: dict[str, Any] = {
+            "client_id": self.local.client_id,
+            "num_heldout": len(self.local.held.train),
+        }
         if not self.config.kind.has_shared_model:
-            metrics = {"client_id": self.local.client_id, "num_heldout": len(self.local.held.train)}
-            return metrics | (self._final_images(None) if final else {})
-        if self.local.setup.has_gaussians:
-            metrics = {"client_id": self.local.client_id, "num_heldout": len(self.local.held.train)}
-            if not final:
-                return metrics
-            tensors = {k: v.to(self.work.device) for k, v in wire.decode_model(parameters).items()}
-            return metrics | self._final_images(build_gaussians(self.local.setup, tensors))
-        received = wire.decode_model(parameters)
-        with self.work.borrowed("coarse") as trainer:
-            trainer.load_weights(received, what="coarse weights")
-            trainer.model.eval()
-            return self._evaluate_model(trainer.model, final=final)
+            metrics |= self._final_images(None) if final else {}
+        elif not self.local.setup.has_gaussians:
+            shared = wire.decode_model(parameters)
+            with self.work.borrowed("coarse") as trainer:
+                trainer.load_weights(shared, what="coarse weights")
+                trainer.model.eval()
+                metrics = self._evaluate_model(trainer.model, final=final)
+        elif final:
+            shared = wire.decode_model(parameters)
+            tensors = {name: tensor.to(self.work.device) for name, tensor in shared.items()}
+            metrics |= self._final_images(build_gaussians(self.local.setup, tensors))
+        if final:
+            keep_end(self.work, shared, metrics)
+        return metrics
 
     def _evaluate_model(self, coarse: Denoiser, *, final: bool) -> dict[str, Any]:
         heldout = self.local.held.heldout if len(self.local.held.heldout) else self.local.held.train

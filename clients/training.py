@@ -63,7 +63,7 @@ class LocalTraining:
         self.config = local.config
         self.setup = local.setup
         self.device = select_device(self.config.run.device)
-        self.fine_loss: float | None = None  # of the last fine training, for the owner
+        self.fine_loss: float | None = None  # of the last round's fine steps; it may stay at home
         if self.config.run.threads:
             torch.set_num_threads(self.config.run.threads)
 
@@ -256,7 +256,7 @@ class LocalTraining:
         with kept_at_home(store, what, who=self.who, deployed=self.deployed) as failed:
             losses = self._train_fine(round)
             self.fine_loss = float(np.mean(losses)) if losses else None
-            if losses and self.local.raw_metrics:
+            if self.fine_loss is not None and self.local.raw_metrics:
                 metrics["fine_loss"] = self.fine_loss
         if failed:
             with kept_at_home(store, what, who=self.who, deployed=self.deployed):

@@ -15,13 +15,16 @@ from fedpdm.commands.attack_models import route_attack
 from fedpdm.commands.certificates import add_certificates_parser
 from fedpdm.commands.evaluate import add_evaluate_parser
 from fedpdm.commands.experiment import add_experiment_parser
+from fedpdm.commands.export import add_export_parser
 from fedpdm.commands.federation import add_federation_parser
 from fedpdm.commands.ledger import add_ledger_parser
 from fedpdm.commands.node import add_node_parser
 from fedpdm.commands.privacy import add_privacy_parser
 from fedpdm.commands.report import add_report_parser
 from fedpdm.commands.resolving import add_run_arguments, resolve_run
+from fedpdm.commands.sample import add_sample_parser
 from fedpdm.commands.show import add_show_parser, show_run, tell_run
+from fedpdm.commands.sweep import add_sweep_argument, run_sweep
 from fedpdm.commands.tables import add_tables_parser
 from fedpdm.commands.terminal import (
     Parser,
@@ -35,7 +38,7 @@ from fedpdm.commands.terminal import (
     tell,
 )
 from fedpdm.commands.toy import add_toy_parser
-from fedpdm.config import ConfigError, config_keys, config_reference
+from fedpdm.config import ConfigError, RunConfig, config_keys, config_reference
 from fedpdm.text import json_text
 
 __all__ = ["main"]
@@ -102,7 +105,9 @@ def _parser() -> Parser:
 
     run = commands.add_parser("run", help="train a federation (Ray simulation through flwr run)")
     add_run_arguments(
-        run, overrides="config key, e.g. privacy.epsilon=3 (repeatable)",
+        run,
+        overrides="config key, e.g. privacy.epsilon=3 (repeatable); with --resume and no file "
+        "run.rounds alone, and the run, finished or not, goes on for more rounds",
         dry_run="check everything, train nothing",
     )  # fmt: skip
     run.add_argument(
@@ -118,6 +123,7 @@ def _parser() -> Parser:
         "--allow-new-release", action="store_true",
         help="noise released images once more if the settings changed; the ledger adds it up",
     )  # fmt: skip
+    add_sweep_argument(run)
     run.add_argument("--port", type=int, help="of the local SuperLink; default: a free one")
     run.add_argument("--cpus", type=int, help="processors to use; default: all")
     run.add_argument("--verbose", action="store_true", help="show Flower's own output too")
@@ -136,33 +142,8 @@ def _parser() -> Parser:
     add_certificates_parser(commands)
 
     add_show_parser(commands)
-    export = commands.add_parser("export", help="write a diffusers pipeline of one client")
-    export.add_argument("run", type=Path)
-    export.add_argument("--client", type=int, default=0)
-    export.add_argument("--out", type=Path, required=True)
-    export.add_argument(
-        "--counts-epsilon", type=float, metavar="EPSILON",
-        help="noise the numbers of images per class that it holds with sampling.coarse_worth",
-    )  # fmt: skip
-    export.set_defaults(action=_export)
-
-    sample = commands.add_parser("sample", help="sample from an exported pipeline")
-    sample.add_argument("pipeline", type=Path)
-    sample.add_argument(
-        "--label", action="append", metavar="CLASS",
-        help="number or name of a class (repeatable); default: all in turn",
-    )  # fmt: skip
-    sample.add_argument("--num", type=int, default=64)
-    sample.add_argument("--out", type=Path, required=True, help="PNG file")
-    sample.add_argument("--seed", type=int, default=0)
-    sample.add_argument("--steps", type=int, default=25)
-    sample.add_argument("--guidance", type=float, help="default: the exported")
-    sample.add_argument("--scheduler", help="a diffusers scheduler class; default: the exported")
-    sample.add_argument(
-        "--method", choices=("pfdm", "alone", "coarse"), default="pfdm",
-        help="pfdm: the shared model, then the fine one; alone: the fine one; coarse: the shared",
-    )  # fmt: skip
-    sample.set_defaults(action=_sample)
+    add_export_parser(commands)
+    add_sample_parser(commands)
 
     stop = commands.add_parser(
         "stop", help="end the processes that runs of this checkout have left or started"
@@ -189,6 +170,8 @@ class _Version(argparse.Action):
 
 
 def _run(options: argparse.Namespace) -> int:
+    if options.sweep:
+        return run_sweep(options, check=_check, work=_work)
     with progress_aside(options):
         code, out = _train(options)
     if options.json:
@@ -198,20 +181,35 @@ def _run(options: argparse.Namespace) -> int:
 
 def _train(options: argparse.Namespace) -> tuple[int, Path]:
     """Exit code and run directory."""
-    if options.cpus is not None and options.cpus < 1:
-        raise ConfigError(f"--cpus: must be at least 1, got {options.cpus}")
     config, out = resolve_run(options)
-    from fedpdm.engines.preflight import check_run
+    for line in _check(options, config, out, resume=options.resume):
+        show(line)
+    if not options.dry_run:
+        _work(options, config, out, resume=options.resume)
+    return 0, out
 
-    chosen: dict[str, Any] = {
-        "resume": options.resume,
+
+def _chosen(options: argparse.Namespace, *, resume: bool) -> dict[str, Any]:
+    """What checks and engines take."""
+    return {
+        "resume": resume,
         "releases": options.releases.absolute() if options.releases else None,
         "allow_new_release": options.allow_new_release,
     }
-    for line in check_run(config, out, **chosen):
-        show(line)
-    if options.dry_run:
-        return 0, out
+
+
+def _check(options: argparse.Namespace, config: RunConfig, out: Path, *, resume: bool) -> list[str]:
+    """Lines about what will run; `ConfigError` or `ValueError` for what cannot."""
+    if options.cpus is not None and options.cpus < 1:
+        raise ConfigError(f"--cpus: must be at least 1, got {options.cpus}")
+    from fedpdm.engines.preflight import check_run
+
+    return check_run(config, out, **_chosen(options, resume=resume))
+
+
+def _work(options: argparse.Namespace, config: RunConfig, out: Path, *, resume: bool) -> None:
+    """One run, with the engine that was asked for."""
+    chosen = _chosen(options, resume=resume)
     if options.engine == "inprocess":
         from fedpdm.engines.inprocess import run_in_process
 
@@ -233,43 +231,12 @@ def _train(options: argparse.Namespace) -> tuple[int, Path]:
         )
         if not options.verbose:  # the server's own words, which Flower's stream frames
             show_run(out, as_json=False)
-    return 0, out
 
 
 def _leave(*_: object) -> None:
     """End at once: Flower's server waits for its worker threads, and every file is crash-safe."""
     print("interrupted; nothing is lost, --resume continues the run", file=sys.stderr, flush=True)
     os._exit(130)
-
-
-def _export(options: argparse.Namespace) -> None:
-    from fedpdm.publishing.export import export_pipeline
-    from fedpdm.storage.run_directory import RunDirectory
-
-    run, epsilon = RunDirectory(options.run), options.counts_epsilon
-    path = export_pipeline(run, client_id=options.client, out=options.out, counts_epsilon=epsilon)
-    line = f"pipeline of client {options.client} written to {path}"
-    if epsilon is None and run.config().sampling.coarse_worth is not None:
-        line += "\nit holds the exact numbers of its images per class: see its README.md, Privacy"
-    tell(options, line, {"out": str(path), "client": options.client})
-
-
-def _sample(options: argparse.Namespace) -> None:
-    from fedpdm.publishing.export import sample_grid
-
-    sample_grid(
-        options.pipeline,
-        labels=options.label,
-        num=options.num,
-        out=options.out,
-        seed=options.seed,
-        num_steps=options.steps,
-        guidance=options.guidance,
-        scheduler=options.scheduler,
-        method=options.method,
-    )
-    line = f"{options.num} samples written to {options.out}"
-    tell(options, line, {"out": str(options.out), "num": options.num, "method": options.method})
 
 
 def _stop(options: argparse.Namespace) -> None:

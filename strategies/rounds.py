@@ -61,12 +61,17 @@ class RoundBook:
         """Take over what an earlier process did.
 
         A checkpoint is of the time before its round's evaluation: if there is one, it comes first.
+        That of a run which had finished is of the time after: what it had come to is kept.
         """
         self.rounds_done, self.history = rounds_done, history
+        final = history.pop("final", None)
+        if final is not None:
+            history["earlier"] = [*history.get("earlier", ()), {"round": rounds_done, **final}]
         if rounds_done:
             self.say(f"resumed after round {rounds_done} of {self._settings.rounds}")
             self._rounds_before = rounds_done
-            self.first_round = rounds_done + (not self.evaluates(rounds_done))
+            evaluated = final is not None or not self.evaluates(rounds_done)
+            self.first_round = rounds_done + evaluated
 
     def evaluates(self, round: int) -> bool:
         """Whether a round's model is evaluated."""

@@ -17,6 +17,7 @@ from fedpdm.privacy.releases import ReleaseStore
 from fedpdm.reporting.run_files import RunLog, draw_split, finish_run
 from fedpdm.reporting.trackers import open_trackers
 from fedpdm.setup.build import build_denoiser
+from fedpdm.setup.continuing import schedule_lines
 from fedpdm.setup.flower_config import (
     is_resumed,
     ledgers_path,
@@ -107,6 +108,8 @@ def build_strategy(
         strategy = CoarseFedAvg(aggregation=section, **options)
     if resume:
         strategy.resume()
+        for line in schedule_lines(config, rounds_done=strategy.rounds_done):
+            log.say(line)
     if config.run.trackers:
         first = strategy.book.first_round
         strategy.track(open_trackers(config, run.root, first_round=first, say=log.say))

@@ -17,7 +17,9 @@ from fedpdm.diffusion.denoisers import Denoiser
 from fedpdm.evaluation.synthesis import Synthesizer
 from fedpdm.publishing.export import export_pipeline
 from fedpdm.setup.build import coarse_share, sampler_settings
+from fedpdm.setup.continuing import run_to_go_on
 from fedpdm.setup.run_setup import set_up_for
+from fedpdm.storage.node_run import open_run
 from fedpdm.storage.run_directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -134,12 +136,14 @@ def run(
     Args:
         config: the settings.
         out: the run's directory; results lie there.
-        resume: go on with the run in `out`.
+        resume: go on with the run in `out`, for more rounds if `config` has more.
         strategy: a custom Flower strategy, a `strategies.coarse.CoarseStrategy`; default: the
             one that the config names.
     """
     from fedpdm.engines.inprocess import run_in_process
 
+    if resume:
+        config = run_to_go_on(RunDirectory(Path(out)), config)
     run_in_process(config, Path(out), resume=resume, strategy=strategy)
     return RunDirectory(Path(out))
 
@@ -148,15 +152,17 @@ def export_client(
     run: RunDirectory | PathLike,
     out: PathLike,
     *,
-    client: int = 0,
+    client: int | None = None,
     counts_epsilon: float | None = None,
 ) -> Path:
     """Write one client's models of a finished run as a diffusers pipeline, with its model card.
 
+    `run` may be a node's store; `client` is then its own, else 0, where nothing else is said.
     `counts_epsilon`: noise for the numbers of images per class that an export of a run with
     `sampling.coarse_worth` holds; default: they are exact.
     """
-    directory = run if isinstance(run, RunDirectory) else RunDirectory(Path(run))
+    directory = run if isinstance(run, RunDirectory) else open_run(Path(run))
+    chosen = directory.first_client() if client is None else client
     return export_pipeline(
-        directory, client_id=client, out=Path(out), counts_epsilon=counts_epsilon
+        directory, client_id=chosen, out=Path(out), counts_epsilon=counts_epsilon
     )

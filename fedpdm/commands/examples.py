@@ -16,17 +16,12 @@ EXAMPLES: Mapping[str, str] = {
   fedpdm run experiments/digits.yaml --set run.trackers=[tensorboard] --engine inprocess
   fedpdm run experiments/digits.yaml --dry-run
   fedpdm run --resume --out runs/eps3 --quiet
+  fedpdm run --resume --out runs/eps3 --set run.rounds=20
+  fedpdm run experiments/digits.yaml --sweep privacy.epsilon=1,3,10 --out runs/epsilons
 """,
     "show": """\
   fedpdm show runs/eps3
   fedpdm show runs/eps3 --json
-""",
-    "export": """\
-  fedpdm export runs/eps3 --client 0 --out pipeline0
-""",
-    "sample": """\
-  fedpdm sample pipeline0 --label 3 --num 64 --out grid.png
-  fedpdm sample pipeline0 --method alone --steps 50 --guidance 2 --out alone.png
 """,
     "stop": """\
   fedpdm stop

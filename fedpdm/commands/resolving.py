@@ -36,17 +36,22 @@ def resolve_run(options: argparse.Namespace) -> tuple[RunConfig, Path]:
     if options.experiment is None:
         if not (options.resume and options.out):
             raise ConfigError("experiment: give a YAML file, or --resume with --out")
-        if options.overrides:
-            raise ConfigError("--set: a resumed run keeps its config; give the experiment file")
+        from fedpdm.setup.continuing import overridden
         from fedpdm.storage.run_directory import RunDirectory
 
-        return RunDirectory(options.out).config(), options.out.absolute()
+        known = RunDirectory(options.out).config()
+        return overridden(known, options.overrides), options.out.absolute()
     config = load_config(options.experiment, options.overrides)
     root = config.data.root or os.environ.get("FEDPDM_DATA")
     if root and _has_files(config.data.name):
         data = dataclasses.replace(config.data, root=str(Path(root).expanduser().absolute()))
         config = dataclasses.replace(config, data=data)
     out = options.out or Path(os.environ.get("FEDPDM_RUNS", "runs")) / config.name
+    if options.resume:
+        from fedpdm.setup.continuing import run_to_go_on
+        from fedpdm.storage.run_directory import RunDirectory
+
+        config = run_to_go_on(RunDirectory(out), config)
     return config, out.absolute()
 
 

@@ -1,4 +1,4 @@
-"""`fedpdm show`: the summary of a finished run, which `run` and `federation run` print too."""
+"""`fedpdm show`: the summary of a run or of a node's store, which runs print at their end too."""
 
 from __future__ import annotations
 
@@ -14,23 +14,25 @@ __all__ = ["add_show_parser", "show_run", "tell_run"]
 
 def add_show_parser(commands: Any) -> None:
     """Add the command to the subparsers of `fedpdm`."""
-    show = commands.add_parser("show", help="summary of a finished run")
-    show.add_argument("run", type=Path)
+    show = commands.add_parser("show", help="summary of a finished run, or of a node's store")
+    show.add_argument("run", type=Path, help="run directory, or a node's store")
     show.set_defaults(action=lambda options: show_run(options.run, as_json=options.json))
 
 
 def show_run(root: Path, *, as_json: bool) -> None:
-    """Print a finished run's places, privacy and metrics: in words, or `privacy.json` and
+    """Print a finished run's places, privacy and metrics: in words, or its statement and
     `metrics.json` in one object. `ConfigError`, one line, if it has not got that far."""
+    from fedpdm.reporting.node_summary import summarise_node
     from fedpdm.reporting.run_files import summarise
-    from fedpdm.storage.run_directory import RunDirectory
+    from fedpdm.storage.node_run import NodeRun, open_run
 
-    run = RunDirectory(root)
+    run = open_run(root)
+    run.config()  # or it is no run at all
     if as_json:
-        facts = {name: run.read_json(f"{name}.json") for name in ("privacy", "metrics")}
+        facts = {"privacy": run.statement(), "metrics": run.read_json("metrics.json")}
         print(json_text({"run": str(run.root), **facts}))
     else:
-        show(summarise(run))
+        show(summarise_node(run) if isinstance(run, NodeRun) else summarise(run))
 
 
 def tell_run(options: argparse.Namespace, out: Path) -> None:

@@ -5,10 +5,10 @@ path of the key (`privacy.clipnorm: unknown key; did you mean clip_norm?`). It i
 `diffusion` at most. Science functions never see these classes; `fedpdm.setup` translates.
 """
 
+from fedpdm.config.digests import config_digest, run_digest
 from fedpdm.config.kind import RunKind
 from fedpdm.config.reading import (
     apply_overrides,
-    config_digest,
     config_from_json,
     config_from_mapping,
     config_keys,
@@ -74,5 +74,6 @@ __all__ = [
     "load_toy_config",
     "own_code",
     "read_policy",
+    "run_digest",
     "toy_config_from_mapping",
 ]

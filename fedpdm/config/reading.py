@@ -7,7 +7,6 @@ import copy
 import dataclasses
 import difflib
 import functools
-import hashlib
 import json
 import math
 import re
@@ -51,6 +50,7 @@ NAME_ROW = (
 LONGEST_TEXT = 4096  # characters of a value; a path has no more
 _UNSEEN = ("Cc", "Zl", "Zp")  # control characters and line separators
 YOUNGER_KEYS = (
+    ("run", "begun_with", None),
     ("privacy", "release", "images"),
     ("privacy", "noise_draw", 0),
     ("fine", "augment", "none"),
@@ -270,16 +270,6 @@ def config_to_json(config: RunConfig) -> str:
     if not plain["statistics"]:
         del plain["statistics"]
     return json.dumps(plain, sort_keys=True, allow_nan=False)
-
-
-def config_digest(config: RunConfig) -> str:
-    """SHA-256 of the resolved config, without its name and the coordinator's own data folder.
-
-    A node does not use those two. A change of any other key makes it another config.
-    """
-    data = dataclasses.replace(config.data, root=None)
-    plain = dataclasses.replace(config, name="federation", data=data)
-    return hashlib.sha256(config_to_json(plain).encode()).hexdigest()
 
 
 @functools.lru_cache(maxsize=16)  # every message of a run carries the same text

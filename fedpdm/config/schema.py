@@ -8,12 +8,12 @@ from fedpdm.config.aggregation import AggregationConfig, check_aggregation
 from fedpdm.config.keys import ConfigError, check_name, key
 from fedpdm.config.kind import RunKind
 from fedpdm.config.names import CLASS_LABELS, COLORINGS, DATA_SETS, PARTITIONS
+from fedpdm.config.run import RunSection
 from fedpdm.config.sampling import SamplingConfig, check_sampling
 from fedpdm.config.statistics import StatisticsConfig, check_statistics
 from fedpdm.diffusion.names import (
     DECAYS,
     OBJECTIVES,
-    PRECISIONS,
     PREDICTIONS,
     SCHEDULE_KINDS,
     TIMESTEPS,
@@ -38,27 +38,6 @@ __all__ = [
     "check_name",
     "key",
 ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunSection:
-    """Who, how long, where."""
-
-    seed: int = key(0, "everything but deployed privacy noise derives from it", low=0)
-    rounds: int = key(10, "federated rounds", low=1)
-    simulation: bool = key(True, "one party holds all data; allows seeded noise and raw metrics")
-    device: str = key(
-        "auto",
-        "auto, cpu, cuda, cuda:1, ...",
-        form=(r"[a-z]{1,16}(:\d{1,4})?", "a device of torch"),
-    )
-    precision: str = key("auto", "number format", choices=PRECISIONS)
-    threads: int = key(1, "torch threads per client process; 0 leaves torch's default", low=0)
-    trackers: tuple[str, ...] = key(
-        (),
-        "also show rounds and samples in (docs/report.md)",
-        choices=("tensorboard", "wandb", "mlflow"),
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,7 +237,7 @@ class RunConfig:
     """A whole run. `name` also names its directory."""
 
     name: str = "run"
-    run: RunSection = RunSection()
+    run: RunSection = RunSection()  # noqa: RUF009 (frozen)
     data: DataConfig = DataConfig()
     partition: PartitionConfig = PartitionConfig()
     privacy: PrivacyConfig = PrivacyConfig()

@@ -26,6 +26,7 @@ from fedpdm.engines.run_checks import (
 )
 from fedpdm.privacy.releases import ReleaseStore
 from fedpdm.setup.chosen import find_preset
+from fedpdm.setup.continuing import schedule_lines
 from fedpdm.setup.run_setup import RunSetup, set_up_for
 from fedpdm.storage.run_directory import RunDirectory
 
@@ -79,6 +80,7 @@ def check_run(
         f"{len(counts)} clients with {min(counts)} to {max(counts)} images"
         + (f", {left_out} left out to balance the classes" if left_out else ""),
         *models.lines(where=f", on {device}", images=max(counts)),
+        *(schedule_lines(config) if resume else ()),
         f"run directory: {out}",
         *_notes(config, spec.resolution),
         *again,

@@ -27,7 +27,7 @@ from fedpdm.storage.client_store import ClientStore
 from fedpdm.storage.run_directory import RunDirectory
 from fedpdm.text import visible
 
-__all__ = ["RunLog", "draw_samples", "draw_split", "finish_run", "summarise"]
+__all__ = ["RunLog", "draw_samples", "draw_split", "finish_run", "privacy_lines", "summarise"]
 
 ROW_NAMES = {
     "shared": "shared model",
@@ -67,7 +67,8 @@ def draw_split(
 
 
 def draw_samples(run: RunDirectory, config: RunConfig) -> bool:
-    """`samples.png` from the clients' stored samples (simulation: one party holds them all).
+    """`samples.png` from the stored samples of the clients that are here: all in a simulation, the
+    node's own in what it keeps of a run.
 
     A group of rows per client: coarse output, coarse then fine, training alone; columns go
     through the classes, headed by their names: `CLASSES_SHOWN` of them, evenly, where there are
@@ -79,7 +80,7 @@ def draw_samples(run: RunDirectory, config: RunConfig) -> bool:
     groups: list[str] = []
     columns: list[str] = []
     present = 0
-    for client in range(min(CLIENTS_SHOWN, config.partition.num_clients)):
+    for client in run.clients()[:CLIENTS_SHOWN]:
         samples = ClientStore(run.client_path(client)).load_samples()
         if samples is None:
             continue
@@ -166,7 +167,7 @@ def _no_metrics(config: RunConfig) -> str:
 
 def summarise(run: RunDirectory) -> str:
     """The closing summary of a finished run: places, privacy statement, metrics table."""
-    privacy = run.read_json("privacy.json")
+    privacy = run.statement()
     final = run.read_json("metrics.json")["final"]
     lines = [
         "",
@@ -182,7 +183,7 @@ def summarise(run: RunDirectory) -> str:
     ):
         if (run.root / name).exists():
             lines.append(f"  {name:<19} {what}")
-    lines += ["", *_privacy_lines(privacy), ""]
+    lines += ["", *privacy_lines(privacy), ""]
     table = metrics_table(final["clients"])
     lines += [*table, *_recipe(run.config())] if table else [_no_metrics(run.config())]
     lines.append("")
@@ -214,7 +215,8 @@ def _shared_lines(final: Mapping[str, Any], *, of: str) -> list[str]:
     return []
 
 
-def _privacy_lines(privacy: Mapping[str, Any]) -> list[str]:
+def privacy_lines(privacy: Mapping[str, Any]) -> list[str]:
+    """A statement in a few lines for a terminal."""
     if "baseline" in privacy:
         return [f"Privacy  baseline: {privacy['guarantee']}. {privacy['words']}"]
     groups = ", ".join(f"{v:.4g} for {k}" for k, v in privacy["group_epsilon"].items() if k != "1")

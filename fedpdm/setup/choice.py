@@ -97,12 +97,12 @@ def load_choice(store: ClientStore, *, round: int | None = None) -> SamplingChoi
 
 
 def kept_choices(run: RunDirectory, config: RunConfig) -> dict[int, SamplingChoice]:
-    """By client, those whose stores lie in the run directory (simulation).
+    """By client, those whose stores are here: in a run directory of a simulation, or at a node.
 
     Errors as of `load_choice`.
     """
     found = {}
-    for client in range(config.partition.num_clients):
+    for client in run.clients():
         store = ClientStore(run.client_path(client), store_label(config, client))
         if (choice := load_choice(store)) is not None:
             found[client] = choice

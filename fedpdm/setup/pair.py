@@ -29,10 +29,12 @@ from fedpdm.diffusion.twostage import (
 )
 from fedpdm.diffusion.weights import ema_weights, load_named
 from fedpdm.jobs.progress import sum_progress
-from fedpdm.setup.build import build_denoiser, build_gaussians, sampler_settings
-from fedpdm.setup.choice import SamplingChoice
-from fedpdm.setup.run_setup import RunSetup, set_up
+from fedpdm.setup.build import build_denoiser, build_gaussians, coarse_share, sampler_settings
+from fedpdm.setup.choice import SamplingChoice, load_choice
+from fedpdm.setup.run_setup import RunSetup, set_up, set_up_for
 from fedpdm.storage.client_store import ClientStore
+from fedpdm.storage.files import StoreError
+from fedpdm.storage.node_run import NodeRun
 from fedpdm.storage.run_directory import RunDirectory
 
 __all__ = [
@@ -40,6 +42,7 @@ __all__ = [
     "check_finished",
     "client_weights",
     "load_pair",
+    "node_pair",
     "shared_pair",
     "shared_weights",
 ]
@@ -90,7 +93,7 @@ class ModelPair(Generic[D_co]):
 
 def check_finished(run: RunDirectory, config: RunConfig) -> None:
     """`ValueError`, one line, if the run's last round is not over."""
-    names = ("coarse.safetensors", "privacy.json")
+    names = ("coarse.safetensors", run.STATEMENT)
     for name in names[not config.kind.has_shared_model :]:
         if not (run.root / name).exists():
             raise ValueError(f"{run.root}: this run has not finished ({name} is missing)")
@@ -146,3 +149,36 @@ def shared_pair(config: RunConfig, weights: Weights) -> ModelPair[Denoiser]:
     """The shared model alone: what a server can sample. `ValueError` for other weights."""
     device = select_device(config.run.device)
     return load_pair(set_up(config), coarse=weights, fine=None, device=device)
+
+
+def node_pair(run: NodeRun) -> ModelPair[Denoiser]:
+    """A node's models of a finished run, which sample as it chose; no image is read.
+
+    `ValueError`, one line, if the run has not finished, or its fine model is not there.
+    """
+    config, store = run.config(), run.store
+    check_finished(run, config)
+    setup, last = set_up_for(config, _spec(run)), store.last_round()
+    counts, fine = store.load_class_counts(), client_weights(store)
+    if config.kind.has_fine_model and not fine:
+        raise ValueError(f"{store.root}: the fine model is missing")
+    held = np.zeros(setup.spec.num_classes, dtype=np.int64) if counts is None else counts
+    return load_pair(
+        setup,
+        coarse=shared_weights(run) if config.kind.has_shared_model else None,
+        fine=fine or None,
+        device=select_device(config.run.device),
+        share=coarse_share(
+            config, np.repeat(np.arange(len(held)), held), num_classes=setup.spec.num_classes
+        ),
+        choice=load_choice(store, round=last),
+    )
+
+
+def _spec(run: NodeRun) -> ImageSpec:
+    """The shape of the node's images; `StoreError` if its file does not say."""
+    facts = run.facts()
+    try:
+        return ImageSpec(**facts["images"])
+    except (KeyError, TypeError) as error:
+        raise StoreError(f"{run.root}/node.json: images: {error}") from None

@@ -37,7 +37,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedpdm.config import RunConfig, config_digest
+from fedpdm.config import RunConfig, run_digest
 from fedpdm.storage.files import (
     Label,
     StoreError,
@@ -72,7 +72,7 @@ class Reply:
 
 def store_label(config: RunConfig, client_id: int) -> dict[str, str]:
     """What a client's files of a run with this config say of whose they are."""
-    return {"client": str(client_id), "config": config_digest(config)[:16]}
+    return {"client": str(client_id), "config": run_digest(config)}
 
 
 class ClientStore:

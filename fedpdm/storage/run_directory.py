@@ -6,6 +6,7 @@ metrics.json         per round and final; versions.json: of the software
 coarse.safetensors   the shared model (EMA), when the run has finished
 samples.png  partition.png  partition.txt  partition.json (digests to compare with other machines)
 log.txt
+earlier/000010/      results after 10 rounds of a run that went on for more
 server/checkpoint.safetensors   to resume from
 server/updates/      updates of this round that wait for their turn
 server/members.json  which images trained a shared model of raw images (a baseline)
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,7 +31,7 @@ from typing import Any
 
 import torch
 
-from fedpdm.config import ConfigError, RunConfig, config_digest, config_to_yaml, load_config
+from fedpdm.config import ConfigError, RunConfig, config_to_yaml, load_config, run_digest
 from fedpdm.storage.client_store import ClientStore, store_label
 from fedpdm.storage.files import (
     StoreError,
@@ -47,11 +49,19 @@ from fedpdm.storage.holding import HOLD
 from fedpdm.storage.tensorfile import write_file
 from fedpdm.text import json_text
 
-__all__ = ["RunDirectory"]
+__all__ = ["RunDirectory", "differing_keys"]
+
+# What a finished run has and one that goes on makes anew.
+RESULTS = (
+    "coarse.safetensors", "privacy.json", "privacy.txt", "metrics.json", "samples.png",
+    "versions.json", "report.html",
+)  # fmt: skip
 
 
 class RunDirectory:
     """Reads and writes one run's files; every write is atomic."""
+
+    STATEMENT = "privacy.json"
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -62,7 +72,25 @@ class RunDirectory:
         return self.root / "server" / "checkpoint.safetensors"
 
     def client_path(self, client_id: int) -> Path:
+        """A client's store, where it lies in the run directory (simulation)."""
         return self.root / "clients" / str(client_id)
+
+    def release_path(self, client_id: int) -> Path:
+        """Where the ledger and the releases of that client lie."""
+        return self.client_path(client_id)
+
+    def first_client(self) -> int:
+        """The client whose models are taken where nothing else is said."""
+        return 0
+
+    def clients(self) -> list[int]:
+        """Clients whose stores are here, ascending."""
+        folders = (self.root / "clients").glob("[0-9]*")
+        return sorted(int(path.name) for path in folders if path.name.isdecimal())
+
+    def is_finished(self) -> bool:
+        """Whether the last round's results are here."""
+        return (self.root / "metrics.json").exists() and "final" in self.read_json("metrics.json")
 
     def check(self, config: RunConfig, *, resume: bool) -> None:
         """`ConfigError` if the directory cannot be used for `config`; writes nothing.
@@ -72,14 +100,14 @@ class RunDirectory:
         """
         if (self.root / "config.yaml").exists():
             known = self.config()
-            if known != config:
+            if known != config and not (resume and goes_on(known, config)):
                 raise ConfigError(
                     f"{self.root}: holds a run of another config "
                     f"({', '.join(differing_keys(known, config))}); choose another --out"
                 )
-            finished = "final" in (self.load_checkpoint() or (0, {}, {}))[2]
-            if finished:
-                advice = "nothing to resume" if resume else "choose another --out"
+            if self._ended(config):
+                advice = "nothing to resume, but for more rounds (--set run.rounds)"
+                advice = advice if resume else "choose another --out"
                 raise ConfigError(f"{self.root}: this run has finished; {advice}")
             if not resume:
                 raise ConfigError(
@@ -123,8 +151,28 @@ class RunDirectory:
         for folder in (self.root, self.root / "server", uploads, *uploads.glob("*/")):
             clear_leftovers(folder)
         path = self.root / "config.yaml"
-        if not path.exists():
+        if not path.exists() or self.config() != config:
             write_sealed_text(path, config_to_yaml(config))
+        if resume:
+            self._set_aside(config)
+
+    def _ended(self, config: RunConfig) -> bool:
+        """Whether the last evaluation is over; of a run that goes on, that of its last round."""
+        done, _, history = self.load_checkpoint() or (0, {}, {})
+        goes_on_to = 0 if config.run.begun_with is None else config.run.rounds
+        return "final" in history and done >= goes_on_to
+
+    def _set_aside(self, config: RunConfig) -> None:
+        """Move the results of a run that goes on to `earlier/`, in a folder by its rounds: they
+        would pass for those of the longer run."""
+        done, _, history = self.load_checkpoint() or (0, {}, {})
+        if "final" not in history or self._ended(config):
+            return
+        folder = self.root / "earlier" / f"{done:06d}"
+        for name in RESULTS:
+            if (self.root / name).exists():
+                folder.mkdir(parents=True, exist_ok=True)
+                os.replace(self.root / name, folder / name)
 
     def config(self) -> RunConfig:
         path = self.root / "config.yaml"
@@ -136,7 +184,7 @@ class RunDirectory:
     def _named(self, part: str) -> dict[str, str]:
         """The label of a file of this run; none before it has a config."""
         if not self._config and (self.root / "config.yaml").exists():
-            self._config = config_digest(self.config())[:16]
+            self._config = run_digest(self.config())
         return {"config": self._config, "part": part} if self._config else {}
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
@@ -160,6 +208,21 @@ class RunDirectory:
         if not path.exists():
             raise ConfigError(f"{path}: is missing; the run has not got that far")
         return read_json(path, self._named(name))
+
+    def statement(self) -> dict[str, Any]:
+        """What the run promises, in numbers; `ConfigError` if it has not got that far."""
+        found: dict[str, Any] = self.read_json(self.STATEMENT)
+        return found
+
+    def statement_words(self) -> str:
+        """The same in plain words; empty where it has not got that far."""
+        path = (self.root / self.STATEMENT).with_suffix(".txt")
+        return path.read_text(encoding="utf-8") if path.exists() else ""
+
+    def partition(self) -> dict[str, Any] | None:
+        """Who holds how many images of which class; None where that is not known here."""
+        path = self.root / "partition.json"
+        return read_json(path) if path.exists() else None
 
     def save_upload(
         self,
@@ -236,6 +299,16 @@ class RunDirectory:
             return int(metadata["round"]), tensors, json.loads(metadata["history"])
         except (KeyError, ValueError) as error:
             raise StoreError(f"{self.checkpoint_path}: header is damaged: {error}") from None
+
+
+def goes_on(known: RunConfig, config: RunConfig) -> bool:
+    """Whether `config` is that of the `known` run with more rounds (`run.begun_with` says so)."""
+    if config.run.rounds <= known.run.rounds:
+        return False
+    begun = known.run.begun_with or known.run.rounds
+    longer = dataclasses.replace(known.run, rounds=config.run.rounds, begun_with=begun)
+    expected = dataclasses.replace(known, run=longer)
+    return config == expected
 
 
 def differing_keys(a: RunConfig, b: RunConfig) -> list[str]:

@@ -215,7 +215,12 @@ def test_sample_grid(exported: Path, tmp_path: Path) -> None:
     assert every.shape[1] < 5 * 60
 
     for options, message in (
-        ({"labels": [10]}, r"labels must be in \[0, 9\]"),
+        (
+            {"labels": [10]},
+            r"label must be in \[-1, 9\] or the name of a class of the export .*, got 10",
+        ),
+        ({"labels": ["ten"]}, r"label must be in \[-1, 9\] or the name of a class .*, got ten"),
+        ({"client": 1}, "client: .* is an export, of one client, got 1"),
         ({"num": 0}, "num must be at least 1 for each of 1 labels, got 0"),
         ({"seed": -1}, "seed must be at least 0"),
         ({"scheduler": "best"}, "sampling.scheduler must be one of"),

@@ -22,12 +22,8 @@ from fedpdm.diffusion.gaussian import ClassGaussians, GaussianDenoiser
 from fedpdm.diffusion.twostage import SamplerSettings, refine
 from fedpdm.engines.inprocess import run_in_process
 from fedpdm.evaluation.synthesis import open_synthesizer
-from fedpdm.publishing.export import (
-    export_pipeline,
-    gaussian_component,
-    load_pipeline,
-    sample_grid,
-)
+from fedpdm.publishing.building import gaussian_component
+from fedpdm.publishing.export import export_pipeline, load_pipeline, sample_grid
 from fedpdm.publishing.pipeline import PFDMPipeline
 from fedpdm.setup.choice import SamplingChoice, save_choice
 from fedpdm.storage.client_store import ClientStore, store_label

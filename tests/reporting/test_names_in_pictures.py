@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from collections.abc import Iterator
@@ -14,7 +13,6 @@ import pytest
 from PIL import Image
 
 from fedpdm.data.partition import ClientPartition
-from fedpdm.publishing.labels import label_of
 from fedpdm.reporting.page.charts import Series, line_chart
 from fedpdm.reporting.pictures import draw_image_grid, draw_partition, draw_roc, lettering
 from fedpdm.reporting.run_files import draw_samples
@@ -167,18 +165,3 @@ def test_a_font_of_boxes_is_no_font() -> None:
     """matplotlib brings one that has a box for every letter of Unicode."""
     lettering._families.cache_clear()
     assert all("Last Resort" not in family for family, _ in lettering._families())
-
-
-def test_a_class_may_be_named() -> None:
-    names = {0: "airplane", 1: "Cat", 2: "dog"}
-    known = range(3)
-    assert [label_of(each, names, known) for each in (1, "2", "-1", "cat", " airplane ")] == [
-        1, 2, -1, 1, 0,
-    ]  # fmt: skip
-    with pytest.raises(ValueError, match=r"airplane, Cat, dog\), got 'aeroplane'; did you mean"):
-        label_of("aeroplane", names, known)
-    with pytest.raises(ValueError, match=r"labels must be in \[0, 2\], got 3"):
-        label_of("3", names, known)
-    with pytest.raises(ValueError, match="without names"):
-        label_of("cat", {}, known)
-    assert json.dumps(label_of("cat", names, known)) == "1"

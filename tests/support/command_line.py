@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -32,6 +32,21 @@ def forget_surroundings(monkeypatch: pytest.MonkeyPatch, folder: Any) -> None:
 def call(*arguments: Any) -> int:
     """Exit code of `fedpdm ARGUMENTS`."""
     return main([str(argument) for argument in arguments])
+
+
+class Called(NamedTuple):
+    """What a command did: its exit code and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+def called(capsys: pytest.CaptureFixture[str], *arguments: Any) -> Called:
+    """As `call`, with what was printed."""
+    capsys.readouterr()
+    code = call(*arguments)
+    return Called(code, *capsys.readouterr())
 
 
 def without_advice(errors: str) -> str:

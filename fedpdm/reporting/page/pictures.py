@@ -15,9 +15,10 @@ from fedpdm.evaluation.trajectory import State, record_states
 from fedpdm.reporting.page.reading import RunFacts
 from fedpdm.reporting.pictures.tiles import png_bytes, tile_images
 from fedpdm.reporting.run_files import ROW_NAMES
-from fedpdm.setup.pair import ModelPair, shared_pair, shared_weights
+from fedpdm.setup.pair import ModelPair, node_pair, shared_pair, shared_weights
 from fedpdm.storage.client_store import ClientStore
 from fedpdm.storage.files import StoreError
+from fedpdm.storage.node_run import NodeRun
 
 __all__ = ["ClientSamples", "Film", "Frame", "Picture", "data_uri", "draw_film", "draw_samples",
            "embed_file"]  # fmt: skip
@@ -98,7 +99,7 @@ def draw_samples(facts: RunFacts) -> tuple[list[ClientSamples], int]:
     names = facts.class_names()
     found: list[ClientSamples] = []
     left_out = 0
-    for client in range(facts.config.partition.num_clients):
+    for client in facts.run.clients():
         kept = ClientStore(facts.run.client_path(client)).load_samples()
         if kept is None:
             continue
@@ -133,13 +134,17 @@ def _class_name(names: Sequence[str], label: int) -> str:
 def draw_film(facts: RunFacts, *, client: int, seed: int, say: Callable[[str], None]) -> Film | str:
     """Sample a few images with all states through the run's own models; words if that cannot be.
 
-    In a deployment the server has the shared model alone, and that is what samples.
+    In a deployment the server has the shared model alone, and that is what samples there; a node
+    has its own model too.
     """
     config = facts.config
     try:
-        if config.run.simulation:
-            pair: ModelPair[Denoiser] = open_synthesizer(facts.run, client)
-            what = f"client {client}"
+        pair: ModelPair[Denoiser]
+        if isinstance(facts.run, NodeRun):
+            client = facts.run.client_id
+            pair, what = node_pair(facts.run), f"client {client}"
+        elif config.run.simulation:
+            pair, what = open_synthesizer(facts.run, client), f"client {client}"
         else:
             pair = shared_pair(config, shared_weights(facts.run))
             what = "the shared model alone"

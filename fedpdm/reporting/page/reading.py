@@ -15,6 +15,7 @@ from fedpdm.privacy.releases import ReleaseStore
 from fedpdm.privacy.statement import plain_text
 from fedpdm.setup.choice import SamplingChoice, kept_choices
 from fedpdm.storage.files import StoreError, read_json
+from fedpdm.storage.node_run import NodeRun, open_run
 from fedpdm.storage.run_directory import RunDirectory
 
 __all__ = ["LedgerLine", "RunFacts", "flat_config", "read_run", "statement_blocks"]
@@ -62,6 +63,18 @@ class RunFacts:
         return self.run.root.absolute().name
 
     @property
+    def at_node(self) -> bool:
+        """Whether this is a node's own side of the run."""
+        return isinstance(self.run, NodeRun)
+
+    @property
+    def place(self) -> str:
+        """Where the run was, and whose side of it this is."""
+        if isinstance(self.run, NodeRun):
+            return f"deployment, at the node of client {self.run.client_id}"
+        return "simulation" if self.config.run.simulation else "deployment"
+
+    @property
     def finished(self) -> bool:
         return self.privacy is not None and "final" in (self.metrics or {})
 
@@ -76,10 +89,7 @@ class RunFacts:
     @property
     def statement(self) -> str:
         """The privacy statement in plain words, or empty."""
-        path = self.run.root / "privacy.txt"
-        if path.exists():
-            return path.read_text(encoding="utf-8")
-        return plain_text(self.privacy) if self.privacy else ""
+        return self.run.statement_words() or (plain_text(self.privacy) if self.privacy else "")
 
     def class_names(self) -> list[str]:
         """By label; empty if nothing here says."""
@@ -87,21 +97,21 @@ class RunFacts:
 
 
 def read_run(root: Path, *, attacks: Path | None = None) -> RunFacts:
-    """Read a run directory; the parts that a run has not got to are None.
+    """Read a run directory, or what a node keeps of a run; parts that it has not got to are None.
 
     `attacks` is a directory with `attacks.json`; default: the run directory or its `attacks/`.
     `ConfigError` or `StoreError`, one line, if it is no run directory or a file is damaged.
     """
-    run = RunDirectory(root)
-    config = run.config()
+    run = open_run(root)
+    root, config = run.root, run.config()
     folder = _attacks_folder(root, attacks)
-    privacy = _read(root / "privacy.json")
+    privacy = _read(root / run.STATEMENT)
     return RunFacts(
         run=run,
         config=config,
         privacy=privacy,
         metrics=_read(root / "metrics.json"),
-        partition=_read(root / "partition.json"),
+        partition=run.partition(),
         versions={str(k): str(v) for k, v in (_read(root / "versions.json") or {}).items()},
         ledgers=_ledgers(run, config, privacy or {}),
         attacks=_read(folder / ATTACKS) if folder else None,
@@ -131,10 +141,10 @@ def _ledgers(
         int(client): LedgerLine(client=int(client), head=str(head))
         for client, head in privacy.get("ledger_heads", {}).items()
     }
-    for folder in (run.root / "clients").glob("[0-9]*"):
-        if not (folder / LEDGER).exists() or not folder.name.isdigit():
+    for client in run.clients():
+        folder = run.release_path(client)
+        if not (folder / LEDGER).exists():
             continue
-        client = int(folder.name)
         try:
             store = ReleaseStore(folder)
             ledger, spent = store.ledger(), store.spent(delta=config.privacy.delta)
@@ -146,7 +156,7 @@ def _ledgers(
                 epsilon=spent.largest,
             )
         except StoreError as error:
-            problem = str(error).replace(str(folder), f"clients/{folder.name}")
+            problem = str(error).replace(str(folder), f"clients/{client}")
             lines[client] = LedgerLine(client=client, problem=problem)
     return tuple(lines[client] for client in sorted(lines))
 

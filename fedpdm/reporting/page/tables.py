@@ -20,6 +20,7 @@ __all__ = [
     "comparison_table",
     "differing_settings",
     "distance_table",
+    "mean_distances",
     "run_charts",
     "setting",
     "split_of",
@@ -62,9 +63,9 @@ def summary_rows(facts: RunFacts) -> list[tuple[str, str]]:
         ("clients", clients),
         ("rounds", f"{len(rounds)} of {config.run.rounds}"),
         ("shared model", _shared_words(facts)),
-        ("sent, MB", f"{sum(_total(r) for r in rounds) / 1e6:.1f}"),
+        ("sent, MB", _sent(rounds)),
         ("time, s", f"{sum(float(r.get('seconds', 0.0)) for r in rounds):.0f}"),
-        ("place", "simulation" if config.run.simulation else "deployment"),
+        ("place", facts.place),
     ]
     last = rounds[-1] if rounds else {}
     if "heldout_coarse_known" in last:
@@ -72,9 +73,7 @@ def summary_rows(facts: RunFacts) -> list[tuple[str, str]]:
         rows.append(("the shared model knows of held-out images", known))
     elif "heldout_coarse_loss" in last:
         rows.append(("held-out loss of the shared model", number(last["heldout_coarse_loss"])))
-    for (group, method, metric), value in _means(facts.final_clients).items():
-        if metric == "frechet" and method != "own":
-            rows.append((f"distance, {group}, {METHODS[method]}", number(value)))
+    rows += [(f"distance, {name}", number(v)) for name, v in mean_distances(facts).items()]
     return rows
 
 
@@ -86,6 +85,12 @@ def _shared_words(facts: RunFacts) -> str:
         seen = "their total" if facts.config.aggregation.secure else "each client's"
         return f"class Gaussians, computed by the server from noised sums ({seen})"
     return f"{coarse.training}, on {coarse.images.replace('_', '-')} images"
+
+
+def _sent(rounds: Sequence[Mapping[str, Any]]) -> str:
+    """Of all clients, in MB; a node does not know it."""
+    known = any("bytes_up" in each for each in rounds)
+    return f"{sum(map(_total, rounds)) / 1e6:.1f}" if known or not rounds else "-"
 
 
 def _total(record: Mapping[str, Any]) -> float:
@@ -234,6 +239,15 @@ def _means(clients: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str, str], f
         key: sum(values.values()) / len(values)
         for key in sorted(measured, key=lambda k: (GROUPS.index(k[0]), list(METHODS).index(k[1])))
         if (values := measured[key])
+    }
+
+
+def mean_distances(facts: RunFacts) -> dict[str, float]:
+    """Frechet distances at the end, averaged over clients, by group and method in words."""
+    return {
+        f"{group}, {METHODS[method]}": value
+        for (group, method, metric), value in _means(facts.final_clients).items()
+        if metric == "frechet" and method != "own"
     }
 
 
