@@ -83,7 +83,9 @@ class PFDMClient(NumPyClient):
         except self._caught as error:
             return 0.0, 0, self._failure(error)
         if self.local.tells_owner and (known := shared_words(metrics)):
-            tell_owner(self.work.who, f"round {config.get('round')} evaluated: {', '.join(known)}")
+            number = config.get("round")
+            name = f"round {number} evaluated" if isinstance(number, int) else "evaluated"
+            tell_owner(self.work.who, f"{name}: {', '.join(known)}")
         loss = metrics.get("heldout_coarse_loss", 0.0)  # the checked ones leave out NaN
         return float(loss), int(metrics["num_heldout"]), checked
 

@@ -59,3 +59,11 @@ def test_a_deployed_clients_times_are_whole_seconds() -> None:
                 {"seconds": bad}, allow_raw=False, who="client 3", whole_seconds=True
             )
     assert wire.check_metrics({"seconds": 2.5}, allow_raw=False, who="client 3")["seconds"] == 2.5
+
+
+@pytest.mark.parametrize("words", ["a patient's name", "0f" * 8 + "\n", "0F" * 8, "0f" * 4])
+def test_a_text_is_marks_and_nothing_else(words: str) -> None:
+    with pytest.raises(wire.WireError, match="metric ledger of client 3 must be marks of 16 hex"):
+        wire.check_metrics({"ledger": words}, allow_raw=False, who="client 3")
+    marks = {"ledger": "0f" * 16}
+    assert wire.check_metrics(marks, allow_raw=False, who="client 3") == marks
