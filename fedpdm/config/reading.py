@@ -53,6 +53,7 @@ YOUNGER_KEYS = (
     ("run", "begun_with", None),
     ("privacy", "release", "images"),
     ("privacy", "noise_draw", 0),
+    ("data", "channels", None),
     ("fine", "augment", "none"),
     ("sampling", "handover", None),
     ("sampling", "fine_labels", None),
@@ -107,7 +108,7 @@ def _coerce(annotation: Any, value: Any, path: str) -> Any:
 def _check(value: Any, checks: Mapping[str, Any], path: str) -> None:
     if value is None:
         return
-    if (form := checks.get("form")) and not re.fullmatch(form[0], value, re.ASCII):
+    if (form := checks.get("form")) and not re.fullmatch(form[0], str(value), re.ASCII):
         raise ConfigError(f"{path}: must be {form[1]}, got {value!r}")
     if isinstance(value, tuple):
         for index, each in enumerate(value):

@@ -44,12 +44,7 @@ __all__ = [
 class DataConfig:
     """Which images."""
 
-    name: str = key(
-        "digits",
-        "data set",
-        choices=tuple(DATA_SETS),
-        own=True,
-    )
+    name: str = key("digits", "data set", choices=tuple(DATA_SETS), own=True)
     root: str | None = key(None, "data directory (or .npz file); default: FEDPDM_DATA")
     download: bool = key(False, "let torchvision download what is missing")
     resolution: int | None = key(None, "resize to this many pixels; default: native", low=4)
@@ -74,6 +69,9 @@ class DataConfig:
     )
     classes: tuple[int | str, ...] | None = key(
         None, "keep these classes only, by name or number, in this order; default: all"
+    )
+    channels: int | None = key(
+        None, "what images must have, 1 or 3; default: as they are", form=(r"[13]", "1 or 3")
     )
     max_images: int | None = key(None, "use a class-stratified subset of this size", low=1)
     holdout_fraction: float = key(
