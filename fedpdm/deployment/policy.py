@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +36,7 @@ __all__ = [
     "check_config",
     "check_total",
     "load_policy",
+    "objections",
 ]
 
 _DIGEST = re.compile(r"[0-9a-f]{64}\Z")
@@ -101,14 +103,35 @@ def check_code(policy: NodePolicy, config: RunConfig) -> None:
 
 def check_config(policy: NodePolicy, config: RunConfig) -> None:
     """`PolicyError` if the config asks for more than the policy allows. Looks at no image."""
-    check_code(policy, config)
+    for check in _CHECKS:
+        check(policy, config)
+
+
+def objections(policy: NodePolicy, config: RunConfig) -> list[str]:
+    """All that `check_config` would refuse, a line each; `ConfigError` if it cannot be told."""
+    found = []
+    for check in _CHECKS:
+        try:
+            check(policy, config)
+        except PolicyError as error:
+            found.append(str(error))
+    return found
+
+
+def _check_simulation(_: NodePolicy, config: RunConfig) -> None:
     if config.run.simulation:
         raise PolicyError("run.simulation: true seeds the privacy noise; a node allows false only")
+
+
+def _check_metrics(policy: NodePolicy, config: RunConfig) -> None:
     if config.evaluation.image_metrics and not policy.allow_raw_metrics:
         raise PolicyError(
             "evaluation.image_metrics: true asks for metrics on raw images; this node allows false "
             "only"
         )
+
+
+def _check_release(policy: NodePolicy, config: RunConfig) -> None:
     if not config.kind.releases:
         return
     plan = plan_release(config, build_schedule(config))
@@ -118,6 +141,14 @@ def check_config(policy: NodePolicy, config: RunConfig) -> None:
             raise PolicyError(f"privacy.t0: {t0} is less than the {policy.min_t0} of this node")
     events = [event_of(parameters) for parameters in plan.rounds]
     check_total(policy, epsilon_spent(events, delta=policy.delta))
+
+
+_CHECKS: tuple[Callable[[NodePolicy, RunConfig], None], ...] = (
+    check_code,
+    _check_simulation,
+    _check_metrics,
+    _check_release,
+)
 
 
 def check_total(policy: NodePolicy, epsilon: float) -> None:
