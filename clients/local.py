@@ -15,6 +15,8 @@ from fedpdm.data import ImageSet
 from fedpdm.data.client_images import ClientImages, client_images, own_images
 from fedpdm.data.loading import build_partitions, load_split
 from fedpdm.data.partition import ClientPartition
+from fedpdm.deployment.acceptance import acceptance_of
+from fedpdm.deployment.classes import accepted_classes, load_classes
 from fedpdm.deployment.policy import NodePolicy
 from fedpdm.privacy.releases import ReleaseStore
 from fedpdm.setup.flower_config import new_release_allowed, release_path, run_config_of, run_root
@@ -122,12 +124,14 @@ def _open(
         policy = node_policy(node_config)
         check_run(policy, config, ReleaseStore(releases), node_config=node_config)
         root = Path(str(node_config["data-dir"]))
-        held = own_images(config, load_split(config, "train", root=root), client_id=client_id)
+        classes = accepted_classes(acceptance_of(ReleaseStore(releases).ledger(), config))
+        load = functools.partial(load_classes, config, root=root, classes=classes)
+        held = own_images(config, load("train"), client_id=client_id)
         allowed = policy or NodePolicy(allow_raw_metrics=True, allow_new_release=True)
         raw_metrics = flag(node_config, "raw-metrics") and allowed.allow_raw_metrics
         allow_new_release = flag(node_config, "allow-new-release") and allowed.allow_new_release
         wanted = raw_metrics and config.evaluation.image_metrics
-        reference = load_split(config, "test", root=root) if wanted else None
+        reference = load("test") if wanted else None
     return LocalClient(
         setup=set_up(config, held.images),
         held=held,

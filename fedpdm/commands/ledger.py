@@ -135,7 +135,7 @@ def _record_lines(record: Record, release: ReleaseRecord | None) -> list[str]:
 
     title = f"  {record.number:>3}  {record.at}  {record.kind}"
     if release is None:
-        facts = ", ".join(f"{key} {value}" for key, value in record.fields.items())
+        facts = ", ".join(f"{key} {_words(value)}" for key, value in record.fields.items())
         return [f"{title}  {facts}"]
     settings = mechanism_of(release.parameters).describe(release.parameters)
     event = ", ".join(
@@ -152,3 +152,9 @@ def _record_lines(record: Record, release: ReleaseRecord | None) -> list[str]:
         f"{'':9}noise: {release.noise_source}",
         f"{'':9}file: {release.file}, SHA-256 {release.sha256[:16]}...",
     ]
+
+
+def _words(value: Any) -> str:
+    """A field's value; of accepted classes `benign=gutartig malignant=boesartig`."""
+    pairs = value if isinstance(value, list) else ()
+    return " ".join("=".join(map(str, pair)) for pair in pairs) or str(value)

@@ -62,6 +62,11 @@ def add_node_parser(commands: Any) -> None:
         "--store", type=Path, metavar="DIR",
         help="ledger, releases and fine model; default: a state directory of this user or service",
     )  # fmt: skip
+    shared.add_argument(
+        "--classes", action="append", default=[], metavar="NAME=OWN,...",
+        help="what the federation's classes are called here, kept when accepted; NAME= for one "
+        "that is not here, =OWN for one whose images are left out",
+    )  # fmt: skip
 
     check = actions.add_parser("check", parents=[shared], help="look at everything before joining")
     check.add_argument(
@@ -89,6 +94,7 @@ def add_node_parser(commands: Any) -> None:
 
 
 def _settings(options: argparse.Namespace) -> NodeSettings:
+    from fedpdm.deployment.classes import parse_classes
     from fedpdm.deployment.node import NodeSettings
 
     values = {}
@@ -104,6 +110,7 @@ def _settings(options: argparse.Namespace) -> NodeSettings:
         invitation=options.invitation,
         policy=options.policy,
         store=options.store,
+        classes=parse_classes(options.classes),
     )
 
 
@@ -147,6 +154,7 @@ def _accept(report: NodeReport) -> str:
         by=getpass.getuser(),
         code=code_digest(),
         images_sha256=images_sha256(report.images),
+        classes=report.classes.pairs if report.classes is not None else None,
     )
     folder = report.store.root / "accepted"
     write_atomic(folder / f"{record.number:06d}.txt", report.text.encode())
@@ -201,12 +209,15 @@ def _start(options: argparse.Namespace) -> int:
 def _invite(options: argparse.Namespace) -> None:
     from fedpdm.config import load_config
     from fedpdm.deployment.invitation import make_invitation
+    from fedpdm.deployment.policy import NodePolicy, objections
     from fedpdm.storage.files import write_atomic
 
     config = load_config(options.experiment, [*options.overrides, "run.simulation=false"])
     write_atomic(options.out.absolute(), make_invitation(config).encode())
-    line = f"{options.out}: give it to every participant, beside its certificate"
-    tell(options, line, {"out": str(options.out)})
+    refused = objections(NodePolicy(), config)
+    lines = [f"{options.out}: give it to every participant, beside its certificate"]
+    lines += [f"WARNING: a node without a policy of its own refuses {each}" for each in refused]
+    tell(options, "\n".join(lines), {"out": str(options.out), "refused": refused})
 
 
 def _digest(options: argparse.Namespace) -> None:

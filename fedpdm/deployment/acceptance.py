@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedpdm.config import RunConfig, config_digest
@@ -32,8 +32,12 @@ def accept(
     by: str,
     code: str,
     images_sha256: str,
+    classes: Sequence[tuple[str, str]] | None = None,
 ) -> Record:
-    """Append to the ledger that `by` accepted this statement for this config and code."""
+    """Append to the ledger that `by` accepted this statement for this config and code.
+
+    `classes` are the federation's names with the node's own (`fedpdm.deployment.classes`), None
+    where none were compared."""
     numbers = json.dumps(statement, sort_keys=True, allow_nan=False)
     fields = {
         "config": config_digest(config),
@@ -45,4 +49,6 @@ def accept(
         "code": code,
         "by": by,
     }
+    if classes is not None:
+        fields["classes"] = [list(pair) for pair in classes]
     return store.note(ACCEPTED, fields, client_id=client_id).records[-1]

@@ -23,11 +23,12 @@ from fedpdm.config import (
     load_config,
 )
 from fedpdm.config.strict import StrictError, parse_json, read_text
-from fedpdm.data.spec import build_image_spec
+from fedpdm.data.spec import build_image_spec, known_class_names
 from fedpdm.deployment.code_digest import code_digest
 from fedpdm.text import json_text
 
 __all__ = [
+    "VALUES",
     "Invitation",
     "Software",
     "installed_software",
@@ -36,6 +37,7 @@ __all__ = [
 ]
 
 FORMAT = "fedpdm invitation 1"
+VALUES = (0, 255)  # of pixels as they are read: what models see as -1 and as 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +53,10 @@ class Software:
 
 @dataclass(frozen=True, kw_only=True)
 class Invitation:
-    """`software`, `images` (channels, resolution, num_classes, shift) and `made_at` (aware) are
-    None where the file is a plain experiment."""
+    """`software`, `images` and `made_at` (aware) are None where the file is a plain experiment.
+
+    `images` says channels, resolution, num_classes, shift, class_names (None if the coordinator
+    does not know them) and values; earlier versions did not say the last two."""
 
     config: RunConfig
     software: Software | None = None
@@ -75,8 +79,8 @@ def installed_software() -> Software:
 def make_invitation(config: RunConfig) -> str:
     """The content of `federation.json` for a config with `run.simulation: false`.
 
-    The images' shape is the one that the coordinator will build its model for. Where only files
-    tell the shape, the coordinator's own public images are loaded.
+    The images' shape is the one that the coordinator will build its model for; where the config
+    does not state it, the coordinator's own public images are loaded.
     """
     if config.run.simulation:
         raise ConfigError("run.simulation: must be false in a deployed federation, got true")
@@ -87,12 +91,21 @@ def make_invitation(config: RunConfig) -> str:
                 "format": FORMAT,
                 "made_at": now.isoformat(timespec="seconds"),
                 "software": dataclasses.asdict(installed_software()),
-                "images": dataclasses.asdict(build_image_spec(config)),
+                "images": _describe_images(config),
                 "config": json.loads(config_to_json(config)),
             }
         )
         + "\n"
     )
+
+
+def _describe_images(config: RunConfig) -> dict[str, Any]:
+    names = known_class_names(config)
+    return {
+        **dataclasses.asdict(build_image_spec(config)),
+        "class_names": None if names is None else list(names),
+        "values": list(VALUES),
+    }
 
 
 def read_invitation(path: Path) -> Invitation:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fedpdm.config import RunConfig
-from fedpdm.data.loading import load_split
-from fedpdm.data.spec import ImageSpec
+from fedpdm.data.spec import ImageSpec, known_class_names
 from fedpdm.diffusion.gaussian import ClassGaussians, GaussianDenoiser
 from fedpdm.diffusion.sampling import make_scheduler
 from fedpdm.privacy.mechanism import mechanism_named
@@ -184,13 +183,8 @@ def _check_release(setup: RunSetup, privacy: Mapping[str, Any], known: Any, *, w
 def _class_names(
     run: RunDirectory, config: RunConfig, *, num_classes: int
 ) -> dict[str, str] | None:
-    """Names of the classes by label: as the run noted them, else as the configured data set has
-    them, if it can be read here."""
+    """Names of the classes by label: as the run noted them (a node notes the federation's), else as
+    the config or its data set has them, if that can be read here."""
     names = tuple(map(str, (run.partition() or {}).get("class_names", ())))
-    if not names:
-        data = replace(config.data, max_images=num_classes, download=False)
-        try:
-            names = load_split(replace(config, data=data), "train").class_names
-        except (ValueError, OSError):
-            return None
+    names = names or known_class_names(config) or ()
     return {str(k): v for k, v in enumerate(names)} if len(names) == num_classes else None

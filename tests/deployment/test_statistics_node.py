@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from fedpdm.deployment.invitation import make_invitation
-from tests.deployment.test_node_check import Node, made, node, port, quiet
+from tests.deployment.test_node_check import made, node, port
 from tests.support.deployments import policy_text
+from tests.support.participants import Participant, quiet
 
 __all__ = ["made", "node", "port"]  # fixtures
 
@@ -20,12 +21,12 @@ SECTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture
-def invited(node: Node) -> Node:
+def invited(node: Participant) -> Participant:
     node.invitation.write_text(make_invitation(quiet(node.made, **SECTIONS)))
     return node
 
 
-def test_a_node_that_allows_statistics_is_told_what_leaves(invited: Node) -> None:
+def test_a_node_that_allows_statistics_is_told_what_leaves(invited: Participant) -> None:
     invited.policy.write_text(policy_text("{mechanisms: [statistics], max_epsilon: 10}"))
     code, out, err = invited.call("check", "--policy", str(invited.policy))
     assert (code, err) == (0, "")
@@ -44,7 +45,7 @@ def test_a_node_that_allows_statistics_is_told_what_leaves(invited: Node) -> Non
     assert list(invited.store.iterdir()) == []
 
 
-def test_a_node_is_told_of_components(node: Node) -> None:
+def test_a_node_is_told_of_components(node: Participant) -> None:
     sections = {**SECTIONS, "run": {"rounds": 5}}
     more = {"statistics": {"components": 4, "component_rounds": 2}}
     node.invitation.write_text(make_invitation(quiet(node.made, **sections, **more)))
@@ -68,7 +69,7 @@ def test_a_node_is_told_of_components(node: Node) -> None:
         ("{mechanisms: [sums]}", "mechanisms: privacy.release: must be one of images"),
     ],
 )
-def test_a_policy_pins_the_mechanisms(invited: Node, policy: str | None, words: str) -> None:
+def test_a_policy_pins_the_mechanisms(invited: Participant, policy: str | None, words: str) -> None:
     more: tuple[str, ...] = ()
     if policy is not None:
         invited.policy.write_text(policy_text(policy))

@@ -9,11 +9,11 @@ from dataclasses import asdict
 from typing import TypeVar
 
 from fedpdm.config import ConfigError
-from fedpdm.data.loading import load_split
-from fedpdm.data.spec import build_image_spec
 from fedpdm.deployment.acceptance import acceptance_of
 from fedpdm.deployment.certificates import read_node_certificate
+from fedpdm.deployment.classes import load_classes
 from fedpdm.deployment.invitation import Software, installed_software, read_invitation
+from fedpdm.deployment.node.images import compare_classes, compare_images
 from fedpdm.deployment.node.network import shake_hands
 from fedpdm.deployment.node.report import Check, NodeReport
 from fedpdm.deployment.node.resources import (
@@ -67,6 +67,7 @@ class _Checking:
         self.timeout = timeout
         self.now = datetime.datetime.now(datetime.UTC)
         self.report = NodeReport(settings=settings)
+        self._classes_agree = True
 
     def run(self) -> NodeReport:
         steps: tuple[tuple[str, Callable[[], str]], ...] = (
@@ -75,6 +76,7 @@ class _Checking:
             ("invitation", self.invitation),
             ("versions", self.versions),
             ("clock", self.clock),
+            ("classes", self.classes),
             ("data", self.data),
             ("store", self.store),
             ("disk", self.disk),
@@ -155,24 +157,38 @@ class _Checking:
 
     # What is on this machine.
 
+    def classes(self) -> str:
+        invitation, certificate = self._given(self.report.invitation), self.report.certificate
+        store = None if certificate is None else self.settings.store_of(certificate.client_id)
+        try:
+            self.report.classes = compare_classes(
+                invitation, self.settings.data, given=self.settings.classes, store=store
+            )
+        except ConfigError:
+            self._classes_agree = False
+            raise
+        except (ValueError, OSError):  # as the next check says
+            raise _Missing("not checked, since these failed: data") from None
+        if self.report.classes is None:
+            return "NOT compared: the invitation names none; each node numbers its own by name"
+        return self.report.classes.describe()
+
     def data(self) -> str:
         invitation = self._given(self.report.invitation)
-        every = load_split(invitation.config, "train", root=self.settings.data)
+        self._given(self._classes_agree or None)
+        every = load_classes(
+            invitation.config, "train", root=self.settings.data, classes=self.report.classes
+        )
         first = every.distinct()
         images = every if len(first) == len(every) else every.subset(first)
+        values = compare_images(invitation, images)
         channels, height, width = images.images.shape[1:]
-        spec = asdict(build_image_spec(invitation.config, images))
-        for name, value in (invitation.images or {}).items():
-            if spec.get(name) != value:
-                raise ConfigError(
-                    f"data: {name} is {spec.get(name)} here, {value} in the federation"
-                )
         self.report.images = images
         counts = ", ".join(f"{name} {count}" for name, count in self.report.counts().items())
         copies = len(every) - len(images)
         return (
             f"{self.settings.data}: {len(images):,} distinct images of {channels}x{height}x{width}"
-            f"{f' ({copies:,} copies left out)' if copies else ''}; {counts}"
+            f"{f' ({copies:,} copies left out)' if copies else ''}; {counts}; {values}"
         )
 
     def store(self) -> str:

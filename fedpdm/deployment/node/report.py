@@ -9,6 +9,7 @@ import numpy as np
 
 from fedpdm.data import ImageSet
 from fedpdm.deployment.certificates import NodeCertificate
+from fedpdm.deployment.classes import ClassMap
 from fedpdm.deployment.invitation import Invitation
 from fedpdm.deployment.node.settings import NodeSettings
 from fedpdm.deployment.policy import NodePolicy
@@ -31,7 +32,8 @@ class NodeReport:
     """All checks, and what they found; a part is None where its check failed.
 
     `statement` is the privacy statement in numbers, `text` in words. `accepted` says whether the
-    ledger holds the operator's acceptance of exactly this config.
+    ledger holds the operator's acceptance of exactly this config. `classes` is None where none are
+    compared, too.
     """
 
     settings: NodeSettings
@@ -39,6 +41,7 @@ class NodeReport:
     certificate: NodeCertificate | None = None
     policy: NodePolicy | None = None
     invitation: Invitation | None = None
+    classes: ClassMap | None = None
     images: ImageSet | None = None
     store: ReleaseStore | None = None
     statement: dict[str, Any] | None = None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedpdm.config import ConfigError
+from fedpdm.deployment.classes import Pairs
 from fedpdm.deployment.policy import NodePolicy, load_policy
 
 __all__ = ["NodeSettings", "default_store", "split_address"]
@@ -20,7 +21,8 @@ class NodeSettings:
     """`coordinator` is HOST:PORT, `certificate` the node's PEM file with its key beside it, `data`
     its images. `invitation` lies beside the certificate and `policy` beside the data where nothing
     else is said; `policy` is None where there is no such file, and then only the accepted statement
-    bounds epsilon and t0. `store` None: `default_store`."""
+    bounds epsilon and t0. `store` None: `default_store`. `classes` says what classes are called
+    here."""
 
     coordinator: str
     certificate: Path
@@ -28,6 +30,7 @@ class NodeSettings:
     invitation: Path
     policy: Path | None
     store: Path | None
+    classes: Pairs = ()
 
     @classmethod
     def of(
@@ -39,6 +42,7 @@ class NodeSettings:
         invitation: Path | None = None,
         policy: Path | None = None,
         store: Path | None = None,
+        classes: Pairs = (),
     ) -> NodeSettings:
         """Absolute paths, with what was not said filled in."""
         certificate, data = certificate.expanduser().absolute(), data.expanduser().absolute()
@@ -52,6 +56,7 @@ class NodeSettings:
             invitation=(invitation or certificate.parent / INVITATION).expanduser().absolute(),
             policy=policy.expanduser().absolute() if policy else None,
             store=store.expanduser().absolute() if store else None,
+            classes=classes,
         )
 
     def load_policy(self) -> NodePolicy:

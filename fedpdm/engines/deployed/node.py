@@ -14,6 +14,7 @@ from fedpdm.config import ConfigError, config_digest
 from fedpdm.config.plugins import DIRECTORY_VARIABLE
 from fedpdm.deployment.acceptance import acceptance_of
 from fedpdm.deployment.certificates import read_node_certificate
+from fedpdm.deployment.classes import settle_classes
 from fedpdm.deployment.code_digest import code_digest
 from fedpdm.deployment.invitation import read_invitation
 from fedpdm.deployment.node import NodeSettings, split_address
@@ -32,12 +33,13 @@ def prepare_node(settings: NodeSettings) -> NodeCommand:
     """Check what must hold before anything is started, and write what the SuperNode reads.
 
     `ConfigError` or `StoreError`, one line, for a certificate that is not valid, bounds that the
-    config breaks, or a config that the operator has not accepted.
+    config breaks, a config that the operator has not accepted, or other classes than accepted.
     """
     split_address(settings.coordinator)
     certificate = read_node_certificate(settings.certificate)
     certificate.check_time(datetime.datetime.now(datetime.UTC))
-    config = read_invitation(settings.invitation).config
+    invitation = read_invitation(settings.invitation)
+    config = invitation.config
     policy = settings.load_policy()
     check_config(policy, config)
     if not settings.data.exists():
@@ -50,11 +52,12 @@ def prepare_node(settings: NodeSettings) -> NodeCommand:
         raise StoreError(
             f"{root}: is the store of client {ledger.client_id}, not {certificate.client_id}"
         )
-    if acceptance_of(ledger, config) is None:
+    if (accepted := acceptance_of(ledger, config)) is None:
         raise ConfigError(
             f"{settings.invitation}: its privacy statement (config {config_digest(config)[:16]}...)"
             f" is not accepted in {ledger.path}; read it with fedpdm node check, then add --accept"
         )
+    settle_classes(invitation, accepted, given=settings.classes, root=settings.data)
     home = root / ".flower"
     write_atomic(home / "ca.crt", certificate.authority_pem.encode())
     node: dict[str, Any] = {

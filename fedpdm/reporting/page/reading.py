@@ -92,8 +92,10 @@ class RunFacts:
         return self.run.statement_words() or (plain_text(self.privacy) if self.privacy else "")
 
     def class_names(self) -> list[str]:
-        """By label; empty if nothing here says."""
-        return [str(name) for name in (self.partition or {}).get("class_names", ())]
+        """By label, of the split or of the config; empty if nothing here says."""
+        named = [each for each in self.config.data.classes or () if isinstance(each, str)]
+        whole = named if len(named) == len(self.config.data.classes or ()) else []
+        return [str(name) for name in (self.partition or {}).get("class_names", whole)]
 
 
 def read_run(root: Path, *, attacks: Path | None = None) -> RunFacts:
