@@ -68,7 +68,9 @@ class DataConfig:
         None, "celeba: attributes whose combinations are classes; default: Black_Hair and Male"
     )
     classes: tuple[int | str, ...] | None = key(
-        None, "keep these classes only, by name or number, in this order; default: all"
+        None,
+        "keep these classes only, by name or number, in this order; default: all. Between "
+        "institutions their names are compared with each node's",
     )
     channels: int | None = key(
         None, "what images must have, 1 or 3; default: as they are", form=(r"[13]", "1 or 3")

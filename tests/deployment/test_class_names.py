@@ -26,8 +26,15 @@ from fedpdm.deployment.classes import (
 )
 from fedpdm.deployment.invitation import Invitation, make_invitation, read_invitation
 from fedpdm.engines.deployed import node as engine
+from fedpdm.engines.deployed.preflight import check_deployed_run
 from fedpdm.privacy.ledger import append, read_ledger
 from fedpdm.privacy.releases import ReleaseStore
+from fedpdm.publishing.export import _class_names as names_for_export
+from fedpdm.reporting.page.reading import read_run
+from fedpdm.setup.flower_config import run_config_of
+from fedpdm.storage.client_store import ClientStore
+from fedpdm.storage.run_directory import RunDirectory
+from tests.support.deployments import deployment
 from tests.support.participants import Participant, make_federation, quiet
 from tests.support.tls_servers import server
 
@@ -324,3 +331,52 @@ def test_the_coordinator_is_told_what_default_nodes_refuse(
         assert len(lines) == len(refused)
         for line, words in zip(lines, refused, strict=True):
             assert line.startswith(f"WARNING: a node without a policy of its own refuses {words}")
+
+
+def test_a_federation_whose_coordinator_has_no_images_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two institutions, each with its own names; `federation run` asks for no images either."""
+    monkeypatch.delenv("FEDPDM_DATA", raising=False)
+    stated = {"root": None, "classes": list(NAMES), "channels": 3, "resolution": 8}
+    federation = deployment(tmp_path, data=stated)
+    config = run_config_of(federation.run_config)
+    lines = check_deployed_run(config, tmp_path / "out", resume=False)
+    assert "image_folder (3x8x8, 2 classes)" in lines[0]
+    for split in ("train", "test"):
+        for name, own in zip(NAMES, SWAPPING, strict=True):
+            folder = tmp_path / "hospital-1" / split / name
+            folder.rename(folder.with_name(own))
+    pairs = [list(pair) for pair in zip(NAMES, SWAPPING, strict=True)]
+    store = Path(federation.nodes[1]["store-dir"])
+    fields = {"config": config_digest(config), "classes": pairs}
+    ReleaseStore(store).note("accepted", fields, client_id=1)
+    federation.run()
+    assert (tmp_path / "server" / "coarse.safetensors").exists()
+    kept = ClientStore(store / "runs" / config_digest(config)[:16])
+    assert kept.last_round() == 2
+
+
+def test_an_export_at_a_node_has_the_names_that_were_accepted(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not those that the node's folders give by the alphabet, which FEDPDM_DATA would find."""
+    config = quiet(made)
+    monkeypatch.setenv("FEDPDM_DATA", str(made / "hospital" / "images"))
+    pairs = [["malignant", "m"], ["benign", "b"]]
+    fields = {"config": config_digest(config), "classes": pairs}
+    ReleaseStore(tmp_path).note("accepted", fields, client_id=1)
+    folder = tmp_path / "runs" / config_digest(config)[:16]
+    assert names_for_export(config, folder, num_classes=2) == {"0": "malignant", "1": "benign"}
+    assert names_for_export(config, folder, num_classes=3) is None
+    stated = quiet(made, data={"classes": ["malignant", "benign"], "root": None})
+    assert names_for_export(stated, folder, num_classes=2) == {"0": "malignant", "1": "benign"}
+
+
+def test_a_report_has_the_names_of_the_config(made: Path, tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    run.open(quiet(made, data={"classes": ["malignant", "benign"]}), resume=False)
+    assert read_run(run.root).class_names() == ["malignant", "benign"]
+    other = RunDirectory(tmp_path / "other")
+    other.open(quiet(made), resume=False)
+    assert read_run(other.root).class_names() == []

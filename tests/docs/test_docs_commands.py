@@ -21,7 +21,6 @@ import pytest
 from diffusers import DDPMScheduler
 from PIL import Image
 
-from fedpdm.config import config_to_yaml
 from fedpdm.privacy.ledger import read_ledger
 from fedpdm.storage.files import read_json
 from strategies.rounds import RoundBook
@@ -37,7 +36,6 @@ from tests.support.documented_commands import (
     rule_of,
     typed_lines,
 )
-from tests.support.federations import small_config
 from tests.support.markdown_pages import ROOT, all_blocks
 from tests.support.pixels import random_pixels
 
@@ -113,8 +111,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("experiments", "examples", "deploy"):
         (folder / name).symlink_to(ROOT / name)
     write_data(folder)
-    deployed = small_config(run={"simulation": False}, evaluation={"image_metrics": False})
-    (folder / "lungs.yaml").write_text(config_to_yaml(deployed))
+    (lungs,) = [b.text for b in all_blocks() if b.language == "yaml" and "benign" in b.text
+                and b.page == "docs/deployment.md"]  # fmt: skip
+    (folder / "lungs.yaml").write_text(lungs)
     (own,) = [b.text for b in all_blocks() if b.language == "yaml" and "name: mine" in b.text
               and b.page == "docs/how-to/own-images.md"]  # fmt: skip
     (folder / "mine.yaml").write_text(own.replace("/path/to/images", str(folder / "images")))

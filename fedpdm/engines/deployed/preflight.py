@@ -14,8 +14,9 @@ __all__ = ["check_deployed_run"]
 def check_deployed_run(config: RunConfig, out: Path, *, resume: bool) -> list[str]:
     """Calibrate and build the models, without any client's images; lines that say what will run.
 
-    Raises `ConfigError` or `ValueError` (one line) for whatever would stop the run later. Sets of
-    own images (`image_folder`, `npz`) need public ones at `data.root`: they tell the shape.
+    Raises `ConfigError` or `ValueError` (one line) for whatever would stop the run later. For own
+    images (`image_folder`, `npz`) the config states the shape (`data.classes`, `data.channels`,
+    `data.resolution`), or public look-alikes at `data.root` tell it.
     """
     if config.run.simulation:
         raise ConfigError("run.simulation: must be false for a deployed federation, got true")
