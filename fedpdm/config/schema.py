@@ -73,8 +73,9 @@ class DataConfig:
         "institutions their names are compared with each node's",
     )
     channels: int | None = key(
-        None, "what images must have, 1 or 3; default: as they are", form=(r"[13]", "1 or 3")
-    )
+        None, "what images must have, 1 or 3; default: as they are", low=1, high=3,
+        form=("[13]", "1 or 3"),
+    )  # fmt: skip
     max_images: int | None = key(None, "use a class-stratified subset of this size", low=1)
     holdout_fraction: float = key(
         0.1, "share of a client's images kept for evaluation", low=0.0, below=1.0
