@@ -29,10 +29,10 @@ from fedpdm.engines.deployed import node as engine
 from fedpdm.engines.deployed.preflight import check_deployed_run
 from fedpdm.privacy.ledger import append, read_ledger
 from fedpdm.privacy.releases import ReleaseStore
-from fedpdm.publishing.export import _class_names as names_for_export
+from fedpdm.publishing.building import _class_names as names_for_export
 from fedpdm.reporting.page.reading import read_run
 from fedpdm.setup.flower_config import run_config_of
-from fedpdm.storage.client_store import ClientStore
+from fedpdm.storage.node_run import NodeRun
 from fedpdm.storage.run_directory import RunDirectory
 from tests.support.deployments import deployment
 from tests.support.participants import Participant, make_federation, quiet
@@ -353,24 +353,21 @@ def test_a_federation_whose_coordinator_has_no_images_trains(
     ReleaseStore(store).note("accepted", fields, client_id=1)
     federation.run()
     assert (tmp_path / "server" / "coarse.safetensors").exists()
-    kept = ClientStore(store / "runs" / config_digest(config)[:16])
-    assert kept.last_round() == 2
+    kept = NodeRun(store / "runs" / config_digest(config)[:16])
+    assert kept.store.last_round() == 2
+    assert kept.facts()["class_names"] == list(NAMES)  # what exports and pages at the node take
 
 
-def test_an_export_at_a_node_has_the_names_that_were_accepted(
+def test_an_export_has_the_names_of_the_config(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not those that the node's folders give by the alphabet, which FEDPDM_DATA would find."""
-    config = quiet(made)
+    """Not those that folders give by the alphabet, which FEDPDM_DATA would find."""
     monkeypatch.setenv("FEDPDM_DATA", str(made / "hospital" / "images"))
-    pairs = [["malignant", "m"], ["benign", "b"]]
-    fields = {"config": config_digest(config), "classes": pairs}
-    ReleaseStore(tmp_path).note("accepted", fields, client_id=1)
-    folder = tmp_path / "runs" / config_digest(config)[:16]
-    assert names_for_export(config, folder, num_classes=2) == {"0": "malignant", "1": "benign"}
-    assert names_for_export(config, folder, num_classes=3) is None
-    stated = quiet(made, data={"classes": ["malignant", "benign"], "root": None})
-    assert names_for_export(stated, folder, num_classes=2) == {"0": "malignant", "1": "benign"}
+    run = RunDirectory(tmp_path)
+    config = quiet(made, data={"classes": ["malignant", "benign"], "root": None})
+    named = names_for_export(run, config, num_classes=2)
+    assert named == {"0": "malignant", "1": "benign"}
+    assert names_for_export(run, config, num_classes=3) is None
 
 
 def test_a_report_has_the_names_of_the_config(made: Path, tmp_path: Path) -> None:
