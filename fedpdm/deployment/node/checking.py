@@ -157,7 +157,9 @@ class _Checking:
 
     def data(self) -> str:
         invitation = self._given(self.report.invitation)
-        every = load_split(invitation.config, "train", root=self.settings.data)
+        config, policy = invitation.config, self.report.policy or NodePolicy()
+        aside = policy.sets_aside(image_metrics=config.evaluation.image_metrics)
+        every = load_split(config, "train", root=self.settings.data, whole=not aside)
         first = every.distinct()
         images = every if len(first) == len(every) else every.subset(first)
         channels, height, width = images.images.shape[1:]
@@ -169,10 +171,10 @@ class _Checking:
                 )
         self.report.images = images
         counts = ", ".join(f"{name} {count}" for name, count in self.report.counts().items())
-        copies = len(every) - len(images)
+        copies, rest = len(every) - len(images), every.inventory.words()
         return (
             f"{self.settings.data}: {len(images):,} distinct images of {channels}x{height}x{width}"
-            f"{f' ({copies:,} copies left out)' if copies else ''}; {counts}"
+            f"{f' ({copies:,} copies left out)' if copies else ''}; {counts}{rest and f'; {rest}'}"
         )
 
     def store(self) -> str:

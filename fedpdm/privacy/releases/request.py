@@ -31,6 +31,7 @@ __all__ = [
 ]
 
 Shape = tuple[int, int, int]
+_FILE_KEYS = ("background", "black", "white")
 
 
 class ImageKey(NamedTuple):
@@ -235,12 +236,18 @@ def _differences(record: ReleaseRecord, request: ReleaseRequest, shape: Shape) -
     if old.mechanism != new.mechanism:
         return f"mechanism = {old.mechanism} (now {new.mechanism})"
     changed = [*_changed(vars(old), vars(new))]
-    changed += [f"data.{each}" for each in _changed(record.preparation or {}, request.preparation)]
+    made = record.preparation or {}
+    if record.preparation is not None:  # keys of files are recorded where they are set
+        made = {key: None for key in _FILE_KEYS if key in request.preparation} | dict(made)
+    changed += [f"data.{each}" for each in _changed(made, request.preparation)]
     if tuple(record.image_shape) != shape:
         old_shape, new_shape = ("x".join(map(str, each)) for each in (record.image_shape, shape))
         changed.append(f"shape = {old_shape} (now {new_shape})")
-    if not changed and record.preparation is None:
+    drawn = request.preparation.get("colors_from") == "image"
+    if not changed and record.preparation is None and drawn:
         changed.append("colours by place, as earlier versions drew them (now by image)")
+    elif not changed and "files" in request.preparation and "files" not in made:
+        changed.append("orientation and transparency left aside, as earlier versions did (now not)")
     return ", ".join(changed) or "other pixels or settings in between"
 
 
