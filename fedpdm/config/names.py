@@ -34,6 +34,7 @@ DATA_SETS: Final[Mapping[str, str]] = MappingProxyType(
         "celeba": "fedpdm.data.public:CELEBA",
         "image_folder": "fedpdm.data.own:IMAGE_FOLDER",
         "client_folders": "fedpdm.data.own:CLIENT_FOLDERS",
+        "parquet": "fedpdm.data.parquet:PARQUET",
         "npz": "fedpdm.data.arrays:NPZ",
     }
 )

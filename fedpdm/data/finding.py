@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
+from fedpdm.data.formats import is_image_name
+
 __all__ = [
-    "IMAGE_SUFFIXES",
     "Found",
     "Listed",
     "find_clients",
@@ -19,8 +20,6 @@ __all__ = [
     "read_table",
 ]
 
-#: File name endings, in any case, that count as images.
-IMAGE_SUFFIXES: Final = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 _PARTS: Final = ("train", "test")
 _NEEDED: Final = ("file", "label")
 _OPTIONAL: Final = ("client", "subject", "split")
@@ -144,7 +143,7 @@ def _no_image(path: Path) -> str:
         return "a link to a folder"
     if path.name[0] == ".":
         return "hidden"
-    if path.suffix.lower() not in IMAGE_SUFFIXES:
+    if not is_image_name(path.name):
         return "no image by its name"
     return "" if path.is_file() else "no file"
 

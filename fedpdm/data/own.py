@@ -11,7 +11,8 @@ from typing import Final
 import numpy as np
 
 from fedpdm.data.finding import Found, Listed, find_clients, find_images, read_table
-from fedpdm.data.pictures import Header, Shown, decode_picture, read_header
+from fedpdm.data.formats import decode_image, read_header
+from fedpdm.data.pictures import Header, Shown
 from fedpdm.data.rawsplit import Decoded, FileReader, Inventory, RawSplit, Split, split_of
 from fedpdm.data.registry import DataSet, Request
 
@@ -106,7 +107,7 @@ def _sides(images: Sequence[_Image], *, whole: bool) -> list[Split]:
 
 def _decode_one_of(images: tuple[_Image, ...], shown: Shown, position: int) -> Decoded:
     image = images[position]
-    return decode_picture(image.listed.file, image.number, shown)
+    return decode_image(image.listed.file, image.number, shown)
 
 
 def _read_folder(request: Request) -> RawSplit:

@@ -118,7 +118,7 @@ def test_no_root_says_what_is_needed(name: str, monkeypatch: pytest.MonkeyPatch)
     message = str(caught.value)
     assert "set data.root or the environment variable FEDPDM_DATA" in message
     assert ("data.download: true" in message) == (
-        name not in ("image_folder", "client_folders", "npz")
+        name not in ("image_folder", "client_folders", "parquet", "npz")
     )
     assert "\n" not in message
 
