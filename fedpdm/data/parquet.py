@@ -65,13 +65,13 @@ def read_parquet(request: Request) -> RawSplit:
     numbers = [label if isinstance(label, int) else names.index(label) for _, label, _ in chosen]
     if numbers and not 0 <= min(numbers) <= max(numbers) < len(names):
         raise ValueError(f"data.root: {root}: labels must be in [0, {len(names)})")
-    contents = tuple((path, content) for path, _, content in chosen)
+    encoded = tuple((path, content) for path, _, content in chosen)
     unused = tuple(str(path.relative_to(root)) for path in every if path not in wanted)
     return RawSplit(
         labels=np.array(numbers, dtype=np.int64),
         class_names=tuple(names),
         read=FileReader(
-            decode=functools.partial(_decode_one_of, contents, shown),
+            decode=functools.partial(_decode_one_of, encoded, shown),
             channels=1 if all(header.is_grey for header in headers) else 3,
         ),
         inventory=Inventory(unused=unused, set_aside=len(rows) - len(chosen)),

@@ -153,11 +153,14 @@ def decode_picture(file: Path, frame: int, shown: Shown, content: bytes | None =
                 pixels = np.asarray(picture.convert("RGB")).transpose(2, 0, 1)
             known = identity(pixels)
         orientation = _orientation(picture)  # last: some formats are turned as they are read
-    if alpha is not None and (alpha < 255).any():
+    transparent = alpha is not None and bool((alpha < 255).any())
+    if transparent:
+        assert alpha is not None
         if (pixels == pixels[:, :1, :1]).all():
             known = pixel_digest(np.concatenate([pixels, alpha[None]]))
         pixels = _on_background(pixels, alpha, shown.background)
-    return Decoded(np.ascontiguousarray(_upright(pixels, orientation)), known)
+    upright = np.ascontiguousarray(_upright(pixels, orientation))
+    return Decoded(upright, known, altered=transparent or orientation > 1)
 
 
 def scaled_to_levels(stored: NDArray[np.generic], limits: tuple[float, float]) -> NDArray[np.uint8]:

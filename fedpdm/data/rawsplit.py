@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import hashlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Literal, NamedTuple
 
 import numpy as np
@@ -137,10 +137,12 @@ class ArrayReader(Reader):
 
 
 class Decoded(NamedTuple):
-    """One image of a file as it is shown, `pixels` (C, H, W) uint8, and what it is known by."""
+    """One image of a file as it is shown, `pixels` (C, H, W) uint8, what it is known by, and
+    whether versions that left orientation and transparency aside read other pixels."""
 
     pixels: NDArray[np.uint8]
     known: bytes
+    altered: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,12 +152,14 @@ class FileReader(Reader):
     `decode` takes a position and returns (C, H, W) uint8 as the file has it, by which the image is
     known, or `Decoded`. The split has
     `channels`: a grey image gets three equal bands where others are in colour. `resolution` is used
-    where none is asked for.
+    where none is asked for. `altered` are positions of those that were loaded so far and that
+    `Decoded.altered` is true of.
     """
 
     decode: Callable[[int], NDArray[np.uint8] | Decoded]
     channels: int
     resolution: int | None = None
+    altered: set[int] = field(default_factory=set, init=False, compare=False)
 
     def load(
         self, positions: NDArray[np.int64], resolution: int | None
@@ -168,6 +172,8 @@ class FileReader(Reader):
             if isinstance(found, Decoded):
                 pixels = found.pixels
                 known.append(found.known)
+                if found.altered:
+                    self.altered.add(position)
             else:
                 pixels = found
                 known.append(identity(pixels))

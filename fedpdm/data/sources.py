@@ -1,6 +1,6 @@
 """Load a data set by name: which there are, and the one function that reads them all.
 
-What a client's own images are (`image_folder`, `npz`) and the public sets come out alike, as
+What a client's own images are (`image_folder`, `npz`, ...) and the public sets come out alike, as
 an `ImageSet` of uint8. Every choice that is made here (split, subset, colours) is fixed and
 public, so two machines with the same files hold the same images in the same order.
 """
@@ -21,7 +21,7 @@ from fedpdm.config.names import CLASS_LABELS, COLORINGS, FRAMES, ClassLabel, Col
 from fedpdm.data.coloring import choose_colors, colorize
 from fedpdm.data.imageset import ImageSet
 from fedpdm.data.labelling import find_classes, keep_classes, label_by_color
-from fedpdm.data.rawsplit import RawSplit, Split
+from fedpdm.data.rawsplit import FileReader, RawSplit, Split
 from fedpdm.data.registry import DataSet, Request, data_set
 
 __all__ = [
@@ -182,10 +182,16 @@ def load_image_set(
         class_names=class_names,
         background=level,
         identities=identities,
+        altered=_altered(raw, positions),
         clients=_chosen(raw.clients, positions),
         subjects=_chosen(raw.subjects, positions),
         inventory=replace(raw.inventory, left_out=len(raw.labels) - len(positions)),
     )
+
+
+def _altered(raw: RawSplit, positions: NDArray[np.int64]) -> tuple[bool, ...] | None:
+    found = raw.read.altered if isinstance(raw.read, FileReader) else set[int]()
+    return tuple(position in found for position in positions.tolist()) if found else None
 
 
 def _chosen(names: tuple[str, ...] | None, positions: NDArray[np.int64]) -> tuple[str, ...] | None:

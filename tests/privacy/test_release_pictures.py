@@ -16,7 +16,14 @@ from PIL import Image
 from fedpdm.data import ImageSet
 from fedpdm.privacy.releases import ReleasePreview, ReleaseRequest, ReleaseStore
 from tests.data.test_identities import grey_folder
-from tests.privacy.test_release_identities import DELTA, TWICE, asks, refusal, released_numbers
+from tests.privacy.test_release_identities import (
+    DELTA,
+    TWICE,
+    as_before,
+    asks,
+    refusal,
+    released_numbers,
+)  # fmt: skip
 from tests.support.pixels import random_pixels
 
 EARLIER = "orientation and transparency left aside, as earlier versions did (now not)"
@@ -60,6 +67,17 @@ def test_a_picture_that_looks_different_now_is_not_noised_again(
     store.obtain(*asks(root, allow=True))
     (twice, _) = store.spent(delta=DELTA).distribution
     assert twice == (pytest.approx(TWICE, rel=1e-6), 2)
+
+
+def test_a_store_without_identities_cannot_tell_and_refuses(tmp_path: Path) -> None:
+    """It knows images by what was noised alone, here after resizing."""
+    root, store = grey_folder(tmp_path / "pictures"), ReleaseStore(tmp_path / "client")
+    store.obtain(*asks(root, resolution=4))
+    old = as_before(store, tmp_path / "old")
+    turn(root / "train" / "a" / "m000.png")
+    line = refusal(old, asks(root, resolution=4))
+    assert line.startswith(f"1 of 40 images were released before with {EARLIER}; releasing them")
+    assert old.preview(*asks(root, resolution=4, allow=True)).epsilon_after == pytest.approx(TWICE)
 
 
 def test_an_upright_picture_is_handed_out_as_before(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ def check_deployed_run(config: RunConfig, out: Path, *, resume: bool) -> list[st
     """Calibrate and build the models, without any client's images; lines that say what will run.
 
     Raises `ConfigError` or `ValueError` (one line) for whatever would stop the run later. Sets of
-    own images (`image_folder`, `npz`) need public ones at `data.root`: they tell the shape.
+    own images (`image_folder`, `npz`, ...) need public ones at `data.root`: they tell the shape.
     """
     if config.run.simulation:
         raise ConfigError("run.simulation: must be false for a deployed federation, got true")

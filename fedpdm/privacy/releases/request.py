@@ -36,10 +36,12 @@ _FILE_KEYS = ("background", "black", "white")
 
 class ImageKey(NamedTuple):
     """What an image is known by: `identity`, the digest of its pixels as they came in, under which
-    it pays, and `pixels`, the digest of what was made of them, which is noised."""
+    it pays, and `pixels`, the digest of what was made of them, which is noised. `altered` says
+    whether earlier versions read other pixels of its file."""
 
     identity: bytes
     pixels: bytes
+    altered: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +143,12 @@ def examine(
         if wanted & set(same):
             known += 1
         else:
-            held = (n for n, rows in index.items() if key.identity in rows.identities)
+            held = (
+                n
+                for n, rows in index.items()
+                if key.identity in rows.identities
+                or (key.altered and records[n].preparation is None)  # it may be in there
+            )
             past[tuple(sorted({*same, *held})), same] += 1
     events = {p: event_of(p) for p in request.rounds}
     costs = [(0.0, epsilon_spent(list(events.values()), delta=request.delta))]
