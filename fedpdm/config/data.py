@@ -52,9 +52,13 @@ class DataConfig:
         low=-1.0, high=1.0,
     )  # fmt: skip
     black: float | None = key(
-        None, "own files of more than 8 bits: stored value that becomes black (with white)"
+        None,
+        "own files of more than 8 bits: stored value that becomes black (with white)",
+        low=-1e6, high=1e6,
+    )  # fmt: skip
+    white: float | None = key(
+        None, "own files of more than 8 bits: value that becomes white", low=-1e6, high=1e6
     )
-    white: float | None = key(None, "own files of more than 8 bits: value that becomes white")
     frames: str = key("refuse", "own files: one with several frames is", choices=FRAMES)
     holdout_fraction: float = key(
         0.1, "share of a client's images kept for evaluation", low=0.0, below=1.0

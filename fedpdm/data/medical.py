@@ -7,7 +7,6 @@ by DICOM's patient id and by NIfTI's file name: a volume is one subject, each sl
 from __future__ import annotations
 
 import functools
-import importlib
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,13 +25,10 @@ _WINDOWS: Final = ("", "LINEAR", "LINEAR_EXACT")
 _RANGE: Final = "set data.black and data.white to the values that become black and white"
 
 
-def _library(name: str, file: Path) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise ValueError(
-            f"data.root: {file} needs {name}: pip install 'fedpdm[medical]', or move the file away"
-        ) from None
+def _missing(name: str, file: Path) -> ValueError:
+    return ValueError(
+        f"data.root: {file} needs {name}: pip install 'fedpdm[medical]', or move the file away"
+    )
 
 
 # --- DICOM ----------------------------------------------------------------------------------
@@ -40,10 +36,12 @@ def _library(name: str, file: Path) -> Any:
 
 def _dataset(file: Path, **options: Any) -> Any:
     try:
-        return _library("pydicom", file).dcmread(file, **options)
+        import pydicom
+    except ImportError:
+        raise _missing("pydicom", file) from None
+    try:
+        return pydicom.dcmread(file, **options)
     except Exception as error:
-        if str(error).startswith("data.root: "):
-            raise
         raise ValueError(f"data.root: {file} is not a readable DICOM file: {error}") from None
 
 
@@ -99,8 +97,9 @@ def _first(value: Any) -> float | None:
 def decode_dicom(file: Path, frame: int, shown: Shown) -> Decoded:
     """One frame, (C, H, W) uint8: rescaled, windowed, MONOCHROME1 turned so that high is bright."""
     found = _dataset(file)
-    pixels = _library("pydicom.pixels", file)
     try:
+        from pydicom import pixels
+
         stored = np.asarray(pixels.pixel_array(found, index=frame))
         values = pixels.apply_modality_lut(stored, found)
     except Exception as error:
@@ -123,7 +122,10 @@ def _volume(file: Path, changed: int) -> tuple[NDArray[np.generic], bool]:
 
     `changed` is when the file was: another file of this name is another volume.
     """
-    nibabel = _library("nibabel", file)
+    try:
+        import nibabel
+    except ImportError:
+        raise _missing("nibabel", file) from None
     try:
         image = nibabel.as_closest_canonical(nibabel.load(file))
         volume = np.asanyarray(image.dataobj)
