@@ -98,10 +98,11 @@ def decode_dicom(file: Path, frame: int, shown: Shown) -> Decoded:
     """One frame, (C, H, W) uint8: rescaled, windowed, MONOCHROME1 turned so that high is bright."""
     found = _dataset(file)
     try:
-        from pydicom import pixels
+        from pydicom.pixels.processing import apply_modality_lut
+        from pydicom.pixels.utils import pixel_array
 
-        stored = np.asarray(pixels.pixel_array(found, index=frame))
-        values = pixels.apply_modality_lut(stored, found)
+        stored = np.asarray(pixel_array(found, index=frame))
+        values = apply_modality_lut(stored, found)
     except Exception as error:
         raise ValueError(f"data.root: {file} is not a readable DICOM image: {error}") from None
     kind = str(found.PhotometricInterpretation)
