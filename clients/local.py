@@ -80,7 +80,9 @@ def open_local_client(
     In simulation `partition-id` says which part of the configured data set it holds; elsewhere
     `node_config` gives `partition-id`, `data-dir` and `store-dir`, may allow what the server
     cannot, `raw-metrics` and `allow-new-release`, and may bound it (`policy-file`,
-    `require-acceptance`, see `clients.bounds`). Of equal images the first is kept.
+    `require-acceptance`, see `clients.bounds`). Images without a split of their own are all for
+    training, but for a tenth where `test-images` or raw image metrics need tests. Of equal
+    images the first is kept.
     """
     settings = tuple(sorted(flower_run_config.items()))
     if not is_deployed(node_config) and run_config_of(flower_run_config).run.simulation:
@@ -124,13 +126,14 @@ def _open(
         policy = node_policy(node_config)
         check_run(policy, config, ReleaseStore(releases), node_config=node_config)
         root = Path(str(node_config["data-dir"]))
-        classes = accepted_classes(acceptance_of(ReleaseStore(releases).ledger(), config))
-        load = functools.partial(load_classes, config, root=root, classes=classes)
-        held = own_images(config, load("train"), client_id=client_id)
         allowed = policy or NodePolicy(allow_raw_metrics=True, allow_new_release=True)
         raw_metrics = flag(node_config, "raw-metrics") and allowed.allow_raw_metrics
         allow_new_release = flag(node_config, "allow-new-release") and allowed.allow_new_release
         wanted = raw_metrics and config.evaluation.image_metrics
+        aside = flag(node_config, "test-images") or allowed.test_images or wanted
+        classes = accepted_classes(acceptance_of(ReleaseStore(releases).ledger(), config))
+        load = functools.partial(load_classes, config, root=root, classes=classes)
+        held = own_images(config, load("train", whole=not aside), client_id=client_id)
         reference = load("test") if wanted else None
     return LocalClient(
         setup=set_up(config, held.images),

@@ -15,9 +15,11 @@ __all__ = [
     "COLORINGS",
     "DATA_SETS",
     "ENCODINGS",
+    "FRAMES",
     "PARTITIONS",
     "ClassLabel",
     "Coloring",
+    "Frames",
     "PartitionKind",
 ]
 
@@ -31,7 +33,9 @@ DATA_SETS: Final[Mapping[str, str]] = MappingProxyType(
         "cifar10": "fedpdm.data.public:CIFAR10",
         "celeba": "fedpdm.data.public:CELEBA",
         "image_folder": "fedpdm.data.own:IMAGE_FOLDER",
-        "npz": "fedpdm.data.own:NPZ",
+        "client_folders": "fedpdm.data.own:CLIENT_FOLDERS",
+        "parquet": "fedpdm.data.parquet:PARQUET",
+        "npz": "fedpdm.data.arrays:NPZ",
     }
 )
 
@@ -42,7 +46,11 @@ COLORINGS: Final[tuple[str, ...]] = get_args(Coloring)
 ClassLabel = Literal["digit", "color", "both"]
 CLASS_LABELS: Final[tuple[str, ...]] = get_args(ClassLabel)
 
-PartitionKind = Literal["iid", "dirichlet", "majority_minority", "own"]
+#: A file of several frames is refused, or its first frame is an image, or all are.
+Frames = Literal["refuse", "first", "all"]
+FRAMES: Final[tuple[str, ...]] = get_args(Frames)
+
+PartitionKind = Literal["iid", "dirichlet", "majority_minority", "own", "given"]
 PARTITIONS: Final[tuple[str, ...]] = get_args(PartitionKind)
 
 #: Numbers in messages.

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedpdm.config.aggregation import AggregationConfig, check_aggregation
+from fedpdm.config.data import DataConfig, check_data
 from fedpdm.config.keys import ConfigError, check_name, key
 from fedpdm.config.kind import RunKind
-from fedpdm.config.names import CLASS_LABELS, COLORINGS, DATA_SETS, PARTITIONS
+from fedpdm.config.names import PARTITIONS
 from fedpdm.config.run import RunSection
 from fedpdm.config.sampling import SamplingConfig, check_sampling
 from fedpdm.config.statistics import StatisticsConfig, check_statistics
@@ -38,48 +39,6 @@ __all__ = [
     "check_name",
     "key",
 ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Which images."""
-
-    name: str = key("digits", "data set", choices=tuple(DATA_SETS), own=True)
-    root: str | None = key(None, "data directory (or .npz file); default: FEDPDM_DATA")
-    download: bool = key(False, "let torchvision download what is missing")
-    resolution: int | None = key(None, "resize to this many pixels; default: native", low=4)
-    coloring: str | None = key(
-        None,
-        "colours for one-channel sets (docs/data.md)",
-        choices=COLORINGS,
-    )
-    color_correlation: float | None = key(
-        None,
-        "correlated only: probability that the colour is the class's own, else uniform",
-        low=0.0,
-        high=1.0,
-    )
-    class_label: str = key(
-        "digit",
-        "what the class is: the set's own; of coloured sets also the colour, or both",
-        choices=CLASS_LABELS,
-    )
-    attributes: tuple[str, ...] | None = key(
-        None, "celeba: attributes whose combinations are classes; default: Black_Hair and Male"
-    )
-    classes: tuple[int | str, ...] | None = key(
-        None,
-        "keep these classes only, by name or number, in this order; default: all. Between "
-        "institutions their names are compared with each node's",
-    )
-    channels: int | None = key(
-        None, "what images must have, 1 or 3; default: as they are", low=1, high=3,
-        form=("[13]", "1 or 3"),
-    )  # fmt: skip
-    max_images: int | None = key(None, "use a class-stratified subset of this size", low=1)
-    holdout_fraction: float = key(
-        0.1, "share of a client's images kept for evaluation", low=0.0, below=1.0
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,7 +198,7 @@ class RunConfig:
 
     name: str = "run"
     run: RunSection = RunSection()  # noqa: RUF009 (frozen)
-    data: DataConfig = DataConfig()
+    data: DataConfig = DataConfig()  # noqa: RUF009 (frozen)
     partition: PartitionConfig = PartitionConfig()
     privacy: PrivacyConfig = PrivacyConfig()
     statistics: StatisticsConfig = StatisticsConfig()  # noqa: RUF009 (frozen)
@@ -268,6 +227,11 @@ class RunConfig:
             raise ConfigError(
                 "partition.kind: own has one client in simulation; set num_clients: 1"
             )
+        if self.partition.kind == "given" and self.partition.balanced:
+            raise ConfigError(
+                "partition.balanced: given clients keep their images; set partition.kind to another"
+            )
+        check_data(self.data)
         if privacy.noise_draw and not self.run.simulation:
             raise ConfigError(
                 "privacy.noise_draw: must be 0 outside simulation, where noise is drawn by the "

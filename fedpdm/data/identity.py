@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 __all__ = ["identity", "pixel_digest", "stack_digests"]
 
 
-def pixel_digest(pixels: NDArray[np.uint8]) -> bytes:
+def pixel_digest(pixels: NDArray[np.generic]) -> bytes:
     """SHA-256, 32 bytes, of shape and values of one image (C, H, W), whatever its memory layout."""
     return hashlib.sha256(f"{pixels.shape}".encode() + pixels.tobytes()).digest()
 

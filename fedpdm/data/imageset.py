@@ -14,14 +14,18 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from fedpdm.data.identity import identity, pixel_digest, stack_digests
+from fedpdm.data.rawsplit import EVERYTHING, Inventory
 
 __all__ = ["ImageSet", "denormalize", "normalize"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -39,6 +43,12 @@ class ImageSet:
             of `normalize`: -1 for sets on black, 0 (mid-grey) otherwise.
         identities: (N, 32) uint8, what each image is known by: the digest of its pixels as they
             came in (`fedpdm.data.identity`). None if nothing was done to them since.
+        altered: N of whether earlier versions read other pixels of the same file
+            (`fedpdm.data.pictures`); None where they did of none.
+        clients: N names of who holds each image in a simulation, where the files say it.
+        subjects: N names of whom each image shows, "" where unknown; None where the files say it of
+            none.
+        inventory: what lies beside these images and is not used.
 
     Raises:
         ValueError: if a field breaks what is said above; the line names field and value.
@@ -49,6 +59,10 @@ class ImageSet:
     class_names: tuple[str, ...]
     background: float
     identities: NDArray[np.uint8] | None = None
+    altered: tuple[bool, ...] | None = None
+    clients: tuple[str, ...] | None = None
+    subjects: tuple[str, ...] | None = None
+    inventory: Inventory = EVERYTHING
 
     def __post_init__(self) -> None:
         _check_images(self.images)
@@ -57,6 +71,12 @@ class ImageSet:
         if not -1.0 <= self.background <= 1.0:  # also refuses NaN
             raise ValueError(f"background must be in [-1, 1], got {self.background}")
         _check_identities(self.identities, num_images=len(self.images))
+        for name in ("altered", "clients", "subjects"):
+            names = getattr(self, name)
+            if names is not None and len(names) != len(self.images):
+                raise ValueError(
+                    f"{name} must be {len(self.images)}, one per image, got {len(names)}"
+                )
         for name in ("images", "labels", "identities"):
             if (array := getattr(self, name)) is not None:
                 view = array.view()
@@ -97,6 +117,10 @@ class ImageSet:
             class_names=self.class_names,
             background=self.background,
             identities=None if self.identities is None else self.identities[index],
+            altered=_chosen(self.altered, index),
+            clients=_chosen(self.clients, index),
+            subjects=_chosen(self.subjects, index),
+            inventory=self.inventory,
         )
 
     def digest(self) -> str:
@@ -139,6 +163,10 @@ class ImageSet:
                 seen |= keys
                 first.append(position)
         return np.array(first, dtype=np.int64)
+
+
+def _chosen(values: tuple[T, ...] | None, index: NDArray[np.integer]) -> tuple[T, ...] | None:
+    return None if values is None else tuple(values[position] for position in index.tolist())
 
 
 def _check_images(images: NDArray[np.uint8]) -> None:

@@ -21,16 +21,22 @@ from fedpdm.rng import Purpose, numpy_rng
 __all__ = ["build_partitions", "load_public", "load_split", "preparation_of", "record_partitions"]
 
 
-def load_split(config: RunConfig, split: str, *, root: Path | None = None) -> ImageSet:
-    """The configured data set's `train` or `test` split, from `root` or the configured place."""
+def load_split(
+    config: RunConfig, split: str, *, root: Path | None = None, whole: bool = False
+) -> ImageSet:
+    """The configured data set's `train` or `test` split, from `root` or the configured place.
+
+    With `whole`, own images without a split of their own are all training images.
+    """
     limit = config.data.max_images if split == "train" else config.evaluation.num_reference
-    return _load(config, split, root=root, max_images=limit)
+    return _load(config, split, root=root, max_images=limit, whole=whole)
 
 
 def preparation_of(config: RunConfig) -> dict[str, Any]:
     """What a config does to the pixels of an image: the keys of `data` that change them.
 
-    A release records it. `colors_from` says where drawn colours come from: `image` or `place`.
+    A release records it. `colors_from` says where drawn colours come from: `image` or `place`;
+    `files: as shown` that orientation and transparency count, which earlier versions left aside.
     """
     data = config.data
     known = data_set(data.name)
@@ -39,6 +45,11 @@ def preparation_of(config: RunConfig) -> dict[str, Any]:
     if coloring in ("correlated", "independent"):
         made["color_correlation"] = data.color_correlation
         made["colors_from"] = "image" if draws_from_images(known, coloring) else "place"
+    if known.shows_files:
+        made["files"] = "as shown"
+        for key in ("background", "black", "white"):
+            if (value := getattr(data, key)) is not None:
+                made[key] = value
     return made
 
 
@@ -76,6 +87,7 @@ def _load(
     root: Path | None = None,
     max_images: int | None = None,
     select: Callable[[NDArray[np.int64], int], NDArray[np.int64]] | None = None,
+    whole: bool = False,
 ) -> ImageSet:
     data = config.data
     configured = data.root or os.environ.get("FEDPDM_DATA")
@@ -94,12 +106,18 @@ def _load(
         max_images=max_images,
         select=select,
         download=data.download,
+        background=data.background,
+        value_range=None if data.black is None else (data.black, typing.cast(float, data.white)),
+        frames=typing.cast(Any, data.frames),
+        whole=whole,
     )
 
 
 def build_partitions(config: RunConfig, images: ImageSet) -> tuple[ClientPartition, ...]:
     """The split over clients; keys that another kind of split needs are left aside."""
-    return _share_out(config, images.labels, images.num_classes, images.class_names)
+    return _share_out(
+        config, images.labels, images.num_classes, images.class_names, clients=images.clients
+    )
 
 
 def _share_out(
@@ -107,6 +125,8 @@ def _share_out(
     labels: NDArray[np.int64],
     num_classes: int,
     class_names: Sequence[str] = (),
+    *,
+    clients: Sequence[str] | None = None,
 ) -> tuple[ClientPartition, ...]:
     section = config.partition
     return partition(
@@ -117,6 +137,7 @@ def _share_out(
         balanced=section.balanced,
         class_names=class_names,
         rng=numpy_rng(config.run.seed, Purpose.PARTITION),
+        owners=clients,
         **_own_parameters(config),
     )
 

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from fedpdm.config.names import DATA_SETS
 from fedpdm.data import SPLITS, data_set, load_image_set, normalize, stratified_positions
-from fedpdm.data.own import read_image_folder, read_npz
 from fedpdm.data.rawsplit import RawSplit
+from fedpdm.data.registry import Request
 
 __all__ = ["QUANTILES", "PublicImages", "open_public_images", "sorted_norms"]
 
@@ -65,11 +65,8 @@ def open_public_images(
         )
     path = Path(source).expanduser()
     if path.suffix == ".npz":
-        kind, raws = "npz", [read_npz(path, split) for split in ("train", "test")]
-    elif path.is_dir():
-        parts: Any = [part for part in SPLITS if (path / part).is_dir()] or SPLITS
-        same_size = resolution is None
-        raws = [read_image_folder(path, part, same_size=same_size) for part in parts]
+        kind = "npz"
+    elif path.is_dir() or (path.suffix == ".csv" and path.is_file()):
         kind = "image_folder"
     else:
         near = difflib.get_close_matches(source, names, 1)
@@ -78,6 +75,10 @@ def open_public_images(
             f"{option}: must be a folder, a .npz file or one of {', '.join(names)}, "
             f"got {source!r}{hint}"
         )
+    parts: Any = [part for part in SPLITS if (path / part).is_dir()] or SPLITS
+    raws = [
+        data_set(kind).read(Request(split=part, root=path, resolution=resolution)) for part in parts
+    ]
     labels = np.concatenate([raw.labels for raw in raws])
     if len(labels) == 0:
         raise ValueError(f"{option}: {source} has no image")

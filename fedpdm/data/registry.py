@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from fedpdm.config import ConfigError
-from fedpdm.config.names import DATA_SETS, Coloring
+from fedpdm.config.names import DATA_SETS, Coloring, Frames
 from fedpdm.config.plugins import is_named, load_kind
 from fedpdm.data.rawsplit import RawSplit, Split
 
@@ -29,6 +29,10 @@ class Request:
         resolution: what `RawSplit.read` will be asked for, or None for the set's own.
         attributes: those that make the classes, for a set that has attributes.
         download: whether missing files may be fetched.
+        background: level in [-1, 1] that is seen through what is transparent.
+        value_range: stored values of images with more than 8 bits that become black and white.
+        frames: what is done with a file of several frames, one of `FRAMES`.
+        whole: own images without a split of their own are all training images.
     """
 
     split: Split
@@ -36,6 +40,10 @@ class Request:
     resolution: int | None = None
     attributes: Sequence[str] | None = None
     download: bool = False
+    background: float = MID_GREY
+    value_range: tuple[float, float] | None = None
+    frames: Frames = "refuse"
+    whole: bool = False
 
     @property
     def path(self) -> Path:
@@ -60,6 +68,8 @@ class DataSet:
         fetches: whether `data.download` fetches them.
         clients_own: whether the files are a client's own, not a public set that all know alike.
         coloring: the default colouring.
+        shows_files: whether images are read from files as a viewer shows them: `data.background`,
+            `data.black`, `data.white` and `data.frames` count.
         colorable: whether images may be coloured: one channel, bright on black.
         colored_by_place: whether drawn colours follow a published sequence by an image's place,
             not the image itself: for a set whose files are the same everywhere and for ever.
@@ -76,6 +86,7 @@ class DataSet:
     needs: str = ""
     fetches: bool = False
     clients_own: bool = False
+    shows_files: bool = False
     coloring: Coloring = "none"
     colorable: bool = False
     colored_by_place: bool = False

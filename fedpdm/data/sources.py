@@ -1,6 +1,6 @@
 """Load a data set by name: which there are, and the one function that reads them all.
 
-What a client's own images are (`image_folder`, `npz`) and the public sets come out alike, as
+What a client's own images are (`image_folder`, `npz`, ...) and the public sets come out alike, as
 an `ImageSet` of uint8. Every choice that is made here (split, subset, colours) is fixed and
 public, so two machines with the same files hold the same images in the same order.
 """
@@ -10,17 +10,18 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpdm.config.names import CLASS_LABELS, COLORINGS, ClassLabel, Coloring
+from fedpdm.config.names import CLASS_LABELS, COLORINGS, FRAMES, ClassLabel, Coloring, Frames
 from fedpdm.data.coloring import choose_colors, colorize
 from fedpdm.data.imageset import ImageSet
 from fedpdm.data.labelling import find_classes, keep_classes, label_by_color
-from fedpdm.data.rawsplit import RawSplit, Split
+from fedpdm.data.rawsplit import FileReader, RawSplit, Split
 from fedpdm.data.registry import DataSet, Request, data_set
 
 __all__ = [
@@ -48,6 +49,10 @@ def load_image_set(
     max_images: int | None = None,
     select: Callable[[NDArray[np.int64], int], NDArray[np.int64]] | None = None,
     download: bool = False,
+    background: float | None = None,
+    value_range: Sequence[float] | None = None,
+    frames: Frames = "refuse",
+    whole: bool = False,
 ) -> ImageSet:
     """Read one split of a data set.
 
@@ -73,6 +78,13 @@ def load_image_set(
         select: instead of `max_images`, takes the labels (n,) of all images and the number of
             classes, and returns the positions of those that are wanted.
         download: let torchvision fetch missing files into `root`.
+        background: of own files, level in [-1, 1] behind what is transparent, and the `background`
+            of the images. Default: that of `data_set(name)`.
+        value_range: of own files of more than 8 bits, the stored values that become black and
+            white, `data.black` and `data.white`.
+        frames: of own files, whether one with several is refused ("refuse"), or gives its "first"
+            frame, or "all".
+        whole: own images without a split of their own are all training images.
 
     Returns:
         The images in the order of the files, with the `background` of `data_set(name)`, each known
@@ -102,6 +114,11 @@ def load_image_set(
             "data.color_correlation: needs data.coloring: correlated, "
             f"got {color_correlation:g} and {chosen}"
         )
+    if not known.shows_files:
+        _check_plain(name, background=background, black=value_range, frames=frames)
+    _check_choice("data.frames", frames, FRAMES, what="way")
+    level = known.background if background is None else background
+    limits = None if value_range is None else (float(value_range[0]), float(value_range[1]))
     raw = known.read(
         Request(
             split=split,
@@ -109,11 +126,16 @@ def load_image_set(
             resolution=resolution,
             attributes=attributes,
             download=download,
+            background=level,
+            value_range=limits,
+            frames=frames,
+            whole=whole,
         )
     )
     _check_raw(name, known, raw, attributes=attributes is not None)
     if len(raw.labels) == 0:
-        raise ValueError(f"data.root: {name} has no {split} image")
+        rest = raw.inventory.words(split=split)
+        raise ValueError(f"data.root: {name} has no {split} image{rest and f'; {rest}'}")
     labels, class_names = raw.labels, raw.class_names
     colors: NDArray[np.int64] | None = None
     of_image = draws_from_images(known, chosen)
@@ -158,9 +180,29 @@ def load_image_set(
         images=np.ascontiguousarray(images),
         labels=labels[wanted],
         class_names=class_names,
-        background=known.background,
+        background=level,
         identities=identities,
+        altered=_altered(raw, positions),
+        clients=_chosen(raw.clients, positions),
+        subjects=_chosen(raw.subjects, positions),
+        inventory=replace(raw.inventory, left_out=len(raw.labels) - len(positions)),
     )
+
+
+def _altered(raw: RawSplit, positions: NDArray[np.int64]) -> tuple[bool, ...] | None:
+    found = raw.read.altered if isinstance(raw.read, FileReader) else set[int]()
+    return tuple(position in found for position in positions.tolist()) if found else None
+
+
+def _chosen(names: tuple[str, ...] | None, positions: NDArray[np.int64]) -> tuple[str, ...] | None:
+    return None if names is None else tuple(names[position] for position in positions.tolist())
+
+
+def _check_plain(name: str, **settings: Any) -> None:
+    """`ValueError` for a key that is for own image files alone."""
+    for key, value in settings.items():
+        if value not in (None, "refuse"):
+            raise ValueError(f"data.{key}: is for own image files, got data.name: {name}")
 
 
 def draws_from_images(known: DataSet, coloring: Coloring) -> bool:

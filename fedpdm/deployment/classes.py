@@ -188,14 +188,19 @@ def agree(
 
 
 def load_classes(
-    config: RunConfig, split: str, *, root: Path, classes: ClassMap | None
+    config: RunConfig,
+    split: str,
+    *,
+    root: Path,
+    classes: ClassMap | None,
+    whole: bool = False,
 ) -> ImageSet:
     """A node's images with the federation's labels and names; as the config reads them where no
-    classes were compared (None)."""
+    classes were compared (None). `whole` as of `load_split`."""
     if classes is None:
-        return load_split(config, split, root=root)
+        return load_split(config, split, root=root, whole=whole)
     data = dataclasses.replace(config.data, classes=tuple(classes.labels))
-    images = load_split(dataclasses.replace(config, data=data), split, root=root)
+    images = load_split(dataclasses.replace(config, data=data), split, root=root, whole=whole)
     numbers = np.array([*classes.labels.values()], dtype=np.int64)
     return dataclasses.replace(images, labels=numbers[images.labels], class_names=classes.names)
 

@@ -6,6 +6,7 @@
     min_t0: 600            # of mechanisms that have one; or none
     allow_raw_metrics: false
     allow_new_release: false
+    test_images: false     # whether one in ten of the node's images is set aside for tests
     code: [6f0c...]        # further digests of bundles that may ask (fedpdm node digest)
     modules: [mypackage]   # installed here, of which a config may name code (package.module:NAME)
 
@@ -59,8 +60,14 @@ class NodePolicy:
     min_t0: int | None = key(None, "smallest number of noising steps", low=1, stated=True)
     allow_raw_metrics: bool = key(False, "metrics on raw images may leave")
     allow_new_release: bool = key(False, "released images may be noised once more")
+    test_images: bool = key(False, "one in ten of the node's images is set aside as a test image")
     code: tuple[str, ...] = key((), "digests of further app bundles that may ask")
     modules: tuple[str, ...] = key((), "packages of which a config may name code")
+
+    def sets_aside(self, *, image_metrics: bool) -> bool:
+        """Whether own images without a split of their own lose one in ten to a test split: where
+        the node says so, or allows metrics on raw images in a run that compares with them."""
+        return self.test_images or (self.allow_raw_metrics and image_metrics)
 
 
 def load_policy(path: Path) -> NodePolicy:

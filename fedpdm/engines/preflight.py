@@ -16,6 +16,7 @@ from fedpdm.data import ImageSet
 from fedpdm.data.client_images import client_images
 from fedpdm.data.loading import build_partitions, load_split
 from fedpdm.data.partition import ClientPartition
+from fedpdm.data.registry import data_set
 from fedpdm.data.spec import build_image_spec
 from fedpdm.diffusion.training import select_device
 from fedpdm.engines.run_checks import (
@@ -79,12 +80,21 @@ def check_run(
         f"({spec.channels}x{spec.resolution}x{spec.resolution}, {spec.num_classes} classes), "
         f"{len(counts)} clients with {min(counts)} to {max(counts)} images"
         + (f", {left_out} left out to balance the classes" if left_out else ""),
+        *_beside(config, images),
         *models.lines(where=f", on {device}", images=max(counts)),
         *(schedule_lines(config) if resume else ()),
         f"run directory: {out}",
         *_notes(config, spec.resolution),
         *again,
     ]
+
+
+def _beside(config: RunConfig, images: ImageSet) -> list[str]:
+    """What else lies where own images are read: nothing is skipped silently."""
+    words = images.inventory.words()
+    return (
+        [f"{config.data.name}: {words}"] if words and data_set(config.data.name).clients_own else []
+    )
 
 
 def _release_root(out: Path, releases: Path | None, client: int) -> Path:

@@ -117,7 +117,9 @@ def test_no_root_says_what_is_needed(name: str, monkeypatch: pytest.MonkeyPatch)
         load_image_set(name, split="train")
     message = str(caught.value)
     assert "set data.root or the environment variable FEDPDM_DATA" in message
-    assert ("data.download: true" in message) == (name not in ("image_folder", "npz"))
+    assert ("data.download: true" in message) == (
+        name not in ("image_folder", "client_folders", "parquet", "npz")
+    )
     assert "\n" not in message
 
 

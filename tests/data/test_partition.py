@@ -29,6 +29,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "dirichlet": {"num_clients": 7, "alpha": 0.3},
     "majority_minority": {"num_clients": 7, "majority_classes": 2, "majority_ratio": 8.0},
     "own": {"num_clients": 1},
+    "given": {"num_clients": 3, "owners": [("b", "10", "9")[k % 3] for k in range(len(LABELS))]},
 }
 
 
@@ -80,6 +81,19 @@ def test_own_and_iid_have_no_minority() -> None:
     assert share("own")[0].indices.tolist() == list(range(len(LABELS)))
     for part in share("own") + share("iid"):
         assert (part.majority, part.minority) == (tuple(range(6)), ())
+
+
+def test_given_clients_come_in_the_order_of_their_names() -> None:
+    """Numbers by value, then words."""
+    parts = share("given")
+    assert [part.indices[0] for part in parts] == [2, 1, 0]
+    assert sum(len(part.majority) for part in parts) > 0
+    for changes, message in (
+        ({"owners": None}, "^partition.kind: given needs data that say who holds what: "),
+        ({"num_clients": 4}, r"^partition.num_clients: must be 3, .* \(9, 10, b\), got 4$"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            share("given", **changes)
 
 
 def test_iid_sizes_differ_by_at_most_one_and_classes_do_not_matter() -> None:
@@ -418,7 +432,7 @@ def test_bad_parameters(kind: str, changes: dict[str, Any], message: str) -> Non
 
 
 def test_unknown_kind() -> None:
-    with pytest.raises(ValueError, match=r"^kind must be one of iid, .*, own, got 'random'$"):
+    with pytest.raises(ValueError, match=r"^kind must be one of iid, .*, given, got 'random'$"):
         partition(
             LABELS,
             kind="random",  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,7 @@ import psutil
 import pytest
 from PIL import Image
 
+from clients.local import open_local_client
 from fedpdm.cli import main
 from fedpdm.config import ConfigError, config_from_mapping, config_to_yaml
 from fedpdm.deployment.certificates import make_authority, make_node
@@ -32,7 +34,7 @@ from fedpdm.storage.client_store import ClientStore
 from fedpdm.storage.files import StoreError
 from tests.support.command_line import without_advice
 from tests.support.deployments import policy_text
-from tests.support.federations import SMALL
+from tests.support.federations import SMALL, flat
 from tests.support.participants import NAMES, Participant, make_federation, quiet
 from tests.support.tls_servers import server
 
@@ -97,6 +99,30 @@ def test_acceptance_is_asked_for_and_written(node: Participant) -> None:
     code, out, _ = node.call("check")
     assert "the statement is accepted: fedpdm node start" in out
     assert ReleaseStore(node.store).ledger() == ledger  # looking changes nothing
+
+
+def test_nothing_is_set_aside_unless_the_node_says_so(node: Participant) -> None:
+    """A folder without a split of its own: all of it is for training; stray files are named."""
+    train = node.data / "train"
+    for folder in list(train.iterdir()):
+        folder.rename(node.data / folder.name)
+    shutil.rmtree(train)
+    shutil.rmtree(node.data / "test", ignore_errors=True)
+    (node.data / "benign" / "letter.pdf").write_text("x")
+    assert node.call("check", "--accept")[0] == 0
+    found = {line.split()[1]: line for line in node.call("check")[1].splitlines()[:12]}
+    assert "40 distinct images of 3x8x8; benign 20, malignant 20; 1 file is " in found["data"]
+    assert found["data"].endswith("not used: benign/letter.pdf (no image by its name)")
+    client = open_local_client(
+        {"partition-id": 1, "data-dir": str(node.data), "store-dir": str(node.store)},
+        flat(read_invitation(node.invitation).config, node.root / "server"),
+        0,
+    )
+    assert len(client.held.images) == 40
+    policy = "max_epsilon: none\nmin_t0: none\ntest_images: true\n"
+    node.policy.write_text(policy)
+    found = {line.split()[1]: line for line in node.call("check")[1].splitlines()[:12]}
+    assert re.search(r" 3\d distinct images .*; \d+ set aside as test images; 1 f", found["data"])
 
 
 def test_copies_are_counted_once_and_changes_since_are_told(node: Participant) -> None:
@@ -463,6 +489,7 @@ def test_what_is_started(node: Participant) -> None:
         "store-dir": str(node.store),
         "raw-metrics": False,
         "allow-new-release": False,
+        "test-images": False,
         "require-acceptance": True,
         "installed-code": code_digest(),
         "policy-file": str(node.policy),

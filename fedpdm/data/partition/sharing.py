@@ -1,6 +1,6 @@
 """Share the images of one set out to the clients of a simulated federation.
 
-Four kinds, of increasing skew:
+Four kinds, of increasing skew, and one that is not drawn:
 
 * `own`: one client, everything (a real client that reads its own folder).
 * `iid`: a random permutation cut into parts whose sizes differ by at most one.
@@ -10,6 +10,7 @@ Four kinds, of increasing skew:
 * `majority_minority`: each client has its majority classes, of which it gets `majority_ratio`
   times as many images as a client for which the class is minority (the split of PFDM's
   experiments, docs/method.md section 5; its ratios are not published).
+* `given`: as the data say it, clients in the order of their names (numbers by value).
 
 Every image goes to exactly one client, and every client gets at least one; with
 `majority_minority` at least one of each class. `balanced` leaves out images first, so that there
@@ -27,14 +28,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedpdm.config.names import PARTITIONS, PartitionKind
+from fedpdm.data.finding import in_order
 
 __all__ = ["ClientPartition", "checked_labels", "partition"]
 
+_NAMES_SHOWN: Final = 8
 _PARAMETERS: Final[dict[str, tuple[str, ...]]] = {
     "iid": (),
     "dirichlet": ("alpha",),
     "majority_minority": ("majority_classes", "majority_ratio"),
     "own": (),
+    "given": (),
 }
 
 
@@ -77,6 +81,7 @@ def partition(
     majority_ratio: float | None = None,
     balanced: bool = False,
     class_names: Sequence[str] = (),
+    owners: Sequence[str] | None = None,
 ) -> tuple[ClientPartition, ...]:
     """Share out N images.
 
@@ -93,10 +98,11 @@ def partition(
         majority_ratio: for `majority_minority` alone: >= 1, finite.
         balanced: keep of each class only as many images, drawn at random, as the rarest has.
         class_names: K names for error messages.
+        owners: for `given`: N names of clients; left aside by the other kinds.
 
     Returns:
         M partitions in order of client_id. For `iid` and `own` every class is majority; for
-        `dirichlet` those are of which the client holds at least its mean count, n / K.
+        `dirichlet` and `given` those are of which the client holds at least its mean count, n / K.
 
     Raises:
         ValueError: for a parameter that is missing, out of bounds or not of this kind, or a class
@@ -117,13 +123,15 @@ def partition(
 
     everything = tuple(range(num_classes))
     majorities = [everything] * num_clients
-    if kind == "own":
-        owners = np.zeros(len(labels), dtype=np.int64)
+    if kind == "given":
+        holders = _given(owners, num_clients=num_clients)[kept]
+    elif kind == "own":
+        holders = np.zeros(len(labels), dtype=np.int64)
     elif kind == "iid":
-        owners = rng.permutation(np.arange(len(labels)) % num_clients)
+        holders = rng.permutation(np.arange(len(labels)) % num_clients)
     elif kind == "dirichlet":
         shares = rng.dirichlet(np.full(num_clients, alpha), size=num_classes)  # (K, M)
-        owners = _assign(labels, shares, rng=rng)
+        holders = _assign(labels, shares, rng=rng)
     else:
         assert majority_classes is not None  # _check_parameters
         assert majority_ratio is not None
@@ -135,23 +143,41 @@ def partition(
         shares = np.ones((num_classes, num_clients))
         for m, majority in enumerate(majorities):
             shares[list(majority), m] = majority_ratio
-        owners = _assign(labels, shares, rng=rng, each_one=True)
-    _give_each_one(owners, num_clients=num_clients, rng=rng)
+        holders = _assign(labels, shares, rng=rng, each_one=True)
+    _give_each_one(holders, num_clients=num_clients, rng=rng)
 
-    if kind == "dirichlet":
-        counts = _class_counts(owners, labels, num_clients=num_clients, num_classes=num_classes)
+    if kind in ("dirichlet", "given"):
+        counts = _class_counts(holders, labels, num_clients=num_clients, num_classes=num_classes)
         majorities = [
             tuple(np.flatnonzero(row * num_classes >= row.sum()).tolist()) for row in counts
         ]
     return tuple(
         ClientPartition(
             client_id=m,
-            indices=kept[owners == m],
+            indices=kept[holders == m],
             majority=majority,
             minority=tuple(k for k in everything if k not in majority),
         )
         for m, majority in enumerate(majorities)
     )
+
+
+def _given(owners: Sequence[str] | None, *, num_clients: int) -> NDArray[np.int64]:
+    """(N,) number of the client that holds each image, by the order of their names."""
+    if not owners:
+        raise ValueError(
+            "partition.kind: given needs data that say who holds what: data.name: client_folders, "
+            "or a CSV file with a column client"
+        )
+    names = in_order(owners)
+    if len(names) != num_clients:
+        raise ValueError(
+            f"partition.num_clients: must be {len(names)}, the clients of the data "
+            f"({', '.join(names[:_NAMES_SHOWN])}{', ...' if len(names) > _NAMES_SHOWN else ''}), "
+            f"got {num_clients}"
+        )
+    number = {name: each for each, name in enumerate(names)}
+    return np.array([number[name] for name in owners], dtype=np.int64)
 
 
 def _balanced_positions(

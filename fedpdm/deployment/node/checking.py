@@ -176,8 +176,10 @@ class _Checking:
     def data(self) -> str:
         invitation = self._given(self.report.invitation)
         self._given(self._classes_agree or None)
+        config, policy = invitation.config, self.report.policy or NodePolicy()
+        aside = policy.sets_aside(image_metrics=config.evaluation.image_metrics)
         every = load_classes(
-            invitation.config, "train", root=self.settings.data, classes=self.report.classes
+            config, "train", root=self.settings.data, classes=self.report.classes, whole=not aside
         )
         first = every.distinct()
         images = every if len(first) == len(every) else every.subset(first)
@@ -185,10 +187,11 @@ class _Checking:
         channels, height, width = images.images.shape[1:]
         self.report.images = images
         counts = ", ".join(f"{name} {count}" for name, count in self.report.counts().items())
-        copies = len(every) - len(images)
+        copies, rest = len(every) - len(images), every.inventory.words()
         return (
             f"{self.settings.data}: {len(images):,} distinct images of {channels}x{height}x{width}"
             f"{f' ({copies:,} copies left out)' if copies else ''}; {counts}; {values}"
+            f"{rest and f'; {rest}'}"
         )
 
     def store(self) -> str:

@@ -67,6 +67,7 @@ def prepare_node(settings: NodeSettings) -> NodeCommand:
         "store-dir": str(root),
         "raw-metrics": policy.allow_raw_metrics,
         "allow-new-release": policy.allow_new_release,
+        "test-images": policy.test_images,
         "require-acceptance": True,
         "installed-code": code_digest(),
         "policy-file": str(settings.policy or ""),

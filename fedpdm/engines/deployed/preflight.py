@@ -14,9 +14,9 @@ __all__ = ["check_deployed_run"]
 def check_deployed_run(config: RunConfig, out: Path, *, resume: bool) -> list[str]:
     """Calibrate and build the models, without any client's images; lines that say what will run.
 
-    Raises `ConfigError` or `ValueError` (one line) for whatever would stop the run later. For own
-    images (`image_folder`, `npz`) the config states the shape (`data.classes`, `data.channels`,
-    `data.resolution`), or public look-alikes at `data.root` tell it.
+    Raises `ConfigError` or `ValueError` (one line) for whatever would stop the run later. For sets
+    of own images (`image_folder`, `npz`, ...) the config states the shape (`data.classes`,
+    `data.channels`, `data.resolution`), or public look-alikes at `data.root` tell it.
     """
     if config.run.simulation:
         raise ConfigError("run.simulation: must be false for a deployed federation, got true")

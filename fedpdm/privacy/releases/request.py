@@ -31,14 +31,17 @@ __all__ = [
 ]
 
 Shape = tuple[int, int, int]
+_FILE_KEYS = ("background", "black", "white")
 
 
 class ImageKey(NamedTuple):
     """What an image is known by: `identity`, the digest of its pixels as they came in, under which
-    it pays, and `pixels`, the digest of what was made of them, which is noised."""
+    it pays, and `pixels`, the digest of what was made of them, which is noised. `altered` says
+    whether earlier versions read other pixels of its file."""
 
     identity: bytes
     pixels: bytes
+    altered: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +143,12 @@ def examine(
         if wanted & set(same):
             known += 1
         else:
-            held = (n for n, rows in index.items() if key.identity in rows.identities)
+            held = (
+                n
+                for n, rows in index.items()
+                if key.identity in rows.identities
+                or (key.altered and records[n].preparation is None)  # it may be in there
+            )
             past[tuple(sorted({*same, *held})), same] += 1
     events = {p: event_of(p) for p in request.rounds}
     costs = [(0.0, epsilon_spent(list(events.values()), delta=request.delta))]
@@ -235,12 +243,18 @@ def _differences(record: ReleaseRecord, request: ReleaseRequest, shape: Shape) -
     if old.mechanism != new.mechanism:
         return f"mechanism = {old.mechanism} (now {new.mechanism})"
     changed = [*_changed(vars(old), vars(new))]
-    changed += [f"data.{each}" for each in _changed(record.preparation or {}, request.preparation)]
+    made = record.preparation or {}
+    if record.preparation is not None:  # keys of files are recorded where they are set
+        made = {key: None for key in _FILE_KEYS if key in request.preparation} | dict(made)
+    changed += [f"data.{each}" for each in _changed(made, request.preparation)]
     if tuple(record.image_shape) != shape:
         old_shape, new_shape = ("x".join(map(str, each)) for each in (record.image_shape, shape))
         changed.append(f"shape = {old_shape} (now {new_shape})")
-    if not changed and record.preparation is None:
+    drawn = request.preparation.get("colors_from") == "image"
+    if not changed and record.preparation is None and drawn:
         changed.append("colours by place, as earlier versions drew them (now by image)")
+    elif not changed and "files" in request.preparation and "files" not in made:
+        changed.append("orientation and transparency left aside, as earlier versions did (now not)")
     return ", ".join(changed) or "other pixels or settings in between"
 
 

@@ -171,10 +171,11 @@ class ReleaseStore:
 def _keys(images: ImageSet) -> list[ImageKey]:
     """What each image is known by; of those that came in alike the first one's pixels count."""
     first: dict[bytes, bytes] = {}
-    both = zip(images.image_identities(), images.image_digests(), strict=True)
+    altered = images.altered or (False,) * len(images)
+    each = zip(images.image_identities(), images.image_digests(), altered, strict=True)
     return [
-        ImageKey(came.tobytes(), first.setdefault(came.tobytes(), pixels.tobytes()))
-        for came, pixels in both
+        ImageKey(came.tobytes(), first.setdefault(came.tobytes(), pixels.tobytes()), other)
+        for came, pixels, other in each
     ]
 
 
