@@ -48,9 +48,8 @@ class DataConfig:
         "institutions their names are compared with each node's",
     )
     channels: int | None = key(
-        None, "what images must have, 1 or 3; default: as they are", low=1, high=3,
-        form=("[13]", "1 or 3"),
-    )  # fmt: skip
+        None, "what images must have, 1 or 3; default: as they are", low=1, high=3
+    )
     max_images: int | None = key(None, "use a class-stratified subset of this size", low=1)
     background: float | None = key(
         None,
@@ -72,7 +71,10 @@ class DataConfig:
 
 
 def check_data(data: DataConfig) -> None:
-    """`ConfigError` unless both ends of a range of values are given, or none."""
+    """`ConfigError` unless both ends of a range of values are given, or none, and for two
+    channels."""
+    if data.channels == 2:
+        raise ConfigError("data.channels: must be 1 or 3, got 2")
     if (data.black is None) != (data.white is None):
         missing, given = ("white", "black") if data.white is None else ("black", "white")
         raise ConfigError(f"data.{missing}: must be given where data.{given} is, got null")

@@ -75,7 +75,7 @@ def test_every_key_survives_every_round_trip() -> None:
     mapping["privacy"] |= {"t0": None, "noise_draw": 0}  # not with run.simulation: false
     mapping["run"]["begun_with"] = None  # nor this
     mapping["partition"] |= {"kind": "iid"}
-    mapping["data"]["white"] = 4095.0  # not what is black
+    mapping["data"] |= {"white": 4095.0, "channels": 3}  # not what is black, and not 2
     mapping["evaluation"]["image_metrics"] = False
     mapping["schedule"] |= {"beta_start": 0.001, "beta_end": 0.3}
     mapping["statistics"]["components_share"] = 0.1  # shares sum to less than 1

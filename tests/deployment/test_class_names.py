@@ -154,7 +154,7 @@ def test_an_invitation_of_earlier_versions_compares_nothing_and_says_so(node: Pa
     forget_names(node)
     found = checks(node, "--accept")
     assert found["classes"].startswith("NOT compared: the invitation names none")
-    assert found["data"].endswith("NOT compared: the invitation states no range")
+    assert "NOT compared: the invitation states no range" in found["data"]
     assert "classes" not in ReleaseStore(node.store).ledger().records[-1].fields
     assert "names no classes" in node.failed("--classes", GIVEN)["classes"]
     engine.prepare_node(node.settings())

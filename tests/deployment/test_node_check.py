@@ -111,7 +111,10 @@ def test_nothing_is_set_aside_unless_the_node_says_so(node: Participant) -> None
     (node.data / "benign" / "letter.pdf").write_text("x")
     assert node.call("check", "--accept")[0] == 0
     found = {line.split()[1]: line for line in node.call("check")[1].splitlines()[:12]}
-    assert "40 distinct images of 3x8x8; benign 20, malignant 20; 1 file is " in found["data"]
+    assert (
+        "40 distinct images of 3x8x8; benign 20, malignant 20; values 0 to 255; 1 file is "
+        in found["data"]
+    )
     assert found["data"].endswith("not used: benign/letter.pdf (no image by its name)")
     client = open_local_client(
         {"partition-id": 1, "data-dir": str(node.data), "store-dir": str(node.store)},
@@ -594,7 +597,7 @@ def test_a_node_that_ends_is_started_again_until_told_to_stop(tmp_path: Path) ->
 @pytest.mark.slow
 def test_a_log_is_plain_text(tmp_path: Path) -> None:
     """Flower colours its lines wherever they go; what escapes is left is shown, not obeyed."""
-    script = r"printf '\033[92mINFO \033[0m:   in \033[2Jit\n'; printf 'part' >&2; exec sleep 99"
+    script = r"printf 'part' >&2; printf '\033[92mINFO \033[0m:   in \033[2Jit\n'; exec sleep 99"
     with started(tmp_path, script) as process:
         assert process.stdout is not None
         first = process.stdout.readline()
