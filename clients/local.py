@@ -16,12 +16,13 @@ from fedpdm.data.client_images import ClientImages, client_images, own_images
 from fedpdm.data.loading import build_partitions, load_split
 from fedpdm.data.partition import ClientPartition
 from fedpdm.deployment.acceptance import acceptance_of
-from fedpdm.deployment.classes import accepted_classes, load_classes
+from fedpdm.deployment.classes import ClassMap, accepted_classes, load_classes
 from fedpdm.deployment.policy import NodePolicy
 from fedpdm.privacy.releases import ReleaseStore
 from fedpdm.setup.flower_config import new_release_allowed, release_path, run_config_of, run_root
 from fedpdm.setup.run_setup import RunSetup, set_up
 from fedpdm.storage.client_store import ClientStore, store_label
+from fedpdm.storage.files import StoreError
 from fedpdm.storage.run_directory import RunDirectory
 
 __all__ = ["LocalClient", "is_deployed", "open_local_client"]
@@ -97,6 +98,20 @@ def _kept_client(
     return _open(dict(node_config), dict(settings), run_id)
 
 
+def _accepted_classes(store: ReleaseStore, config: RunConfig) -> ClassMap | None:
+    """How the node's owner said that its classes are the federation's.
+
+    A ledger that cannot be read says nothing, and a client that releases goes on to say who it is:
+    it is refused where it would release, before anything is trained.
+    """
+    try:
+        return accepted_classes(acceptance_of(store.ledger(), config))
+    except StoreError:
+        if config.kind.releases:
+            return None
+        raise
+
+
 def _open(
     node_config: dict[str, Any], flower_run_config: dict[str, Any], run_id: int
 ) -> LocalClient:
@@ -131,7 +146,7 @@ def _open(
         allow_new_release = flag(node_config, "allow-new-release") and allowed.allow_new_release
         wanted = raw_metrics and config.evaluation.image_metrics
         aside = flag(node_config, "test-images") or allowed.test_images or wanted
-        classes = accepted_classes(acceptance_of(ReleaseStore(releases).ledger(), config))
+        classes = _accepted_classes(ReleaseStore(releases), config)
         load = functools.partial(load_classes, config, root=root, classes=classes)
         held = own_images(config, load("train", whole=not aside), client_id=client_id)
         reference = load("test") if wanted else None

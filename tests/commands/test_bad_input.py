@@ -181,7 +181,7 @@ def test_refused_port_leaves_no_trace(tmp_path: Path) -> None:
     [
         (("run",), "experiment: give a YAML file, or --resume with --out"),
         (("run", "--resume"), "experiment: give a YAML file, or --resume with --out"),
-        (("run", "--resume", "--out", "out", "--set", "run.seed=1"), "--set: a resumed run keeps"),
+        (("run", "--resume", "--out", "out", "--set", "run.seed=1"), "out: is not a run directory"),
         (
             ("run", "digits.yaml", "--cpus", "0", "--out", "out"),
             "--cpus: must be at least 1, got 0",

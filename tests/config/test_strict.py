@@ -40,7 +40,7 @@ def test_what_is_refused_takes_no_time_and_one_line(name: str, tmp_path: Path) -
     started = time.process_time()
     with pytest.raises(ConfigError) as caught:
         load_config(tmp_path / "run.yaml")
-    assert time.process_time() - started < 2.0
+    assert time.process_time() - started < 4.0
     assert words in str(caught.value)
     assert str(caught.value).startswith(str(tmp_path / "run.yaml"))
     assert "\n" not in str(caught.value)

@@ -199,4 +199,4 @@ def test_the_pages_from_top_to_bottom(
         "certificates/node-1/node-1.key", "runs/mine/samples.png",
     ):  # fmt: skip
         assert (workplace / name).is_file(), name
-    assert read_json(workplace / "runs" / "eps3" / "metrics.json")["rounds"][-1]["round"] == 2
+    assert read_json(workplace / "runs" / "eps3" / "metrics.json")["rounds"][-1]["round"] == 3

@@ -32,7 +32,7 @@ from fedpdm.privacy.planning import plan_release
 from fedpdm.privacy.releases import ReleaseStore
 from fedpdm.privacy.statement import client_statement, run_statement
 from fedpdm.privacy.types import ComposedEvent, GaussianEvent, SubsampledGaussianEvent
-from fedpdm.reporting.run_files import _privacy_lines
+from fedpdm.reporting.run_files import privacy_lines
 from fedpdm.setup.run_setup import build_schedule
 from fedpdm.storage.files import StoreError
 from tests.support.cases import every
@@ -279,6 +279,6 @@ def test_a_plan_and_its_statement_have_no_bound_of_the_paper() -> None:
     assert plan.epsilon_paper is None
     statement = run_statement(config, plan, noise_source="seeded")
     assert statement["epsilon_paper_bound"] is None
-    told = "\n".join(_privacy_lines(statement))
+    told = "\n".join(privacy_lines(statement))
     assert "by privacy loss distributions, which bound it from above;" in told
     assert "paper" not in told
