@@ -13,15 +13,16 @@ __all__ = ["EXPLANATION", "percent", "shared_words"]
 EXPLANATION = (
     "knows: what the shared model's guesses gain on noised images, as a share of what a model "
     "would gain that knew each image exactly. 0% is a plain image, below 0% worse than that; 100% "
-    "cannot be reached. Its loss hardly moves, for it is nearly all noise (metrics.json has it)."
+    "cannot be reached. Of few images the noise decides. Its loss hardly moves, for it is nearly "
+    "all noise (metrics.json has it)."
 )
 _KNOWN = (("coarse_known", "shared model knows"), ("heldout_coarse_known", "held-out"))
 _LOSSES = (("coarse_loss", "coarse loss"), ("heldout_coarse_loss", "held-out"))
 
 
 def percent(share: float) -> str:
-    """A share as it is shown."""
-    return f"{100 * share:.1f}%"
+    """A share as it is shown; beyond 100% either way it is the noise of few images."""
+    return f"{100 * share:.1f}%" if abs(share) <= 1.0 else "unclear (few images, much noise)"
 
 
 def shared_words(record: Mapping[str, Any]) -> list[str]:

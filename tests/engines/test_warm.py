@@ -79,7 +79,8 @@ def test_work_ends_with_who_asked(warm: Path, tmp_path: Path, number: signal.Sig
     process.send_signal(number)
     process.communicate(timeout=120)
     wait_for(lambda: not work.is_running() or work.status() == psutil.STATUS_ZOMBIE)
-    assert process.returncode != 0
+    # Told to stop, Flower ends in order once it has set up its own handler.
+    assert process.returncode != 0 or number == signal.SIGTERM
     wait_for(lambda: forked(warm) == [])
 
 

@@ -11,7 +11,7 @@ from fedpdm.engines.deployed.status import describe
 from fedpdm.reporting.page.reading import read_run
 from fedpdm.reporting.page.tables import comparison_charts, run_charts, summary_rows
 from fedpdm.reporting.run_files import summarise
-from fedpdm.reporting.shared_words import EXPLANATION, shared_words
+from fedpdm.reporting.shared_words import EXPLANATION, percent, shared_words
 from fedpdm.storage.run_directory import RunDirectory
 from strategies.answers import ClientAnswer, heldout_metrics, mean_metrics, round_line
 from strategies.roster import ServerSettings
@@ -105,3 +105,11 @@ def test_the_coordinators_status_says_it() -> None:
     run = {"run_id": "7", "status": "running", "out": "x", "progress": progress}
     status = {"running": False, "fleet": "f", "control": "c", "nodes": [], "runs": [run]}
     assert "round 1 of 2, shared model knows 31.2%, held-out -20.0%, 1.0 MB" in describe(status)
+
+
+@pytest.mark.parametrize(
+    ("share", "words"),
+    [(0.157, "15.7%"), (-0.02, "-2.0%"), (1.0, "100.0%"), (1.616, "unclear"), (-3.0, "unclear")],
+)
+def test_what_no_model_can_know_is_not_shown_as_a_share(share: float, words: str) -> None:
+    assert percent(share).startswith(words)
