@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,29 +34,11 @@ from fedpdm.setup.flower_config import run_config_of
 from fedpdm.storage.node_run import NodeRun
 from fedpdm.storage.run_directory import RunDirectory
 from tests.support.deployments import deployment
-from tests.support.participants import Participant, make_federation, quiet
-from tests.support.tls_servers import server
+from tests.support.participants import Participant, quiet
 
 NAMES = ("benign", "malignant")
 SWAPPING = ("gutartig", "boesartig")  # the other way round by the alphabet
 GIVEN = "benign=gutartig,malignant=boesartig"
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Certificates, pictures and invitation that no test changes."""
-    return make_federation(tmp_path_factory.mktemp("made"))
-
-
-@pytest.fixture(scope="module")
-def port(made: Path) -> Iterator[int]:
-    with server(made / "server") as number:
-        yield number
-
-
-@pytest.fixture
-def node(made: Path, tmp_path: Path, port: int, capsys: pytest.CaptureFixture[str]) -> Participant:
-    return Participant(made, tmp_path, port, capsys)
 
 
 def rename(node: Participant, *new: str) -> None:

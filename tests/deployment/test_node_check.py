@@ -35,27 +35,9 @@ from fedpdm.storage.files import StoreError
 from tests.support.command_line import without_advice
 from tests.support.deployments import policy_text
 from tests.support.federations import SMALL, flat
-from tests.support.participants import NAMES, Participant, make_federation, quiet
-from tests.support.tls_servers import server
+from tests.support.participants import NAMES, Participant, quiet
 
 EPSILON = 9.956  # of t0 = 642 at clip norm 8: README, and test_accountant's oracles
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Certificates, pictures and invitation that no test changes."""
-    return make_federation(tmp_path_factory.mktemp("made"))
-
-
-@pytest.fixture(scope="module")
-def port(made: Path) -> Iterator[int]:
-    with server(made / "server") as number:
-        yield number
-
-
-@pytest.fixture
-def node(made: Path, tmp_path: Path, port: int, capsys: pytest.CaptureFixture[str]) -> Participant:
-    return Participant(made, tmp_path, port, capsys)
 
 
 # --- All is well -------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,16 +133,21 @@ def test_long_names_have_room_above_the_heat_map(tmp_path: Path) -> None:
         assert (edge[:, -2:] == 255).all(), count
 
 
+def chart_of(values: Sequence[float]) -> str:
+    """A line through these values, as SVG."""
+    chart = line_chart(
+        [Series(name="a", points=list(enumerate(values)))],
+        title="t", x_label="round", y_label="loss",
+    )  # fmt: skip
+    assert chart is not None
+    return chart.svg
+
+
 def test_the_name_of_an_axis_and_its_numbers_do_not_meet() -> None:
     """Numbers end left of the plot; the longer they are, the more room is between."""
     lefts = []
     for values in ((1.0, 2.0), (0.99981, 1.00052)):
-        chart = line_chart(
-            [Series(name="a", points=list(enumerate(values)))],
-            title="t", x_label="round", y_label="loss",
-        )  # fmt: skip
-        assert chart is not None
-        places = re.findall(r'<text[^>]* x="([0-9.]+)"[^>]*text-anchor: end', chart.svg)
+        places = re.findall(r'<text[^>]* x="([0-9.]+)"[^>]*text-anchor: end', chart_of(values))
         lefts.append(min(map(float, places)))
     assert lefts[1] > lefts[0]
     assert lefts[1] >= 23 + 9 * len("1.0005")
@@ -151,12 +156,7 @@ def test_the_name_of_an_axis_and_its_numbers_do_not_meet() -> None:
 def test_ticks_are_told_apart() -> None:
     """A loss of nearly 1, and bytes of a large model."""
     for values, wanted in (((1.0005, 0.9998), "1.0004"), ((100_000.0, 350_000.0), "200,000")):
-        chart = line_chart(
-            [Series(name="a", points=list(enumerate(values)))],
-            title="t", x_label="round", y_label="loss",
-        )  # fmt: skip
-        assert chart is not None
-        ticks = re.findall(r"<text[^>]*text-anchor: end[^>]*>([^<]+)</text>", chart.svg)
+        ticks = re.findall(r"<text[^>]*text-anchor: end[^>]*>([^<]+)</text>", chart_of(values))
         assert wanted in ticks
         assert len(set(ticks)) == len(ticks)
 
