@@ -36,7 +36,7 @@ def keep_round(work: LocalTraining, round: int, metrics: Metrics) -> None:
         history = _history(run)
         own = {**metrics, **({} if work.fine_loss is None else {"fine_loss": work.fine_loss})}
         seen = [each for each in history["rounds"] if each["round"] < round]
-        names = ("coarse_loss", "fine_loss", "seconds")
+        names = ("coarse_loss", "coarse_known", "fine_loss", "seconds")
         shown = {name: own[name] for name in names if name in own}
         history["rounds"] = [*seen, {"round": round, **shown, "clients": [own]}]
         history.pop("final", None)  # a run that its coordinator goes on with
@@ -63,7 +63,7 @@ def keep_end(work: LocalTraining, shared: Mapping[str, torch.Tensor], metrics: M
             run.save_shared(shared, noise_source=noise)
         run.save_statement(statement, plain_text(statement))
         draw_samples(run, work.config)
-        names = ("heldout_coarse_loss",)
+        names = ("heldout_coarse_loss", "heldout_coarse_known")
         final = {name: metrics[name] for name in names if name in metrics}
         run.write_json("metrics.json", _history(run) | {"final": {**final, "clients": [metrics]}})
 

@@ -16,11 +16,12 @@ from fedpdm.text import markdown, visible
 
 __all__ = ["Comparison", "compare_runs"]
 
-LOSSES = {
+KNOWN = {"heldout_coarse_known": "held-out images", "coarse_known": "training images"}
+SHARED_LOSSES = {
     "heldout_coarse_loss": "shared model, held-out",
     "coarse_loss": "shared model, training",
-    "fine_loss": "fine models, training",
-}
+}  # shown where nothing is known: they hardly move on releases
+LOSSES = {"fine_loss": "fine models, training"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,21 +62,25 @@ def compare_runs(base: Path, key: str, runs: Mapping[str, Path]) -> Comparison:
 
 
 def _numbers(facts: RunFacts) -> dict[str, Any]:
-    """Epsilon, the last losses, and the mean distances over clients, by name."""
+    """Epsilon, what the shared model knows in percent (where that is clear), the last losses, and
+    the mean distances over clients, by name."""
     last = facts.rounds[-1] if facts.rounds else {}
-    losses = {name: last[key] for key, name in LOSSES.items() if is_number(last.get(key))}
+    known = {name: last[key] for key, name in KNOWN.items() if is_number(last.get(key))}
+    shown = LOSSES if known else SHARED_LOSSES | LOSSES
     return {
         "epsilon": (facts.privacy or {}).get("epsilon"),
-        "losses": losses,
+        "knows": {name: 100.0 * share for name, share in known.items() if abs(share) <= 1.0},
+        "losses": {name: last[key] for key, name in shown.items() if is_number(last.get(key))},
         "distances": mean_distances(facts),
     }
 
 
 def _panels(results: Sequence[Mapping[str, Any]]) -> list[Panel]:
-    """A panel of distances where there are any, and one of losses."""
+    """A panel of distances where there are any, one of knowledge, and one of losses."""
     panels = []
     for part, title, label in (
         ("distances", "Distance of samples, lower is better", "Frechet distance"),
+        ("knows", "What the shared model knows of images", "%"),
         ("losses", "Losses in the last round", "loss"),
     ):
         names = list(dict.fromkeys(name for each in results for name in each[part]))

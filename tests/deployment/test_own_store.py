@@ -71,7 +71,10 @@ def test_the_store_keeps_what_its_owner_goes_on_from(root: Path) -> None:
             assert each["fine_loss"] > 0 < each["coarse_loss"]
         own = server.read_json("metrics.json")["rounds"][-1]["clients"][client]
         assert "fine_loss" not in own
-        assert own["coarse_loss"] == history["rounds"][-1]["coarse_loss"]
+        for name in ("coarse_loss", "coarse_known"):
+            assert own[name] == history["rounds"][-1][name]
+        for name in ("heldout_coarse_loss", "heldout_coarse_known"):
+            assert history["final"][name] == history["final"]["clients"][0][name]
         with Image.open(run.root / "samples.png") as picture:
             assert min(picture.size) > 50
 

@@ -211,6 +211,10 @@ def test_a_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     facts = json.loads(done.out)
     assert [run["value"] for run in facts["results"]] == ["3", "10"]
     assert facts["results"][0]["distances"].keys() == facts["results"][1]["distances"].keys()
+    for each in facts["results"]:  # not the loss that hardly moves
+        assert each["losses"].keys() == {"fine models, training"}
+        assert each["knows"].keys() <= {"held-out images", "training images"}
+        assert all(abs(value) <= 100.0 for value in each["knows"].values())
     # A further value joins those that are there.
     more = [*words[:-1], "privacy.epsilon=3,30", "--resume", "--dry-run"]
     done = called(capsys, *more)
