@@ -7,11 +7,8 @@ from typing import Any
 import pytest
 
 from fedpdm.deployment.invitation import make_invitation
-from tests.deployment.test_node_check import made, node, port
 from tests.support.deployments import policy_text
 from tests.support.participants import Participant, quiet
-
-__all__ = ["made", "node", "port"]  # fixtures
 
 SECTIONS: dict[str, dict[str, Any]] = {
     "run": {"rounds": 3},
