@@ -34,7 +34,7 @@ from fedpdm.privacy.mechanism import select
 from fedpdm.privacy.types import Release
 from fedpdm.reporting.shared_words import shared_words
 from fedpdm.rng import Purpose
-from fedpdm.setup.build import build_gaussians
+from fedpdm.setup.build import build_shared
 from fedpdm.storage.client_store import Reply
 from fedpdm.storage.files import StoreError
 from fedpdm.wire.types import Phase
@@ -165,8 +165,9 @@ class PFDMClient(NumPyClient):
         phase = str(config["phase"])
         if phase == Phase.FINE:
             return wire.encode_nothing(), metrics
+        sums = len(self.local.setup.release_plan.sums) if gaussians else 0
         if phase == Phase.RELEASE and gaussians:
-            if not 1 <= round <= len(self.local.setup.release_plan.rounds):
+            if not 1 <= round <= sums:
                 raise ValueError(f"round {round}: no sums are planned in it")
             public = wire.decode_model(parameters) if parameters else {}
             released = self.work.statistics(round - 1, public)
@@ -176,10 +177,14 @@ class PFDMClient(NumPyClient):
             train = select(self.work.release(), torch.from_numpy(self.local.held.train))
             self.work.record_members("coarse", "released")
             return self._upload(train), metrics
+        if phase == Phase.GRADIENT and self.local.setup.has_network:
+            sent = self.work.gradient(round - sums, wire.decode_model(parameters))
+            self.work.record_members("coarse", "released")
+            return self._upload(sent), metrics
         if phase == Phase.COARSE:
             message, trained = self.work.train_coarse(parameters, round, config, write)
             return message, metrics | trained
-        raise ValueError(f"phase must be coarse, release or fine, got {phase!r}")
+        raise ValueError(f"phase must be coarse, release, gradient or fine, got {phase!r}")
 
     def _upload(self, released: Release) -> NDArrays:
         encoding = self.config.aggregation.encoding
@@ -203,7 +208,7 @@ class PFDMClient(NumPyClient):
         elif final:
             shared = wire.decode_model(parameters)
             tensors = {name: tensor.to(self.work.device) for name, tensor in shared.items()}
-            metrics |= self._final_images(build_gaussians(self.local.setup, tensors))
+            metrics |= self._final_images(build_shared(self.local.setup, tensors))
         if final:
             keep_end(self.work, shared, metrics)
         return metrics

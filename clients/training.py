@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -27,7 +27,10 @@ from fedpdm.diffusion.denoisers import Denoiser
 from fedpdm.diffusion.knowledge import Knowledge
 from fedpdm.diffusion.training import BatchLoss, Progress, Trainer, class_weights, select_device
 from fedpdm.jobs.progress import count_progress, work_progress
-from fedpdm.privacy.mechanism import released_images
+from fedpdm.privacy.dpsgd import gradient_rows
+from fedpdm.privacy.mechanism import ReleasedGradient, noised_round, released_images
+from fedpdm.privacy.planning import build_gradient_noise, build_samples
+from fedpdm.privacy.releases import ReleaseRequest
 from fedpdm.privacy.statement import baseline_statement, client_statement, plain_text
 from fedpdm.privacy.types import Release, ReleasedDataset
 from fedpdm.rng import Purpose, torch_generator
@@ -35,6 +38,7 @@ from fedpdm.setup.losses import (
     coarse_batch_loss,
     coarse_knowledge,
     fine_batch_loss,
+    network_batch_loss,
     raw_coarse_batch_loss,
 )
 from fedpdm.wire.types import CoarseUpdate
@@ -103,8 +107,60 @@ class LocalTraining:
         held = self.local.held
         return self._obtain(held.images.subset(held.train), stage=stage, public=public)
 
-    def _obtain(self, images: ImageSet, **asked: Any) -> Release:
-        """The release of these images from the store, after the node's own checks."""
+    def gradient(self, number: int, weights: Mapping[str, torch.Tensor]) -> Release:
+        """The noised sum of gradients of round `number` of the network's plan, from 1, at these
+        weights, by name.
+
+        The images are drawn and their gradients computed the first time that this round is asked
+        for alone.
+        """
+        held, plan = self.local.held, self.setup.release_plan.gradients
+        assert plan is not None  # or the phase is refused
+
+        def make() -> ReleasedGradient:
+            with self.borrowed("coarse") as trainer:
+                trainer.load_weights(weights, what="network weights from the server")
+                trainer.model.train()
+                loss = network_batch_loss(
+                    self.setup,
+                    trainer.model,
+                    images=held.images.images[held.train],
+                    labels=held.train_labels,
+                    device=self.device,
+                )
+                drawn = build_samples(self.config, client=self.local.client_id, number=number)
+                rows = gradient_rows(
+                    trainer.model.network,
+                    loss,
+                    drawn.poisson_batch(len(held.train), rate=plan.sample_rate).to(self.device),
+                    multiplicity=plan.draws,
+                    generator=self.generator(Purpose.GRADIENT_DRAWS, number),
+                )
+                return noised_round(
+                    rows,
+                    plan,
+                    number=number,
+                    size=sum(w.numel() for w in trainer.weights().values()),
+                    noise=build_gradient_noise(
+                        self.config, client=self.local.client_id, number=number
+                    ),
+                )
+
+        def obtain(images: ImageSet, request: ReleaseRequest) -> Release:
+            return self.local.releases.round(images, request, number, make)
+
+        last = len(self.setup.release_plan.rounds) - 1
+        return self._obtain(held.images.subset(held.train), obtain=obtain, stage=last)
+
+    def _obtain(
+        self,
+        images: ImageSet,
+        *,
+        obtain: Callable[[ImageSet, ReleaseRequest], Release] | None = None,
+        **asked: Any,
+    ) -> Release:
+        """The release of these images from the store, after the node's own checks; by `obtain`
+        where it is not a whole one."""
         local, store = self.local, self.local.store
         local.releases.check_history(store.ledger_heads())
         request = self.setup.release_request(
@@ -113,9 +169,11 @@ class LocalTraining:
         check_release(local.policy, local.releases, images, request)
         before = local.releases.ledger()
         head = before.head
-        released = local.releases.obtain(
-            images, request, progress=count_progress(f"{self.who} release", "image")
-        )
+        if obtain is None:
+            show = count_progress(f"{self.who} release", "image")
+            released = local.releases.obtain(images, request, progress=show)
+        else:
+            released = obtain(images, request)
         after = local.releases.ledger()
         if local.tells_owner and after.head != head:
             new = sum(record.images for record in after.releases()[len(before.releases()) :])

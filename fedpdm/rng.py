@@ -36,6 +36,9 @@ class Purpose(IntEnum):
     DOWNSTREAM = 14
     CHOICE = 15
     COMPONENTS = 16
+    GRADIENT_NOISE = 17
+    GRADIENT_SAMPLES = 18
+    GRADIENT_DRAWS = 19
 
 
 def seed_sequence(

@@ -48,7 +48,7 @@ class CoarseGaussians(CoarseStrategy):
     def __init__(self, *, setup: RunSetup, announce: Callable[[str], None], **options: Any) -> None:
         super().__init__(announce=announce, **options)
         self._setup, self._announce = setup, announce
-        self._planned = setup.release_plan.rounds
+        self._planned = setup.release_plan.sums
         self._accepted: list[int] = []
         self._asked: StatisticsParameters | None = None
 
@@ -57,9 +57,7 @@ class CoarseGaussians(CoarseStrategy):
 
     def _stage(self, round: int) -> StatisticsParameters:
         """What is asked for in this round."""
-        stage = self._planned[round - 1]
-        assert isinstance(stage, StatisticsParameters)  # or this is another strategy's run
-        return stage
+        return self._planned[round - 1]
 
     def _sums(self, stage: str) -> list[ReleasedStatistics]:
         """What clients have sent, in the order of their ids."""
@@ -97,7 +95,7 @@ class CoarseGaussians(CoarseStrategy):
         client, wanted = answer.client_id, self._stage(round)
         who = f"client {client}"
         released = wire.decode_release(
-            message, who=who, client_id=client, mechanism=self._setup.config.privacy.release
+            message, who=who, client_id=client, mechanism=StatisticsParameters.mechanism
         )
         if not isinstance(released, ReleasedStatistics):
             raise wire.WireError(f"release of {who}: expected class statistics")

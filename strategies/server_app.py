@@ -31,6 +31,7 @@ from strategies.baselines import CentralisedTraining, TrainingAlone
 from strategies.coarse import CoarseStrategy
 from strategies.fedavg import CoarseFedAvg
 from strategies.gaussians import CoarseGaussians
+from strategies.network import CoarseNetwork
 from strategies.own import own_strategy
 from strategies.roster import ServerSettings
 from strategies.secure_aggregation import SecureFedAvg, SecureRounds, SecureServer
@@ -98,7 +99,9 @@ def build_strategy(
     elif config.kind is RunKind.CENTRALISED:
         strategy = CentralisedTraining(setup=setup, **options)
     elif setup.has_gaussians:
-        gaussians = SecureGaussians if section.secure else CoarseGaussians
+        gaussians: type[CoarseGaussians] = SecureGaussians if section.secure else CoarseGaussians
+        if setup.has_network:
+            gaussians = CoarseNetwork
         strategy = gaussians(setup=setup, **options)
     elif config.kind is RunKind.SERVER:
         strategy = CoarseServerTraining(setup=setup, **options)

@@ -21,7 +21,7 @@ import yaml
 
 from fedpdm.config.keys import LONGEST_NAME, NAME_MARKS
 from fedpdm.config.plugins import check_form, is_named
-from fedpdm.config.schema import ConfigError, RunConfig, StatisticsConfig
+from fedpdm.config.schema import ConfigError, NetworkConfig, RunConfig, StatisticsConfig
 from fedpdm.config.strict import StrictError, parse_json, parse_yaml, read_text
 from fedpdm.config.toy import ToyConfig
 
@@ -65,6 +65,7 @@ YOUNGER_KEYS = (
     ("sampling", "candidates", None),
     ("sampling", "own_classes", "auto"),
     *(("statistics", each.name, each.default) for each in dataclasses.fields(StatisticsConfig)),
+    *(("network", each.name, each.default) for each in dataclasses.fields(NetworkConfig)),
 )
 
 

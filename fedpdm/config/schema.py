@@ -9,6 +9,7 @@ from fedpdm.config.data import DataConfig, check_data
 from fedpdm.config.keys import ConfigError, check_name, key
 from fedpdm.config.kind import RunKind
 from fedpdm.config.names import PARTITIONS
+from fedpdm.config.network import NetworkConfig, check_network_run
 from fedpdm.config.run import RunSection
 from fedpdm.config.sampling import SamplingConfig, check_sampling
 from fedpdm.config.statistics import StatisticsConfig, check_statistics
@@ -29,6 +30,7 @@ __all__ = [
     "DataConfig",
     "EvaluationConfig",
     "FineConfig",
+    "NetworkConfig",
     "PartitionConfig",
     "PrivacyConfig",
     "RunConfig",
@@ -202,6 +204,7 @@ class RunConfig:
     partition: PartitionConfig = PartitionConfig()
     privacy: PrivacyConfig = PrivacyConfig()
     statistics: StatisticsConfig = StatisticsConfig()  # noqa: RUF009 (frozen)
+    network: NetworkConfig = NetworkConfig()  # noqa: RUF009 (frozen)
     schedule: ScheduleConfig = ScheduleConfig()
     coarse: CoarseConfig = CoarseConfig()
     fine: FineConfig = FineConfig()
@@ -239,7 +242,22 @@ class RunConfig:
             )
         self._check_shared_model()
         if self.has_statistics:
-            check_statistics(self.statistics, training=self.coarse.training, rounds=self.run.rounds)
+            check_statistics(
+                self.statistics,
+                training=self.coarse.training,
+                rounds=self.run.rounds,
+                release=self.privacy.release,
+            )
+        if self.has_network:
+            check_network_run(
+                self.network,
+                sums=len(self.statistics.shares),
+                rounds=self.run.rounds,
+                secure=self.aggregation.secure,
+                accounting=self.privacy.accounting,
+                num_steps=self.schedule.num_steps,
+                handover=self.sampling.handover,
+            )
         check_sampling(
             self.sampling, num_steps=self.schedule.num_steps, release=self.privacy.release
         )
@@ -288,5 +306,10 @@ class RunConfig:
 
     @property
     def has_statistics(self) -> bool:
-        """Whether clients release class statistics, of which the server computes the model."""
-        return self.privacy.release == "statistics" and self.kind.releases
+        """Whether clients release class statistics, of which the server computes Gaussians."""
+        return self.privacy.release in ("statistics", "network") and self.kind.releases
+
+    @property
+    def has_network(self) -> bool:
+        """Whether clients release noised gradients after them, of a network above the hand-over."""
+        return self.privacy.release == "network" and self.kind.releases

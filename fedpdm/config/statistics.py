@@ -77,16 +77,18 @@ class StatisticsConfig:
         return self.means_share, self.pooled_share, rest, *[each] * self.moves
 
 
-def check_statistics(section: StatisticsConfig, *, training: str, rounds: int) -> None:
+def check_statistics(
+    section: StatisticsConfig, *, training: str, rounds: int, release: str
+) -> None:
     """Refuse a run of class statistics with a trained shared model, or with too few rounds."""
     if training != "server":
         raise ConfigError(
-            "coarse.training: must be server with privacy.release: statistics, whose coarse model "
+            f"coarse.training: must be server with privacy.release: {release}, whose coarse model "
             f"the server computes, got {training}"
         )
     if rounds < (least := len(section.shares)):
         more = f" (3 and statistics.component_rounds = {section.moves})" if section.moves else ""
         raise ConfigError(
-            f"run.rounds: must be at least {least} with privacy.release: statistics, one for each "
+            f"run.rounds: must be at least {least} with privacy.release: {release}, one for each "
             f"of its sums{more}, got {rounds}"
         )

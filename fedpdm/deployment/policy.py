@@ -26,7 +26,7 @@ from pathlib import Path
 
 from fedpdm.config import ConfigError, RunConfig, key, own_code, read_policy
 from fedpdm.privacy.accountant import epsilon_spent
-from fedpdm.privacy.mechanism import IMAGES, event_of, mechanism_named
+from fedpdm.privacy.mechanism import IMAGES, event_of, mechanism_named, mechanism_of
 from fedpdm.privacy.planning import plan_release
 from fedpdm.setup.run_setup import build_schedule
 
@@ -143,7 +143,7 @@ def _check_release(policy: NodePolicy, config: RunConfig) -> None:
         return
     plan = plan_release(config, build_schedule(config))
     for parameters in plan.rounds:
-        t0 = plan.mechanism.settings(parameters).get("t0", math.inf)
+        t0 = mechanism_of(parameters).settings(parameters).get("t0", math.inf)
         if policy.min_t0 is not None and t0 < policy.min_t0:
             raise PolicyError(f"privacy.t0: {t0} is less than the {policy.min_t0} of this node")
     events = [event_of(parameters) for parameters in plan.rounds]

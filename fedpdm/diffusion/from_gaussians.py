@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedpdm.diffusion.above_gaussians import NetworkAboveGaussians
 from fedpdm.diffusion.denoisers import NO_LABEL, DenoisingFunction
 from fedpdm.diffusion.gaussian import ClassGaussians, GaussianDenoiser
 from fedpdm.diffusion.schedule import NoiseSchedule, q_sample
@@ -31,6 +32,7 @@ from fedpdm.diffusion.twostage import (
 __all__ = [
     "READ_AT",
     "begin",
+    "goes_down",
     "likeliest",
     "read_level",
     "sample_from_gaussians",
@@ -94,13 +96,21 @@ def steps_from_gaussians(
     labels: Tensor,
 ) -> int:
     """Steps that `sample_from_gaussians` takes for images of these labels, over all candidates."""
+    both = goes_down(coarse, fine, settings)
     if fine is None:
-        return 0
+        return len(labels) * steps_of(stages(coarse, None, settings), settings) if both else 0
     own = int(_own(labels, settings).sum())
-    mixed = settings.coarse_share is not None
-    chains = stages(coarse, fine, settings) if mixed else (refining(fine, settings, t=settings.t0),)
+    chains = stages(coarse, fine, settings) if both else (refining(fine, settings, t=settings.t0),)
     others = (len(labels) - own) * settings.candidates * steps_of(chains, settings)
     return others + own * steps_of(stages(None, fine, settings), settings)
+
+
+def goes_down(
+    coarse: GaussianDenoiser, fine: DenoisingFunction | None, settings: SamplerSettings
+) -> bool:
+    """Whether samples go down from pure noise, by both models, and do not begin with a draw."""
+    mixed = settings.coarse_share is not None and fine is not None
+    return mixed or isinstance(coarse, NetworkAboveGaussians)
 
 
 def _own(labels: Tensor, settings: SamplerSettings) -> Tensor:
@@ -119,9 +129,9 @@ def sample_from_gaussians(
 ) -> SamplerOutput:
     """One image for each label, int (N,); the best of `settings.candidates`.
 
-    With `settings.coarse_share` the Gaussians and the fine model go down from pure noise together,
-    as any two models do (`sample_two_stage`). Without a fine model the draws are the images, one
-    each. `image_shape` is (C, H, W).
+    With `settings.coarse_share`, or with a network above the hand-over, both models go down from
+    pure noise, as any two do (`sample_two_stage`). Without a fine model the draws are the images,
+    one each. `image_shape` is (C, H, W).
     """
     own = _own(labels, settings)
     if fine is not None and bool(own.any()):
@@ -133,7 +143,7 @@ def sample_from_gaussians(
     images, estimates = [], []
     for part in labels.split(max(1, settings.batch_size // count)):
         wanted = part.repeat_interleave(count)
-        if fine is not None and settings.coarse_share is not None:
+        if goes_down(coarse, fine, settings):
             shape = (len(wanted), *image_shape)
             x_T = torch.randn(shape, generator=generator, device=labels.device)
             output = sample_two_stage(

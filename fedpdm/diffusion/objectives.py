@@ -90,20 +90,26 @@ def denoising_loss(
     labels: torch.Tensor,
     clipped: torch.Tensor | None = None,
     t_max: int,
+    t_min: int = 1,
     weighting: str | Weighting,
     timesteps: str = "uniform",
     generator: torch.Generator,
 ) -> torch.Tensor:
-    """DDPM loss at t drawn from [1, t_max]: x_0 (B, *), labels int (B,) -> (B,).
+    """DDPM loss at t drawn from [t_min, t_max]: x_0 (B, *), labels int (B,) -> (B,).
 
     The fine objective on raw images, and the noise-to-noise coarse objective (the paper's) with
     the release x_tilde as `x_0` and t_max = T.
     """
-    if not 1 <= t_max <= schedule.num_steps:
-        raise ValueError(f"t_max must be in [1, {schedule.num_steps}], got {t_max}")
+    if not 1 <= t_min <= t_max <= schedule.num_steps:
+        raise ValueError(
+            f"t_min and t_max must be in [1, {schedule.num_steps}], in this order, got {t_min} and "
+            f"{t_max}"
+        )
+    width = t_max - t_min + 1
     t = draw_timesteps(
-        len(x_0), t_max=t_max, timesteps=timesteps, generator=generator, device=x_0.device
+        len(x_0), t_max=width, timesteps=timesteps, generator=generator, device=x_0.device
     )
+    t += t_min - 1
     noise = torch.randn(x_0.shape, generator=generator, device=x_0.device)
     x_t = q_sample(schedule, x_0, t, noise=noise)
     x0_hat = denoiser(x_t, t, labels=labels, clipped=clipped)

@@ -13,7 +13,7 @@ from fedpdm.config import ConfigError, RunConfig, RunKind
 from fedpdm.diffusion.sampling import make_scheduler
 from fedpdm.diffusion.twostage import sample_two_stage
 from fedpdm.privacy.accountant import delta_warning
-from fedpdm.privacy.mechanism import mechanism_named
+from fedpdm.privacy.mechanism import mechanism_named, mechanism_of
 from fedpdm.privacy.statement import baseline_statement
 from fedpdm.reporting.trackers import check_trackers
 from fedpdm.setup.build import build_optimizer_settings, model_sizes, sampler_settings
@@ -107,7 +107,7 @@ def _what_leaves(setup: RunSetup) -> str:
         statement = baseline_statement(config)
         epsilon = statement["epsilon"]
         return f"baseline: {statement['guarantee']}" + (f", epsilon {epsilon:g}" if epsilon else "")
-    described = " + ".join(map(plan.mechanism.describe, plan.rounds))
+    described = " + ".join(mechanism_of(each).describe(each) for each in plan.rounds)
     return (
         f"release: {described}, epsilon {plan.epsilon_exact:.4g} at delta {config.privacy.delta:g}"
     )

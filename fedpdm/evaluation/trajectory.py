@@ -16,7 +16,7 @@ import torch
 from fedpdm.data import denormalize
 from fedpdm.diffusion.combined import Watched
 from fedpdm.diffusion.denoisers import DenoisingFunction
-from fedpdm.diffusion.from_gaussians import begin
+from fedpdm.diffusion.from_gaussians import begin, goes_down
 from fedpdm.diffusion.gaussian import GaussianDenoiser
 from fedpdm.diffusion.twostage import Stage, as_asked, refining, run_stages, stages
 from fedpdm.rng import Purpose, torch_generator
@@ -74,9 +74,10 @@ def record_states(
 
         return replace(stage, denoiser=Watched(stage.denoiser, watch))
 
-    if isinstance(pair.coarse, GaussianDenoiser) and settings.coarse_share is None:
+    shared = pair.coarse if isinstance(pair.coarse, GaussianDenoiser) else None
+    if shared is not None and not goes_down(shared, pair.fine, settings):
         x_0, x = begin(
-            pair.coarse.gaussians, settings, image_shape=pair.spec.shape, labels=wanted,
+            shared.gaussians, settings, image_shape=pair.spec.shape, labels=wanted,
             generator=generator,
         )  # fmt: skip
         keep("coarse", x, settings.t0, x_0, 1.0)

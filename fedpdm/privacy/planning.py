@@ -13,7 +13,9 @@ from fedpdm.data.loading import preparation_of
 from fedpdm.data.spec import ImageSpec
 from fedpdm.diffusion.schedule import NoiseSchedule
 from fedpdm.privacy.accountant import compose, epsilon_bound, epsilon_spent, has_bound
+from fedpdm.privacy.dpsgd.randomness import Draws, SeededDraws, SystemDraws
 from fedpdm.privacy.mechanism import (
+    GradientParameters,
     NoiseSource,
     ReleaseMechanism,
     SeededNoise,
@@ -26,13 +28,15 @@ from fedpdm.privacy.mechanism import (
 )
 from fedpdm.privacy.releases import ReleaseRequest
 from fedpdm.privacy.types import Parameters, PrivacyEvent, ReleaseParameters
-from fedpdm.rng import Purpose, seed_sequence
+from fedpdm.rng import Purpose, seed_sequence, torch_generator
 
 __all__ = [
     "ReleasePlan",
+    "build_gradient_noise",
     "build_noise",
     "build_release_plan",
     "build_release_request",
+    "build_samples",
     "plan_release",
 ]
 
@@ -41,8 +45,9 @@ __all__ = [
 class ReleasePlan:
     """What each client of a run releases, and what that costs an image.
 
-    `rounds` are the parameters of each round in which clients release, `event` all of them
-    together. `epsilon_paper` is the paper's bound, None where it does not apply.
+    `rounds` are the parameters of each round in which clients release (of a network's rounds the
+    last, for all of them), `event` all of them together. `epsilon_paper` is the paper's bound, None
+    where it does not apply.
     """
 
     rounds: tuple[Parameters, ...]
@@ -63,6 +68,18 @@ class ReleasePlan:
     def is_statistics(self) -> bool:
         """Whether clients release class statistics, of which the server computes Gaussians."""
         return isinstance(self.rounds[0], StatisticsParameters)
+
+    @property
+    def sums(self) -> tuple[StatisticsParameters, ...]:
+        """The rounds of class statistics."""
+        return tuple(each for each in self.rounds if isinstance(each, StatisticsParameters))
+
+    @property
+    def gradients(self) -> GradientParameters | None:
+        """The rounds of a network's gradients, after those of statistics; None where there are
+        none."""
+        last = self.rounds[-1]
+        return last if isinstance(last, GradientParameters) else None
 
     @property
     def images(self) -> ReleaseParameters:
@@ -134,6 +151,29 @@ def build_noise(config: RunConfig, *, client: int, release: int) -> NoiseSource:
         )  # fmt: skip
         return SeededNoise(stream)
     return SystemNoise()
+
+
+def build_gradient_noise(config: RunConfig, *, client: int, number: int) -> NoiseSource:
+    """The noise of round `number` of a network's plan; seeded streams of their own in simulation,
+    as of `build_noise`."""
+    if config.run.simulation:
+        stream = seed_sequence(
+            config.run.seed, Purpose.GRADIENT_NOISE, client=client,
+            round=number, chunk=config.privacy.noise_draw,
+        )  # fmt: skip
+        return SeededNoise(stream)
+    return SystemNoise()
+
+
+def build_samples(config: RunConfig, *, client: int, number: int) -> Draws:
+    """Who is drawn in this round: the operating system's secret outside simulation."""
+    if config.run.simulation:
+        generator = torch_generator(
+            config.run.seed, Purpose.GRADIENT_SAMPLES, client=client,
+            round=number, chunk=config.privacy.noise_draw,
+        )  # fmt: skip
+        return SeededDraws(generator)
+    return SystemDraws(torch.device("cpu"))
 
 
 def build_release_request(

@@ -113,7 +113,7 @@ def run_statement(
         "group_epsilon": group_epsilons(groups, delta=delta),
         "epsilon_distribution": [list(pair) for pair in distribution],
         "released": _sentences(plan.rounds),
-        **plan.mechanism.settings(plan.rounds[0]),
+        **_settings(plan.rounds),
         "schedule": dataclasses.asdict(config.schedule),
         "releases_per_image": releases_per_image,
         "noise_source": noise_source,
@@ -169,6 +169,14 @@ def baseline_statement(config: RunConfig) -> dict[str, Any]:
         "simulation": config.run.simulation,
         "words": words,
     }
+
+
+def _settings(rounds: Sequence[Parameters]) -> dict[str, float]:
+    """The settings of each mechanism in these rounds, of its first round."""
+    found: dict[str, float] = {}
+    for each in rounds:
+        found = mechanism_of(each).settings(each) | found
+    return found
 
 
 def _sentences(rounds: Sequence[Parameters]) -> str:

@@ -11,10 +11,12 @@ import torch
 
 from fedpdm.config import CoarseConfig, ConfigError, FineConfig, RunConfig
 from fedpdm.config.sampling import check_candidates
+from fedpdm.diffusion.above_gaussians import NetworkAboveGaussians
 from fedpdm.diffusion.denoisers import Denoiser, DenoiserSpec
 from fedpdm.diffusion.gaussian import ClassGaussians, GaussianDenoiser
 from fedpdm.diffusion.training import OptimizerSettings
 from fedpdm.diffusion.twostage import SamplerSettings
+from fedpdm.diffusion.weights import load_named
 from fedpdm.privacy.dpsgd import DpSgdSettings, dp_sgd_noise_multiplier
 from fedpdm.rng import Purpose, seed_sequence
 from fedpdm.setup.choice import SamplingChoice, fallback
@@ -22,12 +24,17 @@ from fedpdm.setup.chosen import find_objective, find_preset
 from fedpdm.setup.run_setup import RunSetup
 
 __all__ = [
+    "GAUSSIANS",
+    "NETWORK",
     "build_denoiser",
     "build_dp_sgd",
     "build_gaussians",
+    "build_network_settings",
     "build_optimizer_settings",
+    "build_shared",
     "coarse_share",
     "model_sizes",
+    "named_part",
     "sampler_settings",
 ]
 
@@ -78,9 +85,35 @@ def build_gaussians(setup: RunSetup, weights: Mapping[str, torch.Tensor]) -> Gau
     return GaussianDenoiser(gaussians, setup.schedule)
 
 
+NETWORK, GAUSSIANS = "network.", "gaussians."  # what the shared model's tensors are named by
+
+
+def build_shared(setup: RunSetup, weights: Mapping[str, torch.Tensor]) -> GaussianDenoiser:
+    """The shared model of class statistics, or of a network above the hand-over beside them, from
+    its tensors by name, where they lie; `ValueError` for others."""
+    if not setup.has_network:
+        return build_gaussians(setup, weights)
+    parts = {prefix: named_part(weights, prefix) for prefix in (NETWORK, GAUSSIANS)}
+    if sum(map(len, parts.values())) != len(weights):
+        known = (NETWORK, GAUSSIANS)
+        raise ValueError(
+            f"shared model: unexpected {min(n for n in weights if not n.startswith(known))}"
+        )
+    gaussians = build_gaussians(setup, parts[GAUSSIANS]).gaussians
+    model = build_denoiser(setup, "coarse").to(gaussians.means.device)
+    load_named(dict(model.network.named_parameters()), parts[NETWORK], what="coarse weights")
+    return NetworkAboveGaussians(model.eval(), gaussians, setup.schedule, lowest=setup.lowest_t)
+
+
+def named_part(weights: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """The tensors whose names begin with `prefix`, without it."""
+    return {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
+
+
 def model_sizes(setup: RunSetup) -> dict[str, int]:
     """Trained parameters of the coarse and the fine model; class Gaussians have none."""
-    roles = ("fine",) if setup.has_gaussians else ("coarse", "fine")
+    trained = setup.has_network or not setup.has_gaussians
+    roles = ("coarse", "fine") if trained else ("fine",)
     sizes = {r: sum(p.numel() for p in build_denoiser(setup, r).parameters()) for r in roles}
     return {"coarse": 0, **sizes}
 
@@ -106,6 +139,23 @@ def build_optimizer_settings(
         weight_decay=section.weight_decay,
         grad_clip=section.grad_clip,
         ema_decay=section.ema_decay,
+        precision=config.run.precision,
+    )
+
+
+def build_network_settings(config: RunConfig, *, warm_up: bool) -> OptimizerSettings:
+    """How the server trains the network above the hand-over: on draws of the Gaussians, or with
+    the gradients that clients send."""
+    section, coarse = config.network, config.coarse
+    return OptimizerSettings(
+        lr=coarse.lr if warm_up else section.lr,
+        batch_size=coarse.batch_size,
+        total_steps=section.warmup_steps if warm_up else section.rounds,
+        warmup_steps=coarse.warmup_steps if warm_up else 0,
+        decay=coarse.decay if warm_up else "constant",
+        weight_decay=coarse.weight_decay,
+        grad_clip=coarse.grad_clip,
+        ema_decay=coarse.ema_decay,
         precision=config.run.precision,
     )
 

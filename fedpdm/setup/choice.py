@@ -63,7 +63,7 @@ def is_open(setup: RunSetup) -> bool:
     """Whether the config leaves anything to the client."""
     section = setup.config.sampling
     given = (section.handover, section.fine_labels, section.candidates)
-    return setup.has_gaussians and None in given
+    return setup.has_gaussians and not setup.has_network and None in given
 
 
 def fallback(setup: RunSetup, why: str = "nothing was chosen yet") -> SamplingChoice:

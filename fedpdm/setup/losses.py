@@ -11,6 +11,7 @@ from fedpdm.data import normalize
 from fedpdm.data.augment import random_affine
 from fedpdm.diffusion.combined import Watched
 from fedpdm.diffusion.denoisers import Denoiser
+from fedpdm.diffusion.gaussian import ClassGaussians
 from fedpdm.diffusion.knowledge import Knowledge
 from fedpdm.diffusion.objectives import denoising_loss, drop_labels
 from fedpdm.diffusion.training import BatchLoss
@@ -19,7 +20,14 @@ from fedpdm.privacy.types import ReleasedDataset
 from fedpdm.setup.chosen import find_objective, find_weighting
 from fedpdm.setup.run_setup import RunSetup
 
-__all__ = ["coarse_batch_loss", "coarse_knowledge", "fine_batch_loss", "raw_coarse_batch_loss"]
+__all__ = [
+    "coarse_batch_loss",
+    "coarse_knowledge",
+    "drawn_batch_loss",
+    "fine_batch_loss",
+    "network_batch_loss",
+    "raw_coarse_batch_loss",
+]
 
 
 def coarse_knowledge(setup: RunSetup) -> Knowledge | None:
@@ -108,6 +116,63 @@ def raw_coarse_batch_loss(
         )
 
     return loss
+
+
+def network_batch_loss(
+    setup: RunSetup,
+    denoiser: Denoiser,
+    *,
+    images: np.ndarray,
+    labels: np.ndarray,
+    device: torch.device,
+) -> BatchLoss:
+    """The loss of a network above the hand-over on a client's raw images; t from
+    [`setup.lowest_t`, T]. Arguments as in `fine_batch_loss`."""
+    shift = setup.spec.shift
+    pixels, classes = torch.from_numpy(images).to(device), torch.from_numpy(labels).to(device)
+
+    def loss(indices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        x_0 = normalize(pixels[indices], shift=shift)
+        return _above(setup, denoiser, x_0, classes[indices], generator)
+
+    return loss
+
+
+def drawn_batch_loss(
+    setup: RunSetup, denoiser: Denoiser, gaussians: ClassGaussians
+) -> tuple[BatchLoss, torch.Tensor]:
+    """(the same loss on fresh draws of class Gaussians, of the classes at its indices; how often
+    each class is to be drawn, float64 (K,)): a warm-up that costs nothing."""
+    share = torch.zeros(setup.spec.num_classes, dtype=torch.float64, device=gaussians.means.device)
+    share.index_add_(0, gaussians.classes, gaussians.weights)
+
+    def loss(indices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        x_0 = gaussians.draw(indices, generator=generator).view(-1, *setup.spec.shape)
+        return _above(setup, denoiser, x_0, indices, generator)
+
+    return loss, share.cpu()
+
+
+def _above(
+    setup: RunSetup,
+    denoiser: Denoiser,
+    x_0: torch.Tensor,
+    labels: torch.Tensor,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    return denoising_loss(
+        denoiser,
+        setup.schedule,
+        x_0,
+        labels=drop_labels(
+            labels, probability=setup.config.coarse.label_dropout, generator=generator
+        ),
+        t_min=setup.lowest_t,
+        t_max=setup.schedule.num_steps,
+        weighting=find_weighting(setup.config, "coarse"),
+        timesteps=setup.config.coarse.timesteps,
+        generator=generator,
+    )
 
 
 def fine_batch_loss(

@@ -29,7 +29,7 @@ from fedpdm.diffusion.twostage import (
 )
 from fedpdm.diffusion.weights import ema_weights, load_named
 from fedpdm.jobs.progress import sum_progress
-from fedpdm.setup.build import build_denoiser, build_gaussians, coarse_share, sampler_settings
+from fedpdm.setup.build import build_denoiser, build_shared, coarse_share, sampler_settings
 from fedpdm.setup.choice import SamplingChoice, load_choice
 from fedpdm.setup.run_setup import RunSetup, set_up, set_up_for
 from fedpdm.storage.client_store import ClientStore
@@ -130,7 +130,7 @@ def load_pair(
         if weights is None:
             return None
         if role == "coarse" and setup.has_gaussians:
-            return build_gaussians(setup, {n: t.to(device) for n, t in weights.items()})
+            return build_shared(setup, {n: t.to(device) for n, t in weights.items()})
         model = build_denoiser(setup, role).to(device)
         here = {name: tensor.to(device) for name, tensor in weights.items()}
         load_named(dict(model.network.named_parameters()), here, what=f"{role} weights{who}")

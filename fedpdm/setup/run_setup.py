@@ -18,6 +18,7 @@ from fedpdm.privacy.releases import ReleaseRequest
 __all__ = ["RunSetup", "build_schedule", "set_up", "set_up_for"]
 
 HANDOVER = 0.15  # of T, with class statistics
+LOWEST = 0.10  # of T: what a network above the hand-over is trained for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +46,19 @@ class RunSetup:
 
     @property
     def has_gaussians(self) -> bool:
-        """Whether the shared model is class Gaussians, computed and not trained."""
+        """Whether the shared model has class Gaussians, computed and not trained."""
         return self.plan is not None and self.plan.is_statistics
+
+    @property
+    def has_network(self) -> bool:
+        """Whether a network is trained above the hand-over, beside these Gaussians."""
+        return self.plan is not None and self.plan.gradients is not None
+
+    @property
+    def lowest_t(self) -> int:
+        """Least t that this network is trained for."""
+        section, T = self.config.network, self.schedule.num_steps
+        return section.lowest_t or min(self.handover, max(1, round(LOWEST * T)))
 
     @property
     def handover(self) -> int:

@@ -47,6 +47,8 @@ __all__ = [
 VERSION = "1"
 Message = list[np.ndarray]
 
+WHOLE = (torch.int32, torch.int64)  # sent as they are, whatever the encoding
+
 # Weights of a network that works are far from it; sums of such numbers stay finite in float32.
 LARGEST_WEIGHT = 1e6
 
@@ -254,7 +256,7 @@ def encode_release(released: Release, *, client_id: int, encoding: str = "float3
 def decode_release(
     message: Message, *, who: str, client_id: int | None = None, mechanism: str = IMAGES
 ) -> Release:
-    """A client's release by the `mechanism` that `privacy.release` names.
+    """A client's release by this `mechanism`, as `privacy.release` names it.
 
     `WireError` if it is another's (any client's is taken if `client_id` is None), malformed, or
     contradicts itself.
@@ -266,7 +268,7 @@ def decode_release(
     wanted, got = expected.parameters.mechanism, metadata.get("mechanism", IMAGES)
     if got != wanted:
         raise WireError(f"release of {who}: made by mechanism {got!r}, expected {wanted}")
-    whole = {name: value for name, value in tensors.items() if value.dtype == torch.int64}
+    whole = {name: value for name, value in tensors.items() if value.dtype in WHOLE}
     rest = {name: value for name, value in tensors.items() if name not in whole}
     tensors = {**_decoded(rest, metadata, f"release of {who}"), **whole}
     if tensors.keys() != set(expected.names):

@@ -20,6 +20,7 @@ class Phase(enum.StrEnum):
 
     COARSE = "coarse"  # local steps of the coarse model
     RELEASE = "release"  # its release itself
+    GRADIENT = "gradient"  # a noised sum of gradients of the network
     FINE = "fine"  # nothing
 
 

@@ -18,7 +18,12 @@ are not covered.
 """
 
 from fedpdm.privacy.dpsgd.accounting import dp_sgd_epsilon, dp_sgd_noise_multiplier
-from fedpdm.privacy.dpsgd.gradients import ExampleGradients, add_clipped, check_network
+from fedpdm.privacy.dpsgd.gradients import (
+    ExampleGradients,
+    add_clipped,
+    check_network,
+    gradient_rows,
+)
 from fedpdm.privacy.dpsgd.randomness import Draws, SeededDraws, SystemDraws
 from fedpdm.privacy.dpsgd.trainer import DpSgdSettings, PrivateTrainer
 
@@ -33,4 +38,5 @@ __all__ = [
     "check_network",
     "dp_sgd_epsilon",
     "dp_sgd_noise_multiplier",
+    "gradient_rows",
 ]

@@ -15,15 +15,19 @@ gradients come out as 0. Tests compare all of it with autograd on single example
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.grad import conv2d_weight
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["ExampleGradients", "add_clipped", "check_network"]
+from fedpdm.diffusion.training import BatchLoss
+
+__all__ = ["ExampleGradients", "add_clipped", "check_network", "gradient_rows"]
 
 
 def _convolution(
@@ -155,6 +159,27 @@ class ExampleGradients:
                 if parameter in self._found:
                     rows = rows + self._found[parameter]
                 self._found[parameter] = rows
+
+
+def gradient_rows(
+    network: nn.Module,
+    batch_loss: BatchLoss,
+    examples: torch.Tensor,
+    *,
+    multiplicity: int,
+    generator: torch.Generator,
+    max_rows: int = 64,
+) -> Iterator[np.ndarray]:
+    """Gradients of `examples`, int64 (B,), in pieces float32 (n, d): all parameters in a row.
+
+    Each is the mean of `multiplicity` draws of `batch_loss`, which gets an index so many times in a
+    row; the loss of a row may depend on no other row. At most `max_rows` rows go through the
+    network at a time.
+    """
+    with ExampleGradients(network, multiplicity=multiplicity) as gradients:
+        for part in examples.split(max(1, max_rows // multiplicity)):
+            found = gradients.backward(batch_loss(part.repeat_interleave(multiplicity), generator))
+            yield torch.cat([rows.flatten(1) for rows in found], dim=1).cpu().numpy()
 
 
 def add_clipped(

@@ -10,6 +10,13 @@ from fedpdm.privacy.mechanism.door import (
     register,
 )
 from fedpdm.privacy.mechanism.gaussian import clip_l2, clip_to_grid, noised_chunks, release
+from fedpdm.privacy.mechanism.gradients import (
+    GradientParameters,
+    NoisedGradients,
+    ReleasedGradient,
+    largest_total,
+    noised_round,
+)
 from fedpdm.privacy.mechanism.images import ImageMechanism, prepared
 from fedpdm.privacy.mechanism.records import (
     IMAGES,
@@ -32,10 +39,13 @@ from fedpdm.privacy.noise import NoiseSource, SeededNoise, SystemNoise
 __all__ = [
     "IMAGES",
     "ClassStatistics",
+    "GradientParameters",
     "ImageMechanism",
     "NoiseSource",
+    "NoisedGradients",
     "ReleaseMechanism",
     "ReleaseSource",
+    "ReleasedGradient",
     "ReleasedStatistics",
     "SeededNoise",
     "StatisticsParameters",
@@ -46,10 +56,12 @@ __all__ = [
     "event_of",
     "group_event_of",
     "join",
+    "largest_total",
     "mechanism_field",
     "mechanism_named",
     "mechanism_of",
     "noised_chunks",
+    "noised_round",
     "parameter_fields",
     "prepared",
     "read_release_metadata",

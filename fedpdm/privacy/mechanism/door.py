@@ -47,7 +47,7 @@ __all__ = [
 P = TypeVar("P", bound=Parameters)
 Layout = Mapping[str, tuple[str, tuple[int, ...]]]  # name -> safetensors type (F32, ...) and shape
 
-_BYTES = {"U8": 1, "F32": 4, "I64": 8}  # of a value
+_BYTES = {"U8": 1, "I32": 4, "F32": 4, "I64": 8}  # of a value
 GROUP = "fedpdm.mechanisms"
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 # What records hold besides a mechanism's own fields.
@@ -91,8 +91,9 @@ class ReleaseMechanism(abc.ABC, Generic[P]):
     @abc.abstractmethod
     def plan(
         self, config: RunConfig, schedule: NoiseSchedule, *, shift: float, num_classes: int
-    ) -> tuple[P, ...]:
-        """What a run releases: the parameters of each round in which clients release.
+    ) -> tuple[Parameters, ...]:
+        """What a run releases: the parameters of each round in which clients release. They may be
+        those of other mechanisms too.
 
         All rounds are planned before the first: the ledger lets an image take part in each once,
         and budgets count all of them. What an image pays may not depend on `shift` and

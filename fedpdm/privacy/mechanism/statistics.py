@@ -89,33 +89,40 @@ class ClassStatistics(ReleaseMechanism[StatisticsParameters]):
         self, config: RunConfig, schedule: NoiseSchedule, *, shift: float, num_classes: int
     ) -> tuple[StatisticsParameters, ...]:
         """Rounds that share `privacy.epsilon` as the section `statistics` says."""
-        privacy, section = config.privacy, config.statistics
+        privacy = config.privacy
         if privacy.epsilon is None:
             raise ConfigError("privacy.epsilon: release statistics needs it, and no t0; got null")
         rules = accounting_named(privacy.accounting)
         mu = 1.0 / rules.multiplier(epsilon=privacy.epsilon, delta=privacy.delta)
-        residual = section.residual_norm or RESIDUAL_SHARE * privacy.clip_norm
-        moves = [component_stage(number) for number in range(1, section.moves + 1)]
         less = 1.0
         while True:  # rounding errs low
-            rounds = tuple(
-                StatisticsParameters(
-                    stage=stage,
-                    mu=less * mu * math.sqrt(share),
-                    clip_norm=privacy.clip_norm if stage == "means" else residual,
-                    dimensions=section.dimensions,
-                    directions=section.directions,
-                    num_classes=num_classes,
-                    shift=float(shift),
-                    grid=GRID,
-                    components=section.components if stage in moves else 1,
-                )
-                for stage, share in zip((*STAGES, *moves), section.shares, strict=True)
-            )
+            rounds = self.sums(config, mu=less * mu, shift=shift, num_classes=num_classes)
             event = compose([self.event(parameters) for parameters in rounds])
             if rules.epsilon(event, delta=privacy.delta) <= privacy.epsilon:
-                break
+                return rounds
             less -= 2.0**-50
+
+    def sums(
+        self, config: RunConfig, *, mu: float, shift: float, num_classes: int
+    ) -> tuple[StatisticsParameters, ...]:
+        """The rounds of sums that have `mu` together, shared as the section `statistics` says."""
+        privacy, section = config.privacy, config.statistics
+        residual = section.residual_norm or RESIDUAL_SHARE * privacy.clip_norm
+        moves = [component_stage(number) for number in range(1, section.moves + 1)]
+        rounds = tuple(
+            StatisticsParameters(
+                stage=stage,
+                mu=mu * math.sqrt(share),
+                clip_norm=privacy.clip_norm if stage == "means" else residual,
+                dimensions=section.dimensions,
+                directions=section.directions,
+                num_classes=num_classes,
+                shift=float(shift),
+                grid=GRID,
+                components=section.components if stage in moves else 1,
+            )
+            for stage, share in zip((*STAGES, *moves), section.shares, strict=True)
+        )
         for parameters in rounds:
             try:
                 self.check(parameters)

@@ -10,7 +10,7 @@ spent.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,11 @@ from fedpdm.data import ImageSet
 from fedpdm.privacy.accountant import compose, epsilon_spent, worst
 from fedpdm.privacy.ledger import START, Ledger, append
 from fedpdm.privacy.mechanism import ReleaseSource, group_event_of
+from fedpdm.privacy.mechanism.gradients import (
+    GradientParameters,
+    NoisedGradients,
+    ReleasedGradient,
+)
 from fedpdm.privacy.releases.archive import Progress, ReleaseArchive
 from fedpdm.privacy.releases.request import (
     ImageKey,
@@ -29,6 +34,7 @@ from fedpdm.privacy.releases.request import (
     examine,
     matching_releases,
 )
+from fedpdm.privacy.releases.rounds import LastRound
 from fedpdm.privacy.releases.spending import releases_of_images
 from fedpdm.privacy.releases.traces import check_traces
 from fedpdm.privacy.types import Parameters, PrivacyEvent, Release
@@ -166,6 +172,31 @@ class ReleaseStore:
                 numbers = matching_releases(ledger, request.parameters, shape)
             digests = [key.pixels for key in keys]
             return self._archive.assemble(ledger, index, numbers, digests, images.labels)
+
+    def round(
+        self,
+        images: ImageSet,
+        request: ReleaseRequest,
+        number: int,
+        make: Callable[[], ReleasedGradient],
+    ) -> ReleasedGradient:
+        """The message of round `number` of a plan of noised gradients, by `make` the first time.
+
+        All rounds are paid for by all images before the first is made. Errors as of `obtain`; for
+        a round that is over, or beyond the plan; and what `make` raises, when nothing was released.
+        """
+        plan = request.parameters
+        assert isinstance(plan, GradientParameters)
+        rounds = LastRound(self.root, plan)
+        with locked(self.root / ".round-lock"):
+            self.preview(images, request)  # refuses what `obtain` would, before anything is written
+            blank = NoisedGradients().blank(plan, request.noise(0))
+            recorded = matching_releases(self.ledger(), plan, _shape(images))
+            rounds.begin(blank, recorded=bool(recorded))
+            if not 1 <= number <= plan.rounds:
+                return rounds.answer(number, make)  # refuses it
+            self.obtain(images, request)
+            return rounds.answer(number, make)
 
 
 def _keys(images: ImageSet) -> list[ImageKey]:

@@ -1,0 +1,78 @@
+"""The configuration's keys of the private network, with what they must be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedpdm.config.keys import ConfigError, key
+
+__all__ = ["NetworkConfig", "check_network_run"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkConfig:
+    """A private network above the hand-over (`privacy.release: network`); docs/method.md section 6.
+
+    The network's form and its warm-up are those of the section `coarse`.
+    """
+
+    share: float = key(
+        0.7,
+        "share of the budget (of mu squared) that the network's rounds get; class statistics get "
+        "the rest",
+        above=0.0,
+        below=1.0,
+    )
+    rounds: int = key(
+        100, "rounds of noised gradients, after those of class statistics", low=1, high=100_000
+    )
+    sample_rate: float = key(
+        0.1,
+        "probability with which a client draws each of its images in such a round",
+        above=0.0,
+        high=1.0,
+    )
+    clip_norm: float = key(1.0, "L2 bound on an image's gradient", above=0.0, high=1e6)
+    draws: int = key(
+        4, "draws of t and noise for each drawn image; its gradient is their mean", low=1, high=1024
+    )
+    lr: float = key(1e-3, "learning rate of these rounds, constant", above=0.0)
+    warmup_steps: int = key(
+        1000, "steps that the server takes before, on draws of the class Gaussians", low=0
+    )
+    lowest_t: int | None = key(
+        None, "least t that the network is trained for; default: 0.1 T, or the hand-over", low=1
+    )
+
+
+def check_network_run(
+    section: NetworkConfig,
+    *,
+    sums: int,
+    rounds: int,
+    secure: bool,
+    accounting: str,
+    num_steps: int,
+    handover: int | None,
+) -> None:
+    """Refuse a run that is too short for its `sums` rounds of statistics and the network's, and
+    what does not go with a network."""
+    if rounds < sums + section.rounds:
+        raise ConfigError(
+            f"run.rounds: must be at least {sums + section.rounds} with privacy.release: network "
+            f"({sums} of class statistics, network.rounds = {section.rounds}), got {rounds}"
+        )
+    if secure:
+        raise ConfigError(
+            "aggregation.secure: must be false with privacy.release: network, whose gradients are "
+            "not added up securely; got true"
+        )
+    if accounting != "exact":
+        raise ConfigError(
+            "privacy.accounting: must be exact with privacy.release: network, for Theorem 5.1 "
+            f"knows no drawn images; got {accounting}"
+        )
+    lowest, most = section.lowest_t, num_steps if handover is None else handover
+    if lowest is not None and lowest > most:
+        name = "schedule.num_steps" if handover is None else "sampling.handover"
+        raise ConfigError(f"network.lowest_t: must be at most {name} = {most}, got {lowest}")
