@@ -25,7 +25,7 @@ from fedpdm.setup.flower_config import (
     run_config_of,
     run_root,
 )
-from fedpdm.setup.run_setup import set_up
+from fedpdm.setup.run_setup import check_rounds, set_up
 from fedpdm.storage.run_directory import RunDirectory
 from strategies.baselines import CentralisedTraining, TrainingAlone
 from strategies.coarse import CoarseStrategy
@@ -56,6 +56,7 @@ def build_strategy(
     somebody else's strategy, made with the keywords of `CoarseStrategy` in place of that one.
     """
     own = own or own_strategy(config.aggregation.method)
+    check_rounds(config)
     images = load_split(config, "train") if config.run.simulation else None
     setup = set_up(config, images)
     run.open(config, resume=resume)

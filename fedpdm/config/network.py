@@ -48,20 +48,12 @@ class NetworkConfig:
 def check_network_run(
     section: NetworkConfig,
     *,
-    sums: int,
-    rounds: int,
     secure: bool,
     accounting: str,
     num_steps: int,
     handover: int | None,
 ) -> None:
-    """Refuse a run that is too short for its `sums` rounds of statistics and the network's, and
-    what does not go with a network."""
-    if rounds < sums + section.rounds:
-        raise ConfigError(
-            f"run.rounds: must be at least {sums + section.rounds} with privacy.release: network "
-            f"({sums} of class statistics, network.rounds = {section.rounds}), got {rounds}"
-        )
+    """Refuse what does not go with a network."""
     if secure:
         raise ConfigError(
             "aggregation.secure: must be false with privacy.release: network, whose gradients are "

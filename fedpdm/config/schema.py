@@ -251,8 +251,6 @@ class RunConfig:
         if self.has_network:
             check_network_run(
                 self.network,
-                sums=len(self.statistics.shares),
-                rounds=self.run.rounds,
                 secure=self.aggregation.secure,
                 accounting=self.privacy.accounting,
                 num_steps=self.schedule.num_steps,
@@ -308,6 +306,12 @@ class RunConfig:
     def has_statistics(self) -> bool:
         """Whether clients release class statistics, of which the server computes Gaussians."""
         return self.privacy.release in ("statistics", "network") and self.kind.releases
+
+    @property
+    def least_rounds(self) -> int:
+        """Rounds in which clients release: a run has at least so many."""
+        sums = len(self.statistics.shares) if self.has_statistics else 1
+        return sums + (self.network.rounds if self.has_network else 0)
 
     @property
     def has_network(self) -> bool:

@@ -81,6 +81,13 @@ PRESETS: Final[Mapping[str, Preset]] = MappingProxyType(
             resolutions=(8, 16),
             description="8x8 on a laptop, about 0.4 M parameters",
         ),
+        "micro_patch": Preset(
+            unet=unet("RA", (24, 48), 1, 8, 16),
+            prediction="v",
+            resolutions=(12, 16),
+            description="16x16 as 8x8 patches, about 0.4 M parameters: for noised gradients",
+            patch=2,
+        ),
         "tiny": Preset(
             unet=unet("RA", (32, 64), 1, 8, 16),
             prediction="v",

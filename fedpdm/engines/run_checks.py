@@ -18,7 +18,7 @@ from fedpdm.privacy.statement import baseline_statement
 from fedpdm.reporting.trackers import check_trackers
 from fedpdm.setup.build import build_optimizer_settings, model_sizes, sampler_settings
 from fedpdm.setup.chosen import check_chosen
-from fedpdm.setup.run_setup import RunSetup, build_schedule
+from fedpdm.setup.run_setup import RunSetup, build_schedule, check_rounds
 from fedpdm.storage.run_directory import RunDirectory
 from strategies.own import own_strategy
 
@@ -49,6 +49,7 @@ def check_place(config: RunConfig, out: Path, *, resume: bool) -> None:
 
 def check_named(config: RunConfig) -> None:
     """`ConfigError`, one line, for custom code that is not there or is of another kind."""
+    check_rounds(config)
     own_strategy(config.aggregation.method)
     mechanism_named(config.privacy.release)
     check_chosen(config)

@@ -15,7 +15,7 @@ from fedpdm.diffusion.schedule import NoiseSchedule, make_schedule
 from fedpdm.privacy.planning import ReleasePlan, build_release_plan, build_release_request
 from fedpdm.privacy.releases import ReleaseRequest
 
-__all__ = ["RunSetup", "build_schedule", "set_up", "set_up_for"]
+__all__ = ["RunSetup", "build_schedule", "check_rounds", "set_up", "set_up_for"]
 
 HANDOVER = 0.15  # of T, with class statistics
 LOWEST = 0.10  # of T: what a network above the hand-over is trained for
@@ -99,6 +99,21 @@ def build_schedule(config: RunConfig) -> NoiseSchedule:
         beta_start=section.beta_start,
         beta_end=section.beta_end,
     )
+
+
+def check_rounds(config: RunConfig) -> None:
+    """`ConfigError` for a run with fewer rounds than its clients release in.
+
+    Before anything is released: all images pay for all rounds of a network. An experiment's config
+    may have fewer, where the shared model comes from a run of its own.
+    """
+    least, rounds = config.least_rounds, config.run.rounds
+    if config.has_network and rounds < least:
+        raise ConfigError(
+            f"run.rounds: must be at least {least} with privacy.release: network "
+            f"({least - config.network.rounds} of class statistics, network.rounds = "
+            f"{config.network.rounds}), got {rounds}"
+        )
 
 
 def set_up(config: RunConfig, images: ImageSet | None = None) -> RunSetup:

@@ -48,11 +48,13 @@ LENGTH_IMAGES = 500
 def shared_config(config: RunConfig) -> RunConfig:
     """The run that makes this config's shared model, and no own models."""
     plain = RunConfig().sampling
-    if config.privacy.release == "statistics":
+    if config.has_statistics:
         handover = set_up(config).handover
         plain = dataclasses.replace(plain, handover=handover, fine_labels=False, candidates=1)
+    rounds = max(config.run.rounds, config.least_rounds)
     return dataclasses.replace(
         config,
+        run=dataclasses.replace(config.run, rounds=rounds),
         fine=dataclasses.replace(config.fine, steps_per_round=0),
         sampling=dataclasses.replace(plain, per_class=1, num_steps=1),
         evaluation=dataclasses.replace(config.evaluation, image_metrics=False),

@@ -19,7 +19,6 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.grad import conv2d_weight
@@ -169,7 +168,7 @@ def gradient_rows(
     multiplicity: int,
     generator: torch.Generator,
     max_rows: int = 64,
-) -> Iterator[np.ndarray]:
+) -> Iterator[torch.Tensor]:
     """Gradients of `examples`, int64 (B,), in pieces float32 (n, d): all parameters in a row.
 
     Each is the mean of `multiplicity` draws of `batch_loss`, which gets an index so many times in a
@@ -179,7 +178,7 @@ def gradient_rows(
     with ExampleGradients(network, multiplicity=multiplicity) as gradients:
         for part in examples.split(max(1, max_rows // multiplicity)):
             found = gradients.backward(batch_loss(part.repeat_interleave(multiplicity), generator))
-            yield torch.cat([rows.flatten(1) for rows in found], dim=1).cpu().numpy()
+            yield torch.cat([rows.flatten(1) for rows in found], dim=1)
 
 
 def add_clipped(

@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -48,7 +48,7 @@ from fedpdm.privacy.mechanism.door import (
     register,
 )
 from fedpdm.privacy.mechanism.statistics import ClassStatistics
-from fedpdm.privacy.mechanism.whole import whole_vectors
+from fedpdm.privacy.mechanism.whole import sum_of_whole
 from fedpdm.privacy.noise import GRID, LARGEST, NoiseSource
 from fedpdm.privacy.types import Parameters, Release, SubsampledGaussianEvent
 
@@ -61,6 +61,7 @@ __all__ = [
 ]
 
 MOST_ROUNDS = 100_000
+LEAST_NOISE = 1e-3  # over C: sums of squares of whole steps stay exact
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,8 +162,10 @@ class NoisedGradients(ReleaseMechanism[GradientParameters]):
 
     def check(self, parameters: GradientParameters) -> None:
         noise, rate = parameters.noise_multiplier, parameters.sample_rate
-        if not 0.0 < noise < math.inf:
-            raise ValueError(f"noise_multiplier must be positive and finite, got {noise}")
+        if not LEAST_NOISE <= noise < math.inf:
+            raise ValueError(
+                f"noise_multiplier must be at least {LEAST_NOISE} and finite, got {noise}"
+            )
         if not 0.0 < rate <= 1.0:
             raise ValueError(f"sample_rate must be in (0, 1], got {rate}")
         if not 1 <= parameters.rounds <= MOST_ROUNDS:
@@ -272,7 +275,7 @@ class NoisedGradients(ReleaseMechanism[GradientParameters]):
 
 
 def noised_round(
-    gradients: Iterator[np.ndarray],
+    gradients: Iterable[torch.Tensor],
     parameters: GradientParameters,
     *,
     number: int,
@@ -281,15 +284,13 @@ def noised_round(
 ) -> ReleasedGradient:
     """The message of round `number` of a plan.
 
-    `gradients` are those of the drawn images, float (n, d) each, d = `size`, in any pieces. One
-    that is not finite counts as zero.
+    `gradients` are those of the drawn images, float32 (n, d), d = `size`, in any pieces. One that
+    is not finite counts as zero.
     """
     exact = np.zeros(size, dtype=np.int64)
-    for part in gradients:
-        found = np.asarray(part, dtype=np.float64)
-        found[~np.isfinite(found).all(axis=1)] = 0.0
-        # whole_vectors refuses rows whose norm overflows: gradients of float32 do not.
-        exact += whole_vectors(found, steps=parameters.steps, limit=parameters.limit).sum(axis=0)
+    for rows in gradients:
+        found = sum_of_whole(rows, steps=parameters.steps, limit=parameters.limit)
+        exact += found.cpu().numpy().astype(np.int64)
     return NoisedGradients().noised(exact, parameters, number=number, noise=noise)
 
 
