@@ -111,7 +111,7 @@ def _decode_array(tensor: bytes) -> np.ndarray:
         raise wire.WireError("message is not an array: wrong magic string or version")
     values = 10 + int.from_bytes(tensor[8:10], "little")
     header = _HEADER.fullmatch(tensor[10:values])
-    if header is None or len(tensor) < values:
+    if header is None:
         raise wire.WireError("message is not an array: its header is malformed")
     dtype = np.dtype(header["descr"].decode())
     shape = tuple(int(size) for size in header["shape"].split(b",") if size.strip())

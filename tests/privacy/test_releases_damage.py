@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Callable
@@ -9,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fedpdm.privacy.ledger import append, read_ledger, release_fields
 from fedpdm.privacy.mechanism import SystemNoise
 from fedpdm.privacy.releases import ReleaseStore
-from fedpdm.storage.files import StoreError
+from fedpdm.storage.files import StoreError, read_tensors
+from fedpdm.storage.tensorfile import write_file
 from tests.support.refusals import tree
 from tests.support.release_toys import DELTA, edit, image_set, request
 
@@ -130,6 +133,24 @@ def less_spent(root: Path) -> None:
     forge(root, lambda fields: fields.update({name: cheaper[name] for name in names}))
 
 
+def rewrite(root: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    """Other values in the first file, and a ledger that knows its checksum."""
+    tensors, metadata = read_tensors(root / FIRST)
+    tensors = {name: value.clone() for name, value in tensors.items()}
+    change(tensors)
+    write_file(root / FIRST, tensors, metadata)
+    digest = hashlib.sha256((root / FIRST).read_bytes()).hexdigest()
+    forge(root, lambda fields: fields.update(sha256=digest))
+
+
+def smaller_images(root: Path) -> None:
+    rewrite(root, lambda tensors: tensors.update(x_tilde=tensors["x_tilde"][..., :-1].clone()))
+
+
+def one_image_twice(root: Path) -> None:
+    rewrite(root, lambda tensors: tensors["digests"][1].copy_(tensors["digests"][0]))
+
+
 DAMAGES: dict[Callable[[Path], None], str] = {
     cut: r"000001\.safetensors: is not the file that the ledger records; restore it",
     change_a_bit: r"000001\.safetensors: is not the file that the ledger records; restore it",
@@ -149,6 +170,8 @@ DAMAGES: dict[Callable[[Path], None], str] = {
     ready_without_a_ledger: r"000001\.ready: does not follow the ledger's releases",
     fewer_images: r"000001\.safetensors: the ledger says something else of it",
     other_source: r"000001\.safetensors: the ledger says something else of it",
+    smaller_images: r"000001\.safetensors: the ledger says something else of it",
+    one_image_twice: r"000001\.safetensors: the ledger says something else of it",
     less_spent: r"000001\.safetensors: the ledger says something else of it",
 }
 

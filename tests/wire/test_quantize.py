@@ -98,12 +98,31 @@ def test_sizes() -> None:
             "int8",
             "w must have 2 float32 scales",
         ),
+        (
+            {"w": torch.zeros(2, 2, dtype=torch.int8), "w#scale": torch.ones(2).double()},
+            "int8",
+            "w must have 2 float32 scales",
+        ),
         ({}, "int4", "encoding must be one of float32, bfloat16, int8, got 'int4'"),
     ],
 )
 def test_malformed_numbers_are_refused(tensors: Any, encoding: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         dequantize(tensors, encoding=encoding)
+
+
+def test_an_encoding_that_there_is_not_is_refused() -> None:
+    with pytest.raises(ValueError, match="one of float32, bfloat16, int8, got 'int4'"):
+        quantize({"w": torch.zeros(2)}, encoding="int4")
+
+
+def test_rows_of_zeros_have_a_scale_and_stay_zeros() -> None:
+    given = {"w": torch.tensor([[0.0, 0.0], [1.0, -2.0]])}
+    encoded = quantize(given, encoding="int8")
+    assert bool((encoded["w#scale"] > 0).all())
+    torch.testing.assert_close(
+        dequantize(encoded, encoding="int8")["w"], given["w"], atol=0.01, rtol=0
+    )
 
 
 def coarse_update(weights: dict[str, torch.Tensor]) -> CoarseUpdate:

@@ -72,7 +72,7 @@ class ReleaseArchive:
                 "restore it"
             )
         for record in recorded:
-            if not (self._ready(record.release).exists() or self._path(record).exists()):
+            if not self._path(record).exists():
                 raise StoreError(
                     f"{self._path(record)}: is gone; its {record.images} images were released, "
                     "and noising them again would be a second release: restore it"
