@@ -38,12 +38,14 @@ from fedpdm.setup.losses import (
     coarse_batch_loss,
     coarse_knowledge,
     fine_batch_loss,
-    network_batch_loss,
+    network_losses,
     raw_coarse_batch_loss,
 )
 from fedpdm.wire.types import CoarseUpdate
 
 __all__ = ["LocalTraining"]
+
+MAX_ROWS = 64  # of gradients that are computed together, in simulation
 
 
 def _show_from(show: Progress, start: int, total: int, done: int, _: int, loss: float) -> None:
@@ -120,21 +122,23 @@ class LocalTraining:
         def make() -> ReleasedGradient:
             with self.borrowed("coarse") as trainer:
                 trainer.load_weights(weights, what="network weights from the server")
-                trainer.model.train()
-                loss = network_batch_loss(
+                trainer.model.eval()  # no dropout, whose draws would depend on who else is drawn
+                losses = network_losses(
                     self.setup,
                     trainer.model,
                     images=held.images.images[held.train],
                     labels=held.train_labels,
+                    draws=plan.draws,
                     device=self.device,
+                    stream=functools.partial(self._draws_of, number),
                 )
                 drawn = build_samples(self.config, client=self.local.client_id, number=number)
                 rows = gradient_rows(
                     trainer.model.network,
-                    loss,
-                    drawn.poisson_batch(len(held.train), rate=plan.sample_rate).to(self.device),
+                    losses,
+                    drawn.poisson_batch(len(held.train), rate=plan.sample_rate),
                     multiplicity=plan.draws,
-                    generator=self.generator(Purpose.GRADIENT_DRAWS, number),
+                    max_rows=plan.draws if self.deployed else MAX_ROWS,
                 )
                 return noised_round(
                     rows,
@@ -151,6 +155,16 @@ class LocalTraining:
 
         last = len(self.setup.release_plan.rounds) - 1
         return self._obtain(held.images.subset(held.train), obtain=obtain, stage=last)
+
+    def _draws_of(self, number: int, index: int) -> torch.Generator:
+        """Levels and noise at which the image at `index` is looked at in this round."""
+        return torch_generator(
+            self.config.run.seed,
+            Purpose.GRADIENT_DRAWS,
+            client=self.local.client_id,
+            round=number,
+            chunk=index,
+        )
 
     def _obtain(
         self,

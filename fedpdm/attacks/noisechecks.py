@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from scipy import special, stats
 
 from fedpdm.attacks.likelihood import chunks
+from fedpdm.jobs.progress import sum_progress
 from fedpdm.privacy.noise import GRID, NoiseSource
 
 __all__ = [
@@ -142,6 +143,7 @@ def largest_correlation(rows: Rows, others: Rows | None = None) -> tuple[float, 
     left = _unit_rows(rows)
     right = left if others is None else _unit_rows(others)
     best = (0.0, 0, 0)
+    show = sum_progress("pairs of noise", "row", len(left))
     for i in range(0, len(left), _BLOCK):
         for j in range(i if others is None else 0, len(right), _BLOCK):
             product = left[i : i + _BLOCK] @ right[j : j + _BLOCK].T
@@ -151,6 +153,7 @@ def largest_correlation(rows: Rows, others: Rows | None = None) -> tuple[float, 
             row, column = divmod(at, product.shape[1])
             if abs(product[row, column]) > abs(best[0]):
                 best = (float(product[row, column]), i + row, j + column)
+        show(len(left[i : i + _BLOCK]))
     return best
 
 

@@ -30,6 +30,7 @@ __all__ = [
     "TRUNCATED",
     "CoarseObjective",
     "bridge_coefficients",
+    "denoising_error",
     "denoising_loss",
     "draw_timesteps",
     "drop_labels",
@@ -111,6 +112,23 @@ def denoising_loss(
     )
     t += t_min - 1
     noise = torch.randn(x_0.shape, generator=generator, device=x_0.device)
+    return denoising_error(
+        denoiser, schedule, x_0, t, noise, labels=labels, clipped=clipped, weighting=weighting
+    )
+
+
+def denoising_error(
+    denoiser: DenoisingFunction,
+    schedule: NoiseSchedule,
+    x_0: torch.Tensor,
+    t: torch.Tensor,
+    noise: torch.Tensor,
+    *,
+    labels: torch.Tensor,
+    clipped: torch.Tensor | None = None,
+    weighting: str | Weighting,
+) -> torch.Tensor:
+    """The same at given t, int (B,), and noise of x_0's shape: (B,)."""
     x_t = q_sample(schedule, x_0, t, noise=noise)
     x0_hat = denoiser(x_t, t, labels=labels, clipped=clipped)
     weight = snr_weight(schedule.gather(t, t), weighting=weighting).to(x_0.dtype)

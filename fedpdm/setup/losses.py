@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -13,8 +14,14 @@ from fedpdm.diffusion.combined import Watched
 from fedpdm.diffusion.denoisers import Denoiser
 from fedpdm.diffusion.gaussian import ClassGaussians
 from fedpdm.diffusion.knowledge import Knowledge
-from fedpdm.diffusion.objectives import denoising_loss, drop_labels
+from fedpdm.diffusion.objectives import (
+    denoising_error,
+    denoising_loss,
+    draw_timesteps,
+    drop_labels,
+)
 from fedpdm.diffusion.training import BatchLoss
+from fedpdm.privacy.dpsgd import ExampleLosses
 from fedpdm.privacy.mechanism import clip_l2
 from fedpdm.privacy.types import ReleasedDataset
 from fedpdm.setup.chosen import find_objective, find_weighting
@@ -25,7 +32,7 @@ __all__ = [
     "coarse_knowledge",
     "drawn_batch_loss",
     "fine_batch_loss",
-    "network_batch_loss",
+    "network_losses",
     "raw_coarse_batch_loss",
 ]
 
@@ -118,61 +125,85 @@ def raw_coarse_batch_loss(
     return loss
 
 
-def network_batch_loss(
+def network_losses(
     setup: RunSetup,
     denoiser: Denoiser,
     *,
     images: np.ndarray,
     labels: np.ndarray,
+    draws: int,
     device: torch.device,
-) -> BatchLoss:
-    """The loss of a network above the hand-over on a client's raw images; t from
-    [`setup.lowest_t`, T]. Arguments as in `fine_batch_loss`."""
+    stream: Callable[[int], torch.Generator],
+) -> ExampleLosses:
+    """The losses of a network above the hand-over on a client's raw images, `draws` of each.
+
+    Images and labels as in `fine_batch_loss`. What an image is noised with comes from its own
+    `stream`, by index, on the CPU: it does not depend on which other images are drawn, or the
+    accounting of drawn images would not hold (`fedpdm.privacy.mechanism.gradients`).
+    """
     shift = setup.spec.shift
-    pixels, classes = torch.from_numpy(images).to(device), torch.from_numpy(labels).to(device)
+    pixels, classes = torch.from_numpy(images), torch.from_numpy(labels)
 
-    def loss(indices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    def losses(indices: torch.Tensor) -> torch.Tensor:
         x_0 = normalize(pixels[indices], shift=shift)
-        return _above(setup, denoiser, x_0, classes[indices], generator)
+        drawn = [
+            _levels(setup, draws, x[None].expand(draws, -1, -1, -1), label, stream(int(index)))
+            for index, x, label in zip(indices, x_0, classes[indices], strict=True)
+        ]
+        t, noise, told = (torch.cat(each).to(device) for each in zip(*drawn, strict=True))
+        return denoising_error(
+            denoiser,
+            setup.schedule,
+            x_0.repeat_interleave(draws, dim=0).to(device),
+            t,
+            noise,
+            labels=told,
+            weighting=find_weighting(setup.config, "coarse"),
+        )
 
-    return loss
+    return losses
+
+
+def _levels(
+    setup: RunSetup,
+    count: int,
+    x_0: torch.Tensor,
+    label: torch.Tensor,
+    generator: torch.Generator,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`count` draws of t from [`setup.lowest_t`, T], noise as x_0 and the label or none."""
+    section, width = setup.config.coarse, setup.schedule.num_steps - setup.lowest_t + 1
+    t = draw_timesteps(
+        count, t_max=width, timesteps=section.timesteps, generator=generator, device=x_0.device
+    )
+    noise = torch.randn(x_0.shape, generator=generator, device=x_0.device)
+    told = drop_labels(label.expand(count), probability=section.label_dropout, generator=generator)
+    return t + setup.lowest_t - 1, noise, told
 
 
 def drawn_batch_loss(
     setup: RunSetup, denoiser: Denoiser, gaussians: ClassGaussians
 ) -> tuple[BatchLoss, torch.Tensor]:
-    """(the same loss on fresh draws of class Gaussians, of the classes at its indices; how often
-    each class is to be drawn, float64 (K,)): a warm-up that costs nothing."""
+    """(the loss of such a network on fresh draws of class Gaussians, of the classes at its indices;
+    how often each class is to be drawn, float64 (K,)): a warm-up that costs nothing."""
+    section = setup.config.coarse
     share = torch.zeros(setup.spec.num_classes, dtype=torch.float64, device=gaussians.means.device)
     share.index_add_(0, gaussians.classes, gaussians.weights)
 
     def loss(indices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        x_0 = gaussians.draw(indices, generator=generator).view(-1, *setup.spec.shape)
-        return _above(setup, denoiser, x_0, indices, generator)
+        return denoising_loss(
+            denoiser,
+            setup.schedule,
+            gaussians.draw(indices, generator=generator).view(-1, *setup.spec.shape),
+            labels=drop_labels(indices, probability=section.label_dropout, generator=generator),
+            t_min=setup.lowest_t,
+            t_max=setup.schedule.num_steps,
+            weighting=find_weighting(setup.config, "coarse"),
+            timesteps=section.timesteps,
+            generator=generator,
+        )
 
     return loss, share.cpu()
-
-
-def _above(
-    setup: RunSetup,
-    denoiser: Denoiser,
-    x_0: torch.Tensor,
-    labels: torch.Tensor,
-    generator: torch.Generator,
-) -> torch.Tensor:
-    return denoising_loss(
-        denoiser,
-        setup.schedule,
-        x_0,
-        labels=drop_labels(
-            labels, probability=setup.config.coarse.label_dropout, generator=generator
-        ),
-        t_min=setup.lowest_t,
-        t_max=setup.schedule.num_steps,
-        weighting=find_weighting(setup.config, "coarse"),
-        timesteps=setup.config.coarse.timesteps,
-        generator=generator,
-    )
 
 
 def fine_batch_loss(

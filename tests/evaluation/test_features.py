@@ -23,6 +23,7 @@ from fedpdm.evaluation.features import (
 )
 from fedpdm.evaluation.features.network import _shifted
 from fedpdm.evaluation.metrics import PixelFeatures
+from fedpdm.jobs import progress
 from fedpdm.storage.files import StoreError
 from tests.support.pixels import exactly
 
@@ -295,3 +296,16 @@ def test_damaged_references_are_made_anew(tmp_path: Path) -> None:
         assert np.array_equal(again.features, first.features)
         assert np.array_equal(again.statistics.cov, first.statistics.cov)
     assert extractor.calls == 4
+
+
+def test_how_far_features_are_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+    images = np.zeros((2500, 1, 8, 8), dtype=np.uint8)
+    predict(SmallClassifier(channels=1, resolution=8, num_classes=2), images, features=True)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines
+    assert all(line.startswith("features: image ") and "/2500, " in line for line in lines)
+    done = [int(line.split()[2].split("/")[0]) for line in lines]
+    assert done == sorted(set(done))

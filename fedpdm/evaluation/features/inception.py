@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedpdm.evaluation.features.extractor import check_images
+from fedpdm.jobs.progress import sum_progress
 
 __all__ = ["FID_FEATURES", "InceptionFeatures"]
 
@@ -64,10 +65,12 @@ class InceptionFeatures:
         """(N, 2048) of uint8 (N, C, H, W), C 1 or 3, any size; about 5 GMAC an image."""
         check_images(images)
         features = []
+        show = sum_progress("Inception features", "image", len(images))
         for start in range(0, len(images), _BATCH):
             batch = torch.from_numpy(np.array(images[start : start + _BATCH]))
             colored = batch.expand(-1, 3, -1, -1).to(self._device)
             features.append(self._network(colored)[0].cpu().numpy())
+            show(len(batch))
         return np.concatenate(features).astype(np.float64)
 
 

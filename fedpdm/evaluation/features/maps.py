@@ -16,6 +16,7 @@ from torch import nn
 
 from fedpdm.evaluation.features.extractor import check_images
 from fedpdm.evaluation.features.trained import TrainedFeatures
+from fedpdm.jobs.progress import sum_progress
 
 __all__ = ["WIDTH", "MapFeatures"]
 
@@ -39,9 +40,11 @@ class MapFeatures:
         check_images(images)
         model, answers = self._trained.model, []
         device = next(model.parameters()).device
+        show = sum_progress("features", "image", len(images))
         for start in range(0, len(images), _BATCH):
             x = torch.from_numpy(np.array(images[start : start + _BATCH])).to(device).float()
             maps = model.convolutions(x / 127.5 - 1.0)
             quarters = nn.functional.adaptive_avg_pool2d(maps, 2)
             answers.append(quarters.flatten(1).double().cpu().numpy())
+            show(len(x))
         return np.concatenate(answers)

@@ -18,6 +18,7 @@ from torch import nn
 
 from fedpdm.data.augment import random_affine
 from fedpdm.evaluation.features.extractor import check_images
+from fedpdm.jobs.progress import sum_progress
 
 __all__ = ["FEATURES", "FitReport", "Progress", "SmallClassifier", "fit_classifier", "predict"]
 
@@ -224,7 +225,9 @@ def predict(
     device = next(model.parameters()).device
     call = model.features if features else model
     answers = []
+    show = sum_progress("features" if features else "classes", "image", len(images))
     for start in range(0, len(images), _EVAL_BATCH):
         x = torch.from_numpy(np.array(images[start : start + _EVAL_BATCH])).to(device)
         answers.append(call(x.float().contiguous(memory_format=torch.channels_last)).cpu().numpy())
+        show(len(x))
     return np.concatenate(answers)

@@ -20,6 +20,7 @@ are not covered.
 from fedpdm.privacy.dpsgd.accounting import dp_sgd_epsilon, dp_sgd_noise_multiplier
 from fedpdm.privacy.dpsgd.gradients import (
     ExampleGradients,
+    ExampleLosses,
     add_clipped,
     check_network,
     gradient_rows,
@@ -31,6 +32,7 @@ __all__ = [
     "DpSgdSettings",
     "Draws",
     "ExampleGradients",
+    "ExampleLosses",
     "PrivateTrainer",
     "SeededDraws",
     "SystemDraws",

@@ -15,7 +15,7 @@ gradients come out as 0. Tests compare all of it with autograd on single example
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
 
@@ -24,9 +24,16 @@ from torch import nn
 from torch.nn.grad import conv2d_weight
 from torch.utils.hooks import RemovableHandle
 
-from fedpdm.diffusion.training import BatchLoss
+__all__ = [
+    "ExampleGradients",
+    "ExampleLosses",
+    "add_clipped",
+    "check_network",
+    "gradient_rows",
+]
 
-__all__ = ["ExampleGradients", "add_clipped", "check_network", "gradient_rows"]
+ExampleLosses = Callable[[torch.Tensor], torch.Tensor]
+"""Indices int64 (B,) -> losses (B K,), the K of an example after one another."""
 
 
 def _convolution(
@@ -162,22 +169,20 @@ class ExampleGradients:
 
 def gradient_rows(
     network: nn.Module,
-    batch_loss: BatchLoss,
+    losses: ExampleLosses,
     examples: torch.Tensor,
     *,
     multiplicity: int,
-    generator: torch.Generator,
     max_rows: int = 64,
 ) -> Iterator[torch.Tensor]:
     """Gradients of `examples`, int64 (B,), in pieces float32 (n, d): all parameters in a row.
 
-    Each is the mean of `multiplicity` draws of `batch_loss`, which gets an index so many times in a
-    row; the loss of a row may depend on no other row. At most `max_rows` rows go through the
-    network at a time.
+    Each is that of the mean of an example's `multiplicity` losses, which may depend on no other
+    example. At most `max_rows` rows go through the network at a time.
     """
     with ExampleGradients(network, multiplicity=multiplicity) as gradients:
         for part in examples.split(max(1, max_rows // multiplicity)):
-            found = gradients.backward(batch_loss(part.repeat_interleave(multiplicity), generator))
+            found = gradients.backward(losses(part))
             yield torch.cat([rows.flatten(1) for rows in found], dim=1)
 
 

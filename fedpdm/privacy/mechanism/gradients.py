@@ -11,6 +11,12 @@ image replaced by any other of the same label (`fedpdm.privacy.subsampled` has t
 gradient that is not finite counts as zero, so whatever weights the server sends, what a client
 answers is bounded and says nothing of why.
 
+What is added for an image may depend on that image, its place and what all know, never on which
+other images were drawn: t and noise come from a stream of the image's place (their seed may be
+known), the network is in `eval` mode. Otherwise the sum of the others would say whether an image
+was drawn, and drawing would protect less than accounted. The last digits of floating-point numbers
+do depend on what else is in a batch, so a deployed client computes one image's gradient at a time.
+
 It works on the noise's grid of `GRID` steps per standard deviation: with sigma / C =
 `noise_multiplier` a clipped gradient is whole steps whose squares sum to at most
 
