@@ -43,6 +43,12 @@ class NetworkConfig:
     lowest_t: int | None = key(
         None, "least t that the network is trained for; default: 0.1 T, or the hand-over", low=1
     )
+    highest_t: int | None = key(
+        None,
+        "greatest t that it is trained for, above which the Gaussians answer; default: 0.3 T, or T "
+        "where the hand-over is that high",
+        low=1,
+    )
 
 
 def check_network_run(
@@ -64,7 +70,15 @@ def check_network_run(
             "privacy.accounting: must be exact with privacy.release: network, for Theorem 5.1 "
             f"knows no drawn images; got {accounting}"
         )
-    lowest, most = section.lowest_t, num_steps if handover is None else handover
-    if lowest is not None and lowest > most:
-        name = "schedule.num_steps" if handover is None else "sampling.handover"
-        raise ConfigError(f"network.lowest_t: must be at most {name} = {most}, got {lowest}")
+    lowest, highest = section.lowest_t or 1, section.highest_t or num_steps
+    if highest > num_steps:
+        raise ConfigError(
+            f"network.highest_t: must be at most schedule.num_steps = {num_steps}, got {highest}"
+        )
+    if not lowest <= (handover or lowest) <= highest:
+        raise ConfigError(
+            "sampling.handover: must be from network.lowest_t to network.highest_t, "
+            f"{lowest} to {highest}, got {handover}"
+        )
+    if lowest > highest:
+        raise ConfigError(f"network.lowest_t: must be at most highest_t = {highest}, got {lowest}")

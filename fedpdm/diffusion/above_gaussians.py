@@ -1,7 +1,10 @@
 """A network above the hand-over, beside the class Gaussians that it was begun from.
 
-The network answers from `lowest` on, the Gaussians below it. They also say of what class a sample
-is, so candidates are chosen as with Gaussians alone (`fedpdm.diffusion.from_gaussians`).
+It answers at some levels, from about the hand-over on; at all others the Gaussians do. High up they
+are hard to beat, for there an image is hardly more than its class's mean and leading directions. So
+a sample begins with a draw of the Gaussians, noised to the highest of these levels. They also say
+of what class a sample is: candidates are chosen as with Gaussians alone
+(`fedpdm.diffusion.from_gaussians`).
 """
 
 from __future__ import annotations
@@ -17,7 +20,8 @@ __all__ = ["NetworkAboveGaussians"]
 
 
 class NetworkAboveGaussians(GaussianDenoiser):
-    """A `DenoisingFunction` made of a network for t >= `lowest` and `ClassGaussians` for others."""
+    """A `DenoisingFunction` made of a network at `levels`, the least and the greatest t, and of
+    `ClassGaussians` at others."""
 
     def __init__(
         self,
@@ -25,19 +29,19 @@ class NetworkAboveGaussians(GaussianDenoiser):
         gaussians: ClassGaussians,
         schedule: NoiseSchedule,
         *,
-        lowest: int,
+        levels: tuple[int, int],
     ) -> None:
         super().__init__(gaussians, schedule)
         self.network = network
-        self.lowest = lowest
+        self.lowest, self.highest = levels
 
     def __call__(
         self, x_t: Tensor, t: Tensor, *, labels: Tensor, clipped: Tensor | None = None
     ) -> Tensor:
-        above = t >= self.lowest
-        if bool(above.all()):
+        inside = (t >= self.lowest) & (t <= self.highest)
+        if bool(inside.all()):
             return self.network(x_t, t, labels=labels)
         answer = super().__call__(x_t, t, labels=labels)
-        if bool(above.any()):
-            answer[above] = self.network(x_t[above], t[above], labels=labels[above])
+        if bool(inside.any()):
+            answer[inside] = self.network(x_t[inside], t[inside], labels=labels[inside])
         return torch.as_tensor(answer)

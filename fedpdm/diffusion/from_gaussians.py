@@ -8,6 +8,7 @@ Classes of `own_classes` are the fine model's alone.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -21,8 +22,11 @@ from fedpdm.diffusion.schedule import NoiseSchedule, q_sample
 from fedpdm.diffusion.twostage import (
     SamplerOutput,
     SamplerSettings,
-    refine,
+    Stage,
+    as_asked,
+    hand_over,
     refining,
+    run_stages,
     sample_in_batches,
     sample_two_stage,
     stages,
@@ -32,11 +36,12 @@ from fedpdm.diffusion.twostage import (
 __all__ = [
     "READ_AT",
     "begin",
-    "goes_down",
+    "first_level",
     "likeliest",
     "read_level",
     "sample_from_gaussians",
     "steps_from_gaussians",
+    "way_down",
 ]
 
 READ_AT = 0.15  # of T: where class posteriors are read
@@ -54,8 +59,10 @@ def begin(
     image_shape: tuple[int, int, int],
     labels: Tensor,
     generator: torch.Generator,
+    level: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """A draw for each label, int (N,), and the same noised to the hand-over: float32 (N, *shape).
+    """A draw for each label, int (N,), and the same noised to the hand-over, or to `level`:
+    float32 (N, *shape).
 
     A class without components is drawn as no label, from all classes by their weights.
     """
@@ -63,8 +70,8 @@ def begin(
     asked = torch.where(known, labels, NO_LABEL)
     x_0 = gaussians.draw(asked, generator=generator).view(-1, *image_shape)
     noise = torch.randn(x_0.shape, generator=generator, device=x_0.device)
-    level = torch.full((len(x_0),), settings.t0, device=x_0.device)
-    return x_0, q_sample(settings.schedule, x_0, level, noise=noise)
+    t = torch.full((len(x_0),), settings.t0 if level is None else level, device=x_0.device)
+    return x_0, q_sample(settings.schedule, x_0, t, noise=noise)
 
 
 def likeliest(
@@ -96,21 +103,42 @@ def steps_from_gaussians(
     labels: Tensor,
 ) -> int:
     """Steps that `sample_from_gaussians` takes for images of these labels, over all candidates."""
-    both = goes_down(coarse, fine, settings)
     if fine is None:
-        return len(labels) * steps_of(stages(coarse, None, settings), settings) if both else 0
+        return len(labels) * steps_of(way_down(coarse, None, settings), settings)
     own = int(_own(labels, settings).sum())
-    chains = stages(coarse, fine, settings) if both else (refining(fine, settings, t=settings.t0),)
+    mixed = settings.coarse_share is not None
+    chains = stages(coarse, fine, settings) if mixed else way_down(coarse, fine, settings)
     others = (len(labels) - own) * settings.candidates * steps_of(chains, settings)
     return others + own * steps_of(stages(None, fine, settings), settings)
 
 
-def goes_down(
-    coarse: GaussianDenoiser, fine: DenoisingFunction | None, settings: SamplerSettings
-) -> bool:
-    """Whether samples go down from pure noise, by both models, and do not begin with a draw."""
-    mixed = settings.coarse_share is not None and fine is not None
-    return mixed or isinstance(coarse, NetworkAboveGaussians)
+def first_level(coarse: GaussianDenoiser, settings: SamplerSettings) -> int:
+    """To which a draw is noised: the highest level of a network, or the hand-over."""
+    return coarse.highest if isinstance(coarse, NetworkAboveGaussians) else settings.t0
+
+
+def way_down(
+    coarse: GaussianDenoiser,
+    fine: DenoisingFunction | None,
+    settings: SamplerSettings,
+    *,
+    watched: Callable[[str, DenoisingFunction], DenoisingFunction] | None = None,
+) -> tuple[Stage, ...]:
+    """The chains from a draw at `first_level` on: a network's, handed over to the fine model, or
+    the fine model's alone; none where the draws are the images.
+
+    `watched` gets each model, as it is asked, with its role and gives what is used in its place.
+    """
+    network = coarse if isinstance(coarse, NetworkAboveGaussians) else None
+    above, below = as_asked(network, fine, settings)
+    if watched is not None:
+        above = None if above is None else watched("coarse", above)
+        below = None if below is None else watched("fine", below)
+    if above is None:
+        return () if below is None else (refining(below, settings, t=settings.t0),)
+    denoiser = above if below is None else hand_over(above, below, settings)
+    start = first_level(coarse, settings)
+    return (Stage(denoiser=denoiser, start=start, num_steps=settings.num_steps),)
 
 
 def _own(labels: Tensor, settings: SamplerSettings) -> Tensor:
@@ -129,9 +157,9 @@ def sample_from_gaussians(
 ) -> SamplerOutput:
     """One image for each label, int (N,); the best of `settings.candidates`.
 
-    With `settings.coarse_share`, or with a network above the hand-over, both models go down from
-    pure noise, as any two do (`sample_two_stage`). Without a fine model the draws are the images,
-    one each. `image_shape` is (C, H, W).
+    With `settings.coarse_share` the Gaussians and the fine model go down from pure noise together,
+    as any two models do (`sample_two_stage`). Without a fine model and a network the draws are the
+    images, one each. `image_shape` is (C, H, W).
     """
     own = _own(labels, settings)
     if fine is not None and bool(own.any()):
@@ -143,7 +171,7 @@ def sample_from_gaussians(
     images, estimates = [], []
     for part in labels.split(max(1, settings.batch_size // count)):
         wanted = part.repeat_interleave(count)
-        if goes_down(coarse, fine, settings):
+        if fine is not None and settings.coarse_share is not None:
             shape = (len(wanted), *image_shape)
             x_T = torch.randn(shape, generator=generator, device=labels.device)
             output = sample_two_stage(
@@ -153,13 +181,13 @@ def sample_from_gaussians(
         else:
             drawn, x = begin(
                 coarse.gaussians, settings, image_shape=image_shape, labels=wanted,
-                generator=generator,
+                generator=generator, level=first_level(coarse, settings),
             )  # fmt: skip
-            x = (
-                drawn
-                if fine is None
-                else refine(fine, x, settings, t=settings.t0, labels=wanted, generator=generator)
-            )
+            chains = way_down(coarse, fine, settings)
+            if chains:
+                x = run_stages(chains, x, settings, labels=wanted, generator=generator)
+            else:
+                x = drawn
         chosen = likeliest(
             coarse.gaussians, x, part, count=count, abar=read_level(settings.schedule)
         )

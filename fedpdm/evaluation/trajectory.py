@@ -16,9 +16,9 @@ import torch
 from fedpdm.data import denormalize
 from fedpdm.diffusion.combined import Watched
 from fedpdm.diffusion.denoisers import DenoisingFunction
-from fedpdm.diffusion.from_gaussians import begin, goes_down
+from fedpdm.diffusion.from_gaussians import begin, first_level, way_down
 from fedpdm.diffusion.gaussian import GaussianDenoiser
-from fedpdm.diffusion.twostage import Stage, as_asked, refining, run_stages, stages
+from fedpdm.diffusion.twostage import Stage, as_asked, run_stages, stages
 from fedpdm.rng import Purpose, torch_generator
 from fedpdm.setup.pair import ModelPair
 
@@ -52,8 +52,8 @@ def record_states(
     states: list[State] = []
     asked: list[str] = []  # about the state at hand
 
-    def noting(role: str, denoiser: DenoisingFunction | None) -> DenoisingFunction | None:
-        return None if denoiser is None else Watched(denoiser, lambda *_: asked.append(role))
+    def noting(role: str, denoiser: DenoisingFunction) -> DenoisingFunction:
+        return Watched(denoiser, lambda *_: asked.append(role))
 
     def keep(stage: str, x_t: torch.Tensor, level: int, x0_hat: torch.Tensor, scale: float) -> None:
         a = settings.schedule.alpha_bar(level) ** 0.5
@@ -75,23 +75,24 @@ def record_states(
         return replace(stage, denoiser=Watched(stage.denoiser, watch))
 
     shared = pair.coarse if isinstance(pair.coarse, GaussianDenoiser) else None
-    if shared is not None and not goes_down(shared, pair.fine, settings):
+    if shared is not None and not (pair.fine is not None and settings.coarse_share is not None):
+        level = first_level(shared, settings)
         x_0, x = begin(
             shared.gaussians, settings, image_shape=pair.spec.shape, labels=wanted,
-            generator=generator,
+            generator=generator, level=level,
         )  # fmt: skip
-        keep("coarse", x, settings.t0, x_0, 1.0)
-        chains: tuple[Stage, ...] = ()
-        if pair.fine is None:
-            x = x_0
-        else:
-            _, fine = as_asked(None, pair.fine, settings)
-            chains = (refining(noting("fine", fine), settings, t=settings.t0),)
+        keep("coarse", x, level, x_0, 1.0)
+        chains = way_down(shared, pair.fine, settings, watched=noting)
+        x = x if chains else x_0
     else:
         shape = (len(wanted), *pair.spec.shape)
         x = torch.randn(shape, generator=generator, device=pair.device)
         coarse, fine = as_asked(pair.coarse, pair.fine, settings)
-        chains = stages(noting("coarse", coarse), noting("fine", fine), settings)
+        chains = stages(
+            None if coarse is None else noting("coarse", coarse),
+            None if fine is None else noting("fine", fine),
+            settings,
+        )
     x = run_stages(
         [keeping(stage) for stage in chains], x, settings, labels=wanted, generator=generator
     )

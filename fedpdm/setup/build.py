@@ -102,7 +102,9 @@ def build_shared(setup: RunSetup, weights: Mapping[str, torch.Tensor]) -> Gaussi
     gaussians = build_gaussians(setup, parts[GAUSSIANS]).gaussians
     model = build_denoiser(setup, "coarse").to(gaussians.means.device)
     load_named(dict(model.network.named_parameters()), parts[NETWORK], what="coarse weights")
-    return NetworkAboveGaussians(model.eval(), gaussians, setup.schedule, lowest=setup.lowest_t)
+    return NetworkAboveGaussians(
+        model.eval(), gaussians, setup.schedule, levels=setup.network_levels
+    )
 
 
 def named_part(weights: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

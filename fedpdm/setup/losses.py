@@ -171,14 +171,18 @@ def _levels(
     label: torch.Tensor,
     generator: torch.Generator,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`count` draws of t from [`setup.lowest_t`, T], noise as x_0 and the label or none."""
-    section, width = setup.config.coarse, setup.schedule.num_steps - setup.lowest_t + 1
+    """`count` draws of t from `setup.network_levels`, noise as x_0 and the label or none."""
+    section, (low, high) = setup.config.coarse, setup.network_levels
     t = draw_timesteps(
-        count, t_max=width, timesteps=section.timesteps, generator=generator, device=x_0.device
+        count,
+        t_max=high - low + 1,
+        timesteps=section.timesteps,
+        generator=generator,
+        device=x_0.device,
     )
     noise = torch.randn(x_0.shape, generator=generator, device=x_0.device)
     told = drop_labels(label.expand(count), probability=section.label_dropout, generator=generator)
-    return t + setup.lowest_t - 1, noise, told
+    return t + low - 1, noise, told
 
 
 def drawn_batch_loss(
@@ -186,7 +190,7 @@ def drawn_batch_loss(
 ) -> tuple[BatchLoss, torch.Tensor]:
     """(the loss of such a network on fresh draws of class Gaussians, of the classes at its indices;
     how often each class is to be drawn, float64 (K,)): a warm-up that costs nothing."""
-    section = setup.config.coarse
+    section, (low, high) = setup.config.coarse, setup.network_levels
     share = torch.zeros(setup.spec.num_classes, dtype=torch.float64, device=gaussians.means.device)
     share.index_add_(0, gaussians.classes, gaussians.weights)
 
@@ -196,8 +200,8 @@ def drawn_batch_loss(
             setup.schedule,
             gaussians.draw(indices, generator=generator).view(-1, *setup.spec.shape),
             labels=drop_labels(indices, probability=section.label_dropout, generator=generator),
-            t_min=setup.lowest_t,
-            t_max=setup.schedule.num_steps,
+            t_min=low,
+            t_max=high,
             weighting=find_weighting(setup.config, "coarse"),
             timesteps=section.timesteps,
             generator=generator,

@@ -18,7 +18,7 @@ from fedpdm.privacy.releases import ReleaseRequest
 __all__ = ["RunSetup", "build_schedule", "check_rounds", "set_up", "set_up_for"]
 
 HANDOVER = 0.15  # of T, with class statistics
-LOWEST = 0.10  # of T: what a network above the hand-over is trained for
+LOWEST, HIGHEST = 0.10, 0.30  # of T: what a network above the hand-over is trained for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +55,12 @@ class RunSetup:
         return self.plan is not None and self.plan.gradients is not None
 
     @property
-    def lowest_t(self) -> int:
-        """Least t that this network is trained for."""
+    def network_levels(self) -> tuple[int, int]:
+        """The least and the greatest t that this network is trained for."""
         section, T = self.config.network, self.schedule.num_steps
-        return section.lowest_t or min(self.handover, max(1, round(LOWEST * T)))
+        low = section.lowest_t or min(self.handover, max(1, round(LOWEST * T)))
+        high = max(1, round(HIGHEST * T))
+        return low, section.highest_t or (high if high > self.handover else T)
 
     @property
     def handover(self) -> int:
