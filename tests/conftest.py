@@ -21,6 +21,10 @@ import torch
 from xdist.scheduler import LoadScopeScheduling
 
 from tests.support.made_once import made_once
+from tests.support.quick_runs import quick_runs
+
+# Whose tests look at a run's pictures, or hand them to readers.
+SHOW_PICTURES = {"artefacts", "commands", "deployment", "docs", "reporting"}
 
 torch.set_num_threads(1)
 
@@ -35,6 +39,13 @@ def one_torch_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def own_runs_are_quick(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Runs of a test's own are quick. Fixtures of modules, and of all, make theirs in full."""
+    with quick_runs(pictures=request.path.parent.name in SHOW_PICTURES):
+        yield
 
 
 @pytest.fixture(scope="session")
