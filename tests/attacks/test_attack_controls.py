@@ -93,7 +93,8 @@ def test_a_trained_network_is_found_out_too() -> None:
     """
     assert {"loss", "pia", "pian", "secmi", "secmi_neural", "clid", "gsa"} == set(ATTACKS)
     trained, subjects, unseen = control_images(24, seed=0)
-    model = train_control(trained, num_steps=500, seed=0, batch_size=24, lr=3e-3)
+    model = train_control(trained, num_steps=500, seed=0, batch_size=24, lr=3e-3,
+                          preset="nano")  # fmt: skip
     neither = dataclasses.replace(
         subjects, members=unseen.images, member_labels=unseen.labels
     )  # neither half was trained on
