@@ -285,7 +285,7 @@ def test_everything_is_written_and_kept(
 ) -> None:
     names = "loss,gsa,memorisation,reconstruction,collusion,linkage"
     command = ["attack", str(finished["pfdm"]), "--attacks", names, "--out", str(tmp_path)]
-    command += ["--samples", "60", "--uploads", "20", "--seed", "4"]
+    command += ["--samples", "30", "--uploads", "10", "--seed", "4"]
     command += ["--public", "digits", "--public-steps", "2"]
     assert main(command) == 0
     shown = capsys.readouterr()
@@ -342,7 +342,7 @@ def test_every_kind_of_run_can_be_attacked(
     run_in_process(baseline(base, data={"holdout_fraction": 0.5}, **changes), tmp_path / "run")
     command = ["attack", str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--attacks"]
     command += ["loss,memorisation,linkage,reconstruction,collusion"]
-    command += ["--samples", "60", "--uploads", "20"]
+    command += ["--samples", "30", "--uploads", "10"]
     assert main(command) == 0
     said = capsys.readouterr().err
     assert ("left out: this baseline releases no images" in said) == (len(groups) == 2)

@@ -240,16 +240,22 @@ def test_a_known_seed_is_caught(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", ["half the noise", "no clipping", "the same noise"])
+@pytest.mark.parametrize(
+    ("fault", "repeats"),
+    [("half the noise", "60"), ("no clipping", "20"), ("the same noise", "20")],
+)
 def test_linkage_sees_faults(
-    fault: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    fault: str,
+    repeats: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     if fault == "no clipping":
         monkeypatch.setattr(statistics, "whole_vectors", unclipped)
     else:
         noise = HalfSeeded if fault == "half the noise" else SameSeeded
         monkeypatch.setattr(fedpdm.privacy.planning, "SeededNoise", noise)
-    code, facts = run([*LINKAGE, "--epsilon", "3", "--seeded", "3"], capsys)
+    code, facts = run([*LINKAGE, "--repeats", repeats, "--epsilon", "3", "--seeded", "3"], capsys)
     assert code == 1
     assert facts["auc_low"] > facts["auc_analytic"]
 
