@@ -7,9 +7,10 @@ Flower's processes or Ray (marker `flower`) are one lot: they follow each other 
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,11 +72,34 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made_once(tmp_path_factory, "small-run", make) / "out"
 
 
+# Fixtures that take seconds: whole runs, trained networks, processes, a browser.
+SLOW_FIXTURES = {
+    "assessed", "browser", "finished", "finished_run", "old", "page", "processes", "root",
+    "small_run", "trained", "warm", "world",
+}  # fmt: skip
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes longest comes first, so that no worker is left alone with it at the end."""
+    """A test is slow if its fixtures are. What takes longest comes first, so that no worker is left
+    alone with it at the end."""
+    for item in items:
+        if isinstance(item, pytest.Function) and SLOW_FIXTURES.intersection(item.fixturenames):
+            item.add_marker(pytest.mark.slow)
     flower = {item.path for item in items if item.get_closest_marker("flower")}
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: (item.path not in flower, item.path not in slow))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Imports and collected tests stay to the end: nobody looks among them for garbage."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 class FilesTogether(LoadScopeScheduling):

@@ -154,6 +154,7 @@ def test_bring_your_own_images(tmp_path: Path) -> None:
     assert 19 < statement["epsilon"] <= 20
 
 
+@pytest.mark.slow
 def test_a_mechanism_of_ones_own(tmp_path: Path) -> None:
     """The example is short, is what the page shows, and releases what it says."""
     source = (EXAMPLES / "own_mechanism.py").read_text()
