@@ -46,7 +46,7 @@ test-fast: install ## the tests not marked slow that start no Flower: 3 minutes 
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m 'not slow and not flower'
 
 experiment-gmm: install ## Gaussian-mixture toy beside its theory, under a minute (fedpdm toy)
-	$(BIN)/fedpdm toy experiments/gmm.yaml --out runs/gmm $(TOY)
+	$(BIN)/fedpdm toy experiments/gmm.yaml --out runs/gmm
 
 experiment-cifar: install ## the paper's CIFAR-10 table, all methods (PROFILE=smoke, JOBS=2)
 	$(BIN)/fedpdm experiment experiments/cifar10.yaml $(EXPERIMENT)

@@ -1,7 +1,8 @@
 """Fixtures for all tests, and how they are shared out to workers side by side (`pytest -n 2`).
 
 A file's tests stay together, so that what they share is made once. Files with tests that start
-Flower's processes or Ray (marker `flower`) are one lot: they follow each other in one worker.
+Flower's processes or Ray (marker `flower`) are one lot: they follow each other in one worker. So
+are those whose processes are forked from one that takes seconds to begin.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import functools
 import gc
 import os
+import re
 import signal
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -72,6 +74,7 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made_once(tmp_path_factory, "small-run", make) / "out"
 
 
+FORKS = re.compile(r"support\.apart|release_processes|OwnProcess|worker_pool")
 # Fixtures that take seconds: whole runs, trained networks, processes, a browser.
 SLOW_FIXTURES = {
     "assessed", "browser", "finished", "finished_run", "old", "page", "processes", "root",
@@ -103,16 +106,20 @@ def pytest_collection() -> Generator[None, object, object]:
 
 
 class FilesTogether(LoadScopeScheduling):
-    """A file's tests go to one worker, in their order; files with Flower's are one lot."""
+    """A file's tests go to one worker, in their order; files with Flower's are one lot, and so are
+    those that fork processes from one that has imported the libraries."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.split("::")[0]
-        return "flower" if _starts_flower(self.config.rootpath / file) else file
+        return _lot(self.config.rootpath / file) or file
 
 
 @functools.cache
-def _starts_flower(file: Path) -> bool:
-    return "pytest.mark.flower" in file.read_text(encoding="utf-8")
+def _lot(file: Path) -> str | None:
+    text = file.read_text(encoding="utf-8")
+    if "pytest.mark.flower" in text:
+        return "flower"
+    return "forks" if FORKS.search(text) else None
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -118,6 +118,7 @@ def gaussian(request: pytest.FixtureRequest) -> ReconstructionResult:
             Reconstructor(name="wrong mean", target=knows(MixtureDenoiser(wrong, SCHEDULE))),
             Reconstructor(name="too narrow", target=knows(MixtureDenoiser(narrow, SCHEDULE))),
         ],
+        num_steps=10,
     )
 
 
