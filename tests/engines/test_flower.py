@@ -18,6 +18,7 @@ from fedpdm.cli import main
 from fedpdm.config import RunConfig, config_to_yaml
 from fedpdm.engines.flower import CHECKOUT, MARKER, stop_processes
 from fedpdm.engines.inprocess import run_in_process
+from fedpdm.processors import available
 from fedpdm.storage.client_store import read_tensors
 from tests.support.command_line import without_advice
 from tests.support.federations import small_config
@@ -43,7 +44,10 @@ def leftovers(out: Path) -> list[str]:
 
 
 def test_failed_run_has_exit_code_1_and_names_the_client(tmp_path: Path) -> None:
-    config = small_config(fine={"lr": 1e30, "grad_clip": 1e30, "steps_per_round": 40})
+    config = small_config(
+        run={"threads": available()},  # one actor: a second one would start in vain
+        fine={"lr": 1e30, "grad_clip": 1e30, "steps_per_round": 40},
+    )
     out = tmp_path / "out"
     done = subprocess.run(command(tmp_path, config, out), capture_output=True, text=True)
     assert done.returncode == 1, done.stdout + done.stderr
