@@ -203,7 +203,7 @@ CUTS: dict[str, tuple[Cut, Cut]] = {
     ),
     "after an evaluation, before the next": (
         (CoarseStrategy, "aggregate_evaluate", 1, True),
-        (CoarseStrategy, "configure_evaluate", 1, False),
+        (CoarseStrategy, "configure_evaluate", 2, False),
     ),
 }  # fmt: skip
 

@@ -70,9 +70,10 @@ def test_a_run_is_killed_and_resumed_and_has_the_weights_of_one_in_process(tmp_p
         command(tmp_path, config, out), env=surroundings,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline and not list(out.glob("clients/*/partial/fine.safetensors")):
+    deadline = time.monotonic() + 900  # on a loaded machine
+    while not list(out.glob("clients/*/partial/fine.safetensors")):
         assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline, "no client trains"
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
