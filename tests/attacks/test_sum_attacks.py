@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -54,12 +53,6 @@ LINKAGE = [
     "attack", "linkage", "--release", "statistics", "--clip-norm", "6", "--images", "6",
     "--repeats", "40", "--seed", "4", "--json",
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hundreds of stores that nobody needs after a crash."""
-    monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 def unclipped(x: np.ndarray, *, steps: float, limit: int) -> np.ndarray:
