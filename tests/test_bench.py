@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -25,6 +26,11 @@ def test_the_bare_loop_takes_the_steps_of_the_federation(monkeypatch: pytest.Mon
     monkeypatch.setattr(Trainer, "train", counting)
     monkeypatch.setattr(federation, "ROUNDS", 3)
     config = _config(num_clients=3, steps=2)
+    config = dataclasses.replace(
+        config,
+        coarse=dataclasses.replace(config.coarse, preset="nano"),
+        fine=dataclasses.replace(config.fine, preset="nano"),
+    )
     assert _bare_loop(config) > 0
     bare = {fine: sum(n for kind, n in taken if kind == fine) for fine in (True, False)}
     taken.clear()

@@ -37,15 +37,15 @@ def test_what_is_not_seen_is_an_escape(text: str, shown: str) -> None:
 def test_no_character_that_is_hidden_or_moves_others_is_left() -> None:
     """Of all of Unicode: no category of control, format or separator characters, and line breaks
     are those of a terminal's."""
-    text = "".join(map(chr, range(sys.maxunicode + 1)))
-    left = {unicodedata.category(c) for c in visible(text)}
+    shown = visible("".join(map(chr, range(sys.maxunicode + 1))))
+    left = {unicodedata.category(c) for c in shown}
     assert not left & {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"} - {"Cc"}
-    assert [c for c in visible(text) if unicodedata.category(c) in ("Cc", "Zs")] == [
+    assert [c for c in shown if unicodedata.category(c) in ("Cc", "Zs")] == [
         "\t",
         "\n",
         " ",
     ]
-    assert len(visible(text).splitlines()) == 2
+    assert len(shown.splitlines()) == 2
 
 
 def test_a_line_is_one_line_of_bounded_length() -> None:

@@ -92,7 +92,7 @@ def test_clients_count_the_classes_they_train_on(finished: dict[str, Path]) -> N
 
 @pytest.mark.slow
 def test_the_record_is_of_what_training_was_given(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Planted: training on other images than the config implies shows in the record."""
     import fedpdm.data.client_images
@@ -103,14 +103,13 @@ def test_the_record_is_of_what_training_was_given(
         train, heldout = real(count, **given)
         return heldout, train
 
-    run_in_process(config_of("fedavg"), tmp_path / "as_it_is")
     monkeypatch.setattr(fedpdm.data.client_images, "split_heldout", swapped)
     from clients import local
 
     local._kept_client.cache_clear()
     run_in_process(config_of("fedavg"), tmp_path / "swapped")
     local._kept_client.cache_clear()
-    a, b = record(tmp_path / "as_it_is"), record(tmp_path / "swapped")
+    a, b = record(finished["fedavg"]), record(tmp_path / "swapped")
     assert a["trained"] == {"coarse": "raw"}
     assert (a["train"], a["heldout"]) == (b["heldout"], b["train"])
 
@@ -286,7 +285,7 @@ def test_everything_is_written_and_kept(
 ) -> None:
     names = "loss,gsa,memorisation,reconstruction,collusion,linkage"
     command = ["attack", str(finished["pfdm"]), "--attacks", names, "--out", str(tmp_path)]
-    command += ["--samples", "60", "--uploads", "20", "--seed", "4"]
+    command += ["--samples", "30", "--uploads", "10", "--seed", "4"]
     command += ["--public", "digits", "--public-steps", "2"]
     assert main(command) == 0
     shown = capsys.readouterr()
@@ -343,7 +342,7 @@ def test_every_kind_of_run_can_be_attacked(
     run_in_process(baseline(base, data={"holdout_fraction": 0.5}, **changes), tmp_path / "run")
     command = ["attack", str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--attacks"]
     command += ["loss,memorisation,linkage,reconstruction,collusion"]
-    command += ["--samples", "60", "--uploads", "20"]
+    command += ["--samples", "30", "--uploads", "10"]
     assert main(command) == 0
     said = capsys.readouterr().err
     assert ("left out: this baseline releases no images" in said) == (len(groups) == 2)

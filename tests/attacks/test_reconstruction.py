@@ -118,6 +118,7 @@ def gaussian(request: pytest.FixtureRequest) -> ReconstructionResult:
             Reconstructor(name="wrong mean", target=knows(MixtureDenoiser(wrong, SCHEDULE))),
             Reconstructor(name="too narrow", target=knows(MixtureDenoiser(narrow, SCHEDULE))),
         ],
+        num_steps=10,
     )
 
 
@@ -458,7 +459,7 @@ def test_pretrained_attacker_learns_from_its_public_images() -> None:
     t0, clip_norm = 400, 5.0
     released = upload(private, labels, t0=t0, clip_norm=clip_norm)
     spec = DenoiserSpec(
-        preset=PRESETS["micro"], resolution=8, channels=1, num_classes=1, prediction="v",
+        preset=PRESETS["nano"], resolution=8, channels=1, num_classes=1, prediction="v",
         knows_clipping=False,
     )  # fmt: skip
 

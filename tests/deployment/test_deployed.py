@@ -170,7 +170,9 @@ def test_the_coordinator_keeps_the_marks_of_all_ledgers(finished: Finished) -> N
 def test_status_says_nodes_rounds_bytes_and_losses(
     finished: Finished, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    status: dict[str, Any] = finished.federation.status()
+    capsys.readouterr()
+    assert call("federation", "status", "--state", finished.federation.state, "--json") == 0
+    status: dict[str, Any] = json.loads(capsys.readouterr().out)
     assert status["running"]
     assert status["pid"] == finished.federation.superlink_pid()
     assert [(node["name"], node["status"]) for node in status["nodes"]] == [

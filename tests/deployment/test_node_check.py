@@ -530,10 +530,12 @@ def test_nothing_is_started_when_it_became_wrong(
 
 
 SCRIPT = """
-import sys
+import contextlib, sys
 from pathlib import Path
 from fedpdm.engines import supervision as node
 node.PAUSE = 0.2
+if sys.argv[3] == "cold":
+    node.warm_process = lambda *_, **__: contextlib.nullcontext()
 root = Path(sys.argv[1])
 command = node.NodeCommand(
     client_id=5, command=("sh", "-c", sys.argv[2]), environment={"PATH": "/usr/bin:/bin"},
@@ -544,10 +546,11 @@ sys.exit(node.run_node(command))
 
 
 @contextmanager
-def started(root: Path, script: str) -> Iterator[subprocess.Popen[str]]:
-    """A supervisor of `script`; killed at the end if the test has not stopped it."""
+def started(root: Path, script: str, warmth: str = "cold") -> Iterator[subprocess.Popen[str]]:
+    """A supervisor of `script`; killed at the end if the test has not stopped it. Only a "warm" one
+    has the process that would work on messages: it takes seconds to begin, and none come here."""
     process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(root), script],
+        [sys.executable, "-c", SCRIPT, str(root), script, warmth],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -591,7 +594,7 @@ def test_a_log_is_plain_text(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_stopping_ends_the_supernode_and_two_nodes_do_not_share_a_store(tmp_path: Path) -> None:
-    with started(tmp_path, "echo $$; exec sleep 1000") as process:
+    with started(tmp_path, "echo $$; exec sleep 1000", "warm") as process:
         assert process.stdout is not None
         child = int(process.stdout.readline())
         with started(tmp_path, "echo second") as second:

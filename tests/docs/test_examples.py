@@ -1,4 +1,4 @@
-"""The examples, run as their readers run them."""
+"""The examples, run as their readers run them; those that train long take few steps here."""
 
 from __future__ import annotations
 
@@ -29,10 +29,36 @@ EXAMPLES = ROOT / "examples"
 NOTEBOOK = EXAMPLES / "quickstart.ipynb"
 
 
+# What makes examples quick: text of theirs, and what stands in its place here.
+FEW = '"image_metrics": False}, sampling={"num_steps": 2, "per_class": 1}'
+QUICK: dict[str, dict[str, str]] = {
+    "quickstart.py": {"num_steps=100)": "num_steps=2)", "num_steps=200)": "num_steps=2)"},
+    "quickstart.ipynb": {"num_steps=60)": "num_steps=2)", "num_steps=200)": "num_steps=2)"},
+    "own_denoiser.py": {"num_steps=200)": "num_steps=2)"},
+    "own_mechanism.py": {'"image_metrics": False}': FEW},
+    "own_model.py": {'"image_metrics": False}': FEW},
+    "gaussian_classifier.py": {"num_steps=500": "num_steps=200",
+                               "sampling={": 'sampling={"num_steps": 2, "per_class": 1, '},
+    "custom_strategy.py": {"evaluation=quick": 'evaluation=quick, sampling={"num_steps": 2}',
+                           ": 10}": ": 2}"},
+}  # fmt: skip
+
+
+def quick_text(name: str) -> str:
+    """An example's text with `QUICK` settings; the rest of it is as its readers have it."""
+    text = (EXAMPLES / name).read_text()
+    for old, new in QUICK.get(name, {}).items():
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    return text
+
+
 def run_example(folder: Path, name: str, *arguments: str) -> str:
     """What an example prints; it runs in `folder`, on one core."""
     environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = run_apart(EXAMPLES / name, *arguments, directory=folder, environment=environment)
+    script = folder / name
+    script.write_text(quick_text(name))
+    done = run_apart(script, *arguments, directory=folder, environment=environment)
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr
     return done.stdout
@@ -86,7 +112,7 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         import nbformat
         from nbclient import NotebookClient
 
-        notebook = nbformat.read(NOTEBOOK, as_version=4)
+        notebook = nbformat.reads(quick_text(NOTEBOOK.name), as_version=4)
         NotebookClient(
             notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
         ).execute()
@@ -128,6 +154,7 @@ def test_bring_your_own_images(tmp_path: Path) -> None:
     assert 19 < statement["epsilon"] <= 20
 
 
+@pytest.mark.slow
 def test_a_mechanism_of_ones_own(tmp_path: Path) -> None:
     """The example is short, is what the page shows, and releases what it says."""
     source = (EXAMPLES / "own_mechanism.py").read_text()
@@ -164,7 +191,9 @@ def test_code_of_ones_own_runs_by_name(tmp_path: Path, name: str) -> None:
 def test_a_denoiser_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The closed form is exact, the fine model takes over at its level, and a picture is drawn."""
     monkeypatch.setattr(sys, "argv", ["own_denoiser.py", str(tmp_path / "drawn.png")])
-    example = runpy.run_path(str(EXAMPLES / "own_denoiser.py"))
+    script = tmp_path / "own_denoiser.py"
+    script.write_text(quick_text(script.name))
+    example = runpy.run_path(str(script))
     with Image.open(tmp_path / "drawn.png") as picture:
         assert picture.width > 500
     x_t = torch.randn((3, 1, 8, 8), generator=torch.Generator().manual_seed(4))

@@ -161,7 +161,8 @@ def test_one_client_of_federated_averaging_is_local_training(tmp_path: Path, kin
     assert distance(found, dict(trainer.weights())) < 1e-5
 
 
-@pytest.mark.parametrize("kind", ["fedavg", pytest.param("dp_sgd", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["fedavg", "dp_sgd"])
 def test_variants_of_the_average(tmp_path: Path, kind: str) -> None:
     """FedProx without its pull is FedAvg, with it stays nearer; int8 sends a quarter."""
     chosen: dict[str, dict[str, Any]] = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shutil
 from collections.abc import Mapping
@@ -42,7 +41,16 @@ def snapshot(root: Path) -> dict[str, bytes]:
     return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
 
 
-def cut(out: Path, config: RunConfig, owner: type, name: str, at: int, *, after: bool) -> None:
+def cut(
+    out: Path,
+    config: RunConfig,
+    owner: type,
+    name: str,
+    at: int,
+    *,
+    after: bool,
+    resume: bool = False,
+) -> None:
     """A run that ends at the `at`-th call of a method, before it or when it is done."""
     real, open_client, calls = getattr(owner, name), inprocess.client_fn, []
 
@@ -65,7 +73,7 @@ def cut(out: Path, config: RunConfig, owner: type, name: str, at: int, *, after:
         patch.setattr(owner, name, last)
         patch.setattr(inprocess, "client_fn", while_alive)
         with pytest.raises((Crash, ClientFailure)):  # Flower takes the first for a client's
-            run_in_process(config, out)
+            run_in_process(config, out, resume=resume)
     assert len(calls) == at
 
 
@@ -180,26 +188,33 @@ def test_another_client_s_model_is_not_exported(whole: Path, tmp_path: Path) -> 
 
 # --- Interruptions --------------------------------------------------------------------------
 
-# A method, the call of it at which the run ends, and whether that call is done first.
-CUTS: dict[str, tuple[type, str, int, bool]] = {
-    "inside a client's fine steps": (ClientStore, "save_partial", 5, True),
-    "after a client's round": (PFDMClient, "_fit", 4, True),
-    "before an evaluation": (CoarseStrategy, "configure_evaluate", 2, False),
-    "inside an evaluation": (PFDMClient, "_evaluate", 5, False),
-    "after an evaluation": (CoarseStrategy, "aggregate_evaluate", 1, True),
-    "inside the round after it": (PFDMClient, "_fit", 8, True),
-    "before the last evaluation": (CoarseStrategy, "configure_evaluate", 3, False),
-    "inside the last evaluation": (PFDMClient, "_evaluate", 8, True),
-}
+# A method, the call of it at which the process ends, and whether that call is done first. Each run
+# is cut twice, and the second process counts its calls anew.
+Cut = tuple[type, str, int, bool]
+CUTS: dict[str, tuple[Cut, Cut]] = {
+    "inside a client's fine steps, before the last evaluation": (
+        (ClientStore, "save_partial", 5, True), (CoarseStrategy, "configure_evaluate", 2, False),
+    ),
+    "after a client's round, inside the last evaluation": (
+        (PFDMClient, "_fit", 4, True), (PFDMClient, "_evaluate", 5, True),
+    ),
+    "inside an evaluation, inside the round after it": (
+        (PFDMClient, "_evaluate", 5, False), (PFDMClient, "_fit", 2, True),
+    ),
+    "after an evaluation, before the next": (
+        (CoarseStrategy, "aggregate_evaluate", 1, True),
+        (CoarseStrategy, "configure_evaluate", 2, False),
+    ),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CUTS)
+@pytest.mark.parametrize("names", CUTS)
 def test_a_resumed_run_has_the_records_of_one_that_was_not_cut(
-    whole: Path, tmp_path: Path, name: str
+    whole: Path, tmp_path: Path, names: str
 ) -> None:
-    owner, method, at, after = CUTS[name]
     out = tmp_path / "out"
-    cut(out, CONFIG, owner, method, at, after=after)
+    for number, (owner, method, at, after) in enumerate(CUTS[names]):
+        cut(out, CONFIG, owner, method, at, after=after, resume=number > 0)
     run_in_process(CONFIG, out, resume=True)
     records = [unclocked(read_json(path / "metrics.json")) for path in (out, whole)]
     assert records[0] == records[1]
@@ -210,23 +225,21 @@ def test_a_resumed_run_has_the_records_of_one_that_was_not_cut(
 
 
 def test_a_round_without_an_evaluation_gets_none_on_resume(tmp_path: Path) -> None:
-    config = dataclasses.replace(
-        CONFIG, evaluation=dataclasses.replace(CONFIG.evaluation, every=2, image_metrics=False)
-    )
+    """And the second process counts the seconds of both."""
+    config = small_config(
+        run={"rounds": 3}, data={"max_images": 160}, partition={"num_clients": 2},
+        evaluation={"every": 2, "image_metrics": False},
+    )  # fmt: skip
     run_in_process(config, tmp_path / "whole")
-    cut(tmp_path / "cut", config, PFDMClient, "_fit", 4, after=False)
+    cut(tmp_path / "cut", config, PFDMClient, "_fit", 3, after=False)
+    cut(tmp_path / "cut", config, CoarseStrategy, "configure_evaluate", 1, after=False, resume=True)
+    before = read_json(tmp_path / "cut" / "metrics.json")["rounds"][1]["seconds"]
     run_in_process(config, tmp_path / "cut", resume=True)
     records = [unclocked(read_json(tmp_path / run / "metrics.json")) for run in ("cut", "whole")]
     assert records[0] == records[1]
     evaluated = ["heldout_coarse_loss" in record for record in records[0]["rounds"]]
     assert evaluated == [False, True, True]
-
-
-def test_a_resume_counts_the_seconds_of_both_processes(tmp_path: Path) -> None:
-    cut(tmp_path / "out", CONFIG, CoarseStrategy, "configure_evaluate", 2, after=False)
-    before = read_json(tmp_path / "out" / "metrics.json")["rounds"][1]["seconds"]
-    run_in_process(CONFIG, tmp_path / "out", resume=True)
-    after = read_json(tmp_path / "out" / "metrics.json")["rounds"][1]["seconds"]
+    after = read_json(tmp_path / "cut" / "metrics.json")["rounds"][1]["seconds"]
     assert before < after < before + 60
 
 

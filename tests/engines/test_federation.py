@@ -81,10 +81,11 @@ def test_seed_repeats_and_another_seed_differs(
     finished: tuple[RunConfig, Path], tmp_path: Path
 ) -> None:
     _, out = finished
-    run_in_process(small_config(), tmp_path / "again")
+    unjudged = {"image_metrics": False}  # of which the weights know nothing
+    run_in_process(small_config(evaluation=unjudged), tmp_path / "again")
     assert_same_weights(out, tmp_path / "again")
     assert release_digests(out) == release_digests(tmp_path / "again")
-    run_in_process(small_config(run={"seed": 4}), tmp_path / "other")
+    run_in_process(small_config(run={"seed": 4}, evaluation=unjudged), tmp_path / "other")
     assert release_digests(out) != release_digests(tmp_path / "other")
     name = next(iter(final_weights(out)))
     assert not torch.equal(final_weights(out)[name], final_weights(tmp_path / "other")[name])
@@ -185,7 +186,8 @@ def test_changed_release_settings_are_refused(tmp_path: Path) -> None:
 def test_crash_between_rounds_then_resume(
     finished: tuple[RunConfig, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, reference = finished
+    _, reference = finished
+    config = small_config(evaluation={"image_metrics": False})
     real, calls = inprocess._LocalProxy.fit, []
 
     def crash(self: object, *args: object, **named: object) -> object:
@@ -209,7 +211,9 @@ def test_crash_between_rounds_then_resume(
 @pytest.mark.slow
 def test_kill_in_the_middle_of_a_round_then_resume(tmp_path: Path) -> None:
     config = small_config(
-        fine={"steps_per_round": 60, "checkpoint_every": 5}, evaluation={"image_metrics": False}
+        partition={"num_clients": 2},
+        fine={"steps_per_round": 60, "checkpoint_every": 5},
+        evaluation={"image_metrics": False},
     )
     run_in_process(config, tmp_path / "reference")
     experiment = tmp_path / "small.yaml"
@@ -247,7 +251,9 @@ def test_ctrl_c_ends_the_in_process_engine_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_server_training_uploads_once(tmp_path: Path) -> None:
-    config = small_config(coarse={"training": "server"}, run={"rounds": 3})
+    config = small_config(
+        coarse={"training": "server"}, run={"rounds": 3}, evaluation={"image_metrics": False}
+    )
     run_in_process(config, tmp_path / "run")
     rounds = json.loads((tmp_path / "run" / "metrics.json").read_text())["rounds"]
     uploads = [record["bytes_up"] for record in rounds]
@@ -286,7 +292,7 @@ def test_failed_client_stops_the_run_and_is_named(
 def test_failed_client_is_left_out_where_config_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = small_config(aggregation={"on_failure": "skip"})
+    config = small_config(aggregation={"on_failure": "skip"}, evaluation={"image_metrics": False})
     real = inprocess._LocalProxy.fit
 
     def fit(self: inprocess._LocalProxy, *args: object, **named: object) -> object:

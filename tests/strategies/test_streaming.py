@@ -108,6 +108,7 @@ class Trainee(FakeProxy):
         return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slow", ["clients", "server"])
 @pytest.mark.parametrize("workers", [1, 3])
 def test_the_server_holds_few_updates(

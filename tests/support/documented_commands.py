@@ -24,7 +24,7 @@ TINY = (
     "data.max_images=400", "partition.num_clients=2", "partition.majority_ratio=2",
     "run.rounds=2", "coarse.preset=nano", "fine.preset=nano", "coarse.steps_per_round=1",
     "fine.steps_per_round=1", "coarse.batch_size=8", "fine.batch_size=8", "sampling.num_steps=2",
-    "sampling.per_class=1", "evaluation.num_images=40",
+    "sampling.per_class=1", "evaluation.num_images=40", "evaluation.classifier_steps=20",
 )  # fmt: skip
 TINY_TOY = (
     "release.num_steps=100", "measure.replicates=16", "measure.samples=50",

@@ -47,7 +47,7 @@ def small(out: Path, *more: str) -> list[str]:
 
 @pytest.mark.slow
 def test_a_small_experiment_and_its_resumption(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert main(small(tmp_path, "--json")) == 0
     first = capsys.readouterr()
@@ -71,6 +71,7 @@ def test_a_small_experiment_and_its_resumption(
     lines = (tmp_path / "cells.jsonl").read_text().splitlines(keepends=True)
     kept = len(lines) // 2
     (tmp_path / "cells.jsonl").write_text("".join(lines[:kept]) + lines[kept][:40])
+    monkeypatch.setattr("fedpdm.toy.report.draw_figures", lambda *_, **__: [])  # as before
     assert main(small(tmp_path, "--json", "--resume")) == 0
     second = capsys.readouterr()
     assert f"toy: {kept} of {len(lines)} cells are there already" in second.err

@@ -155,7 +155,9 @@ def metrics_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str],
     def run(training: str, encoding: str) -> Any:
         out = root / f"{training}-{encoding}"
         config = small_config(
-            run={"rounds": 3},
+            run={"rounds": 2},
+            data={"max_images": 160},
+            partition={"num_clients": 2},
             coarse={"training": training, "steps_per_round": 10},
             aggregation={"encoding": encoding},
             fine={"steps_per_round": 0},
