@@ -195,7 +195,9 @@ def _recipe(config: RunConfig) -> list[str]:
     """What `both` is, in the words of `fedpdm experiment`; nothing for a baseline."""
     if not config.kind.releases:
         return []
-    if config.has_statistics:
+    if config.has_network:
+        what = "from a private network on, begun with class Gaussians"
+    elif config.has_statistics:
         what = "from class Gaussians on, 'statistics' in fedpdm experiment"
     elif config.coarse.objective == "truncated":
         what = "trained as 'ours' in fedpdm experiment (not as 'PFDM', which is the paper's recipe)"
