@@ -13,7 +13,13 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "run": {"rounds": 3 + ROUNDS},
     "coarse": {"training": "server"},
     "privacy": {"release": "network", "clip_norm": 6.0},
-    "network": {"rounds": ROUNDS, "warmup_steps": 3, "sample_rate": 0.2, "draws": 2},
+    "network": {
+        "rounds": ROUNDS,
+        "warmup_steps": 3,
+        "sample_rate": 0.2,
+        "draws": 2,
+        "clip_norm": 1.0,
+    },
 }
 
 
