@@ -196,7 +196,7 @@ def _recipe(config: RunConfig) -> list[str]:
     if not config.kind.releases:
         return []
     if config.has_network:
-        what = "from a private network on, begun with class Gaussians"
+        what = "from a private network on, 'network' in fedpdm experiment"
     elif config.has_statistics:
         what = "from class Gaussians on, 'statistics' in fedpdm experiment"
     elif config.coarse.objective == "truncated":
