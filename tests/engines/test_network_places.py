@@ -83,6 +83,7 @@ def test_the_shared_model_is_sent_for_the_last_evaluation_alone(finished: Path) 
 def test_summary_page_and_comparison_call_it_a_network(finished: Path, tmp_path: Path) -> None:
     words = summarise(RunDirectory(finished))
     assert "from a private network on, 'network' in fedpdm experiment." in words
+    assert re.search(r", 2 rounds of gradients under noise of 0\.\d+ clip norms,", words)
     rows = dict(summary_rows(read_run(finished)))
     assert rows["shared model"] == "a network, of class Gaussians and 2 rounds of noised gradients"
     page = write_report(
