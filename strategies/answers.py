@@ -199,6 +199,11 @@ def round_line(record: Mapping[str, Any], *, rounds: int, seconds_left: float) -
     """A round's record as the one line that is shown."""
     parts = [f"round {record['round']}/{rounds}"]
     parts += shared_words(record)
+    if record.get("warmup_loss") is not None:
+        parts.append(f"warm-up loss {record['warmup_loss']:.4f}")
+    if record.get("gradient_norm") is not None:
+        noise = record["gradient_noise"]
+        parts.append(f"mean gradient {record['gradient_norm']:.3g}, noise alone {noise:.3g}")
     if record.get("fine_loss") is not None:
         parts.append(f"fine loss {record['fine_loss']:.4f}")
     parts.append(f"{record['images_per_second']:.0f} images/s")

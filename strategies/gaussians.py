@@ -71,9 +71,9 @@ class CoarseGaussians(CoarseStrategy):
         return encode_arrays(wire.encode_model(told_before(self._stage(round), self._sums)))
 
     def evaluation_message(self) -> Parameters:
-        """The Gaussians; nothing before there are any."""
-        message = wire.encode_model(self.ema) if self.ema else wire.encode_nothing()
-        return encode_arrays(message)
+        """The shared model after the last round; before, clients measure nothing with it."""
+        last = self.rounds_done == self.settings.rounds
+        return encode_arrays(wire.encode_model(self.ema) if last else wire.encode_nothing())
 
     def begin(self, round: int, clients: Collection[int]) -> None:
         self._accepted = []

@@ -132,8 +132,8 @@ def sample(
     Args:
         config: `config.sampling` says how. What it leaves open with class statistics is the
             fallback of docs/method.md section 5, for nobody chooses here.
-        coarse, fine: one of them may be None: the other one then does all. Class Gaussians are
-            `gaussian_classifier(run).denoiser`.
+        coarse, fine: one of them may be None: the other one then does all. Class Gaussians,
+            and a network above them, are `gaussian_classifier(run).denoiser`.
         labels: N whole numbers; -1 for no label.
         own: the client's training images; needed where `sampling.coarse_worth` mixes both models.
         seed: equal seeds give equal images.
@@ -176,10 +176,12 @@ def sample(
 
 
 def gaussian_classifier(run: RunDirectory | str | Path) -> GaussianClassifier:
-    """The class Gaussians of a finished run of class statistics, read as a classifier.
+    """The class Gaussians of a finished run of class statistics, or of a network that began with
+    them, read as a classifier.
 
-    It is all that clients released, and the same for all of them. Its log-probabilities can be
-    added to those of a client's own classifier (docs/method.md section 5).
+    They are made of what all clients released, and the same for all of them. Their
+    log-probabilities can be added to those of a client's own classifier (docs/method.md section
+    5).
 
     Raises:
         ValueError: for a run that has not finished, or whose shared model is another.
@@ -189,7 +191,7 @@ def gaussian_classifier(run: RunDirectory | str | Path) -> GaussianClassifier:
     if not set_up(config).has_gaussians:
         raise ValueError(
             f"{directory.root}: its shared model is no class Gaussians; privacy.release must be "
-            f"statistics, got {config.privacy.release}"
+            f"statistics or network, got {config.privacy.release}"
         )
     check_finished(directory, config)
     pair = shared_pair(config, shared_weights(directory))

@@ -5,7 +5,7 @@ With D_i the distance of the clipped images of pair i, the likelihood ratio (`li
     upload of a_i:  N(+D_i^2 / (2 sigma^2), D_i^2 / sigma^2),
     upload of b_i:  N(-D_i^2 / (2 sigma^2), D_i^2 / sigma^2),
 
-so over all uploads of a's and b's (Neyman and Pearson 1933; docs/method.md section 6)
+so over all uploads of a's and b's (Neyman and Pearson 1933; docs/attacks.md)
 
     AUC    = mean over i, j of Phi(sqrt(D_i^2 + D_j^2) / (2 sigma)),
     FPR(u) = mean_j Phi(-u sigma / D_j - D_j / (2 sigma)),

@@ -5,7 +5,7 @@ nearest of the training images to a generated image g and S its n nearest ones, 
 
     l2(g, x) / (a mean over y in S of l2(g, y)),      flagged at <= 1,  n = 50, a = 0.5,
 
-(docs/method.md section 6). The *absolute distance* is their section 4.1's, the root mean square of
+(docs/attacks.md). The *absolute distance* is their section 4.1's, the root mean square of
 the differences, with pixels in [0, 1]; which distance is near depends on the data, so the
 threshold is taken from images that nobody trained on: the distance that only a small share of
 held-out images comes below (`judge_by_control`).

@@ -5,7 +5,7 @@ With d(v) the L2 distance of a reconstruction v from the original x,
     recovery         = sum d(v) / sum d(none)        none:  the upload, only rescaled
     recovery (blind) = sum d(v) / sum d(blind)       blind: the mean of other images of the class
 
-over the attacked images: 0 is perfect (docs/method.md section 6). The first is 1 for "no attack",
+over the attacked images: 0 is perfect (docs/attacks.md). The first is 1 for "no attack",
 but the noise of an upload is so large that an empty image scores well below 1, and at small t0 it
 stays near 1 although everything is recovered. The second is 1 for who never saw the upload, so
 it says what the upload gave away.

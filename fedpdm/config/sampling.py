@@ -29,18 +29,19 @@ class SamplingConfig:
     handover: int | None = key(
         None,
         "class statistics: t at which the fine model takes over; default: each client chooses "
-        "(docs/method.md section 5)",
+        "(docs/method.md section 5), with a network 0.15 T",
         low=1,
     )
     fine_labels: bool | None = key(
         None,
         "whether the fine model is told the class under the hand-over; default: with released "
-        "images yes, with class statistics each client chooses",
+        "images yes, with class statistics each client chooses, with a network no",
     )
     candidates: int | None = key(
         None,
         "class statistics: images drawn for each one that is kept, the one whose class the "
-        "Gaussians find most likely; default: each client chooses, without class statistics 1",
+        "Gaussians find most likely; default: each client chooses, with a network 4, without class "
+        "statistics 1",
         low=1,
         high=64,
     )
@@ -69,6 +70,6 @@ def check_candidates(section: SamplingConfig, *, release: str) -> None:
     """Refuse candidates with a release of another kind."""
     if (section.candidates or 1) > 1:
         raise ConfigError(
-            "sampling.candidates: must be 1 without privacy.release: statistics, whose Gaussians "
-            f"choose between candidates, got {section.candidates} with {release}"
+            "sampling.candidates: must be 1 without privacy.release: statistics or network, whose "
+            f"Gaussians choose between candidates, got {section.candidates} with {release}"
         )

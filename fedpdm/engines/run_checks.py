@@ -70,6 +70,21 @@ class RunModels:
         promises = config.kind.releases or config.kind is RunKind.DP_SGD
         warning = delta_warning(config.privacy.delta, images=images) if promises else ""
         warnings = [f"WARNING: privacy.delta: {warning}"] if warning else []
+        plan = self.setup.plan
+        if plan is not None and (few := plan.sample_warning(images)):
+            warnings.append(f"WARNING: network.sample_rate: {few}")
+        if plan is not None and plan.gradients is not None:
+            first, last = len(plan.sums), plan.gradients.rounds
+            return [
+                _what_leaves(self.setup),
+                *warnings,
+                f"models: coarse network {coarse.preset} {self.sizes['coarse'] / 1e6:.2f} M above "
+                f"t = {self.setup.handover}, fine {fine.preset} {self.sizes['fine'] / 1e6:.2f} M "
+                f"parameters{where}; {config.run.rounds} rounds of {fine.steps_per_round} fine "
+                f"steps: {first} of class statistics, then {config.network.warmup_steps} steps of "
+                f"warm-up, {last} of gradients, {config.run.rounds - first - last} of fine "
+                "training alone",
+            ]
         if self.setup.has_gaussians:
             return [
                 _what_leaves(self.setup),

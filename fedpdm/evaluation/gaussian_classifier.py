@@ -78,7 +78,7 @@ class GaussianClassifier:
 
 
 def as_classifier(shared: object, spec: ImageSpec) -> GaussianClassifier:
-    """A run's shared model as a classifier; `ValueError` unless it is class Gaussians."""
+    """A run's shared model as a classifier; `ValueError` unless it is, or has, class Gaussians."""
     if not isinstance(shared, GaussianDenoiser):
         raise ValueError(
             "the shared model must be class Gaussians (privacy.release: statistics) to be read as "

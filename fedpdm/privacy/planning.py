@@ -81,6 +81,17 @@ class ReleasePlan:
         last = self.rounds[-1]
         return last if isinstance(last, GradientParameters) else None
 
+    def sample_warning(self, images: int | None) -> str:
+        """Why a network's rounds are noise alone for a client with at most so many images, in a
+        line; empty if they are not, or the number is not known."""
+        plan = self.gradients
+        if plan is None or images is None or plan.sample_rate * images >= 1.0:
+            return ""
+        return (
+            f"{plan.sample_rate:g} draws {plan.sample_rate * images:.2g} of a client's {images:,} "
+            "images a round, on average; most of its rounds are noise alone"
+        )
+
     @property
     def images(self) -> ReleaseParameters:
         """What released images are made with; `ConfigError` if the mechanism releases none."""

@@ -11,6 +11,7 @@ import torch
 
 from fedpdm.config import RunConfig
 from fedpdm.data.spec import ImageSpec, known_class_names
+from fedpdm.diffusion.above_gaussians import NetworkAboveGaussians
 from fedpdm.diffusion.gaussian import ClassGaussians, GaussianDenoiser
 from fedpdm.diffusion.sampling import make_scheduler
 from fedpdm.privacy.mechanism import mechanism_named
@@ -125,7 +126,11 @@ def gaussian_component(gaussians: ClassGaussians) -> GaussianClasses:
 
 
 def _shared_part(coarse: Any) -> dict[str, Any]:
-    """What the pipeline takes of the shared model: its U-Net, or its Gaussians."""
+    """What the pipeline takes of the shared model: its U-Net, its Gaussians, or both."""
+    if isinstance(coarse, NetworkAboveGaussians):
+        gaussians = gaussian_component(coarse.gaussians)
+        lowest = {"gaussians": gaussians, "coarse_lowest": coarse.lowest}
+        return {**_shared_part(coarse.network), **lowest}
     if isinstance(coarse, GaussianDenoiser):
         return {"coarse_unet": None, "gaussians": gaussian_component(coarse.gaussians)}
     return {
@@ -165,7 +170,7 @@ def _check_release(setup: RunSetup, privacy: Mapping[str, Any], known: Any, *, w
     planned = [asdict(parameters) for parameters in setup.release_plan.rounds]
     if "t0" in privacy:
         planned = [{**each, "t0": int(privacy["t0"])} for each in planned]
-    names = ("t0", "stage", "clip_norm", "shift", "dimensions")
+    names = ("t0", "run", "stage", "clip_norm", "shift", "dimensions")
 
     def differs(record: Mapping[str, Any], plan: Mapping[str, Any]) -> list[str]:
         return [name for name in names if name in plan and record.get(name) != plan[name]]

@@ -1,8 +1,9 @@
-"""Class Gaussians as a component of a diffusers pipeline: draws, and which class is likeliest.
+"""Class Gaussians as a component of a diffusers pipeline: draws, the class that is likeliest, and
+what clean image is expected of a noisy one.
 
 An export of class statistics carries a copy of this file in its folder `gaussians`, where diffusers
 looks for the code of a custom component by the name of its module. The file therefore imports
-diffusers and torch alone and repeats two formulas of `fedpdm.diffusion.gaussian`; tests hold both
+diffusers and torch alone and repeats three formulas of `fedpdm.diffusion.gaussian`; tests hold both
 copies together. Component j, of class k_j and weight w_j, is N(m_j, S_j) in R^d with
 
     S_j = V_j' diag(g_j) V_j + rho_j (I - V_j' V_j),
@@ -77,9 +78,38 @@ class GaussianClasses(ModelMixin, ConfigMixin):  # type: ignore[misc]  # as ever
 
         Classes are equally likely before. NaN for a label without Gaussians.
         """
-        means, frames, variances, rest, weights, classes = self._tensors(x.device)
+        weights, classes = self._tensors(x.device)[4:]
+        _, joint = self._seen(abar**0.5 * x.double(), abar)
+        there = classes[weights > 0].unique()
+        of_class = (classes[None, :] == there[:, None]) & (weights > 0)  # (K, J)
+        prior = (of_class * weights).sum(dim=1).log()
+        by_class = joint[:, None, :].masked_fill(~of_class, -math.inf).logsumexp(dim=2) - prior
+        posterior = by_class.log_softmax(dim=1)
+        own = labels.to(x.device)[:, None] == there
+        found = torch.where(own, posterior, 0.0).sum(dim=1)
+        return torch.where(own.any(dim=1), found, math.nan)
+
+    def expected(self, x_t: torch.Tensor, labels: torch.Tensor, abar: float) -> torch.Tensor:
+        """E[x_0 | x_t, label], float32 (N, d), of x_t (N, d) and labels int (N,).
+
+        A label without Gaussians is answered as no label.
+        """
+        means, frames, variances, rest, weights, classes = self._tensors(x_t.device)
+        x, a, noise = x_t.double(), abar**0.5, 1.0 - abar
+        along, joint = self._seen(x, abar)
+        same = (classes[None, :] == labels.to(x.device)[:, None]) & (weights > 0)
+        allowed = same | ~same.any(dim=1, keepdim=True)
+        share = joint.masked_fill(~allowed, -math.inf).softmax(dim=1)
+        outside, inside = rest / (abar * rest + noise), variances / (abar * variances + noise)
+        weight = share * outside
+        mean = (share - abar * weight) @ means + a * weight.sum(dim=1, keepdim=True) * x
+        gain = (inside - outside[:, None]) * along * share[:, :, None]
+        return (mean + a * torch.einsum("njr,jrd->nd", gain, frames)).float()
+
+    def _seen(self, y: torch.Tensor, abar: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of noisy y, float64 (N, d): V_j (y - a m_j), (N, J, r), and log w_j p(y | j), (N, J)."""
+        means, frames, variances, rest, weights, _ = self._tensors(y.device)
         a, noise, (d, r) = abar**0.5, 1.0 - abar, (means.shape[1], variances.shape[1])
-        y = a * x.double()
         along = torch.einsum("jrd,nd->njr", frames, y) - a * torch.einsum(
             "jrd,jd->jr", frames, means
         )
@@ -89,12 +119,4 @@ class GaussianClasses(ModelMixin, ConfigMixin):  # type: ignore[misc]  # as ever
         left = (squares - along.square().sum(dim=2)).clamp_min(0.0)
         quadratic = left / outside + (along.square() / inside).sum(dim=2)
         scale = (d - r) * outside.log() + inside.log().sum(dim=1) + d * math.log(2.0 * math.pi)
-        joint = weights.log() - 0.5 * (quadratic + scale)
-        there = classes[weights > 0].unique()
-        of_class = (classes[None, :] == there[:, None]) & (weights > 0)  # (K, J)
-        prior = (of_class * weights).sum(dim=1).log()
-        by_class = joint[:, None, :].masked_fill(~of_class, -math.inf).logsumexp(dim=2) - prior
-        posterior = by_class.log_softmax(dim=1)
-        own = labels.to(x.device)[:, None] == there
-        found = torch.where(own, posterior, 0.0).sum(dim=1)
-        return torch.where(own.any(dim=1), found, math.nan)
+        return along, weights.log() - 0.5 * (quadratic + scale)

@@ -79,7 +79,7 @@ The noise of the release was {noise_source}.{simulation}
 
 **`fine_unet` is not covered.** It was trained on client {client_id}'s raw images, with no noise.
 Publishing it, or images sampled with it, exposes that client's own images: that is for the client
-alone to decide. `{shared}` may be shared without it.{counts} Not covered either:
+alone to decide. {shared} may be shared without it.{counts} Not covered either:
 
 {uncovered}
 
@@ -133,6 +133,29 @@ that of all of them):
 {released} `gaussians` also holds how many images of each class all clients have together: these
 numbers are public in this kind of release."""
 
+# With a network above the hand-over, beside the Gaussians.
+ABOVE = """\
+Two U-Nets for {resolution}x{resolution} images of {num_classes} classes, and {many} for each class,
+from federated training with a private network above the hand-over. `coarse_unet` and `gaussians`
+are shared by all clients. `gaussians` is computed from noised sums over their images. `coarse_unet`
+began with draws of these Gaussians and went on with {network_rounds} rounds of noised sums of
+gradients; it takes pure noise down to t0 = {t0} of {num_steps}. `fine_unet`, client {client_id}'s,
+goes on to a clean image, {told} the class.{best} Without `fine_unet`, `coarse_unet` goes on to
+t = {coarse_lowest}, and `gaussians` answers below it."""
+
+ABOVE_GUARANTEE = """\
+What clients sent in training, and so `gaussians` and `coarse_unet`, is locally differentially
+private per image (one image replaced by any other of its class). The epsilon is that of all rounds
+together, and every image has it, whether it was drawn for a round of gradients or not:
+
+| epsilon | delta | clip norm C of images | of gradients | their noise, times that norm |
+|---|---|---|---|---|
+| {epsilon:.4g} | {delta:g} | {clip_norm:g} around {shift:g} | {gradient_clip_norm:g} | \
+{gradient_noise_multiplier:.4g} |
+
+{released} `gaussians` also holds how many images of each class all clients have together: these
+numbers are public in this kind of release."""
+
 SIMULATION = (
     "\nThis is a **simulation**: whoever knows the seed can remove the noise, and nothing here"
     "\nprotects anybody."
@@ -173,11 +196,12 @@ def model_card(
     """
     settings, num_steps = pipeline.config, len(pipeline.betas)
     drawn, alone = settings["candidates"], settings["own_classes"] or ()
-    parts, guarantee = (
-        (NETWORKS, NETWORKS_GUARANTEE)
-        if pipeline.gaussians is None
-        else (GAUSSIANS, GAUSSIANS_GUARANTEE)
-    )
+    if pipeline.gaussians is None:
+        parts, guarantee, shared = NETWORKS, NETWORKS_GUARANTEE, "`coarse_unet`"
+    elif pipeline.coarse_unet is None:
+        parts, guarantee, shared = GAUSSIANS, GAUSSIANS_GUARANTEE, "`gaussians`"
+    else:
+        parts, guarantee, shared = ABOVE, ABOVE_GUARANTEE, "`coarse_unet` and `gaussians`"
     names, last = settings["id2label"] or {}, settings["num_classes"] - 1
     has_alone = settings["fine_t_max"] == num_steps
     groups = client["group_epsilon"]
@@ -187,8 +211,8 @@ def model_card(
     own = {"client_id": client["client_id"], "counts_epsilon": counts_epsilon}
     words = {
         "name": markdown(name),
-        "shared": "coarse_unet" if pipeline.gaussians is None else "gaussians",
-        "most": "" if pipeline.gaussians is None else ", which is also the most",
+        "shared": shared,
+        "most": "" if pipeline.coarse_unet is not None else ", which is also the most",
         "many": "a mixture of Gaussians" if several else "a Gaussian",
         "one": "mixture" if several else "Gaussian",
         "told": "told" if settings["fine_labels"] else "without being told",

@@ -36,6 +36,7 @@ class TwoStageSampling:
     """
 
     betas: np.ndarray
+    coarse_unet: Any
     config: Any
     gaussians: Any
     scheduler: Any
@@ -60,7 +61,7 @@ class TwoStageSampling:
         The same as `fedpdm.diffusion.twostage.sample_two_stage` for the same `x_T` and `generator`;
         with `start`, in [0, t0], as `fedpdm.diffusion.twostage.refine` from that level. With
         noise_to_noise, method "coarse" gives noisy images: the coarse model's own data. With
-        `gaussians` only the fine model can go on from given noise.
+        `gaussians` and no coarse network only the fine model can go on from given noise.
         """
         index = self._check_labels(labels).to(x_T.device)
         guidance = self._check_options(method, num_inference_steps, guidance_scale)
@@ -96,7 +97,8 @@ class TwoStageSampling:
         guidance_scale: float | None,
         method: str,
     ) -> torch.Tensor:
-        """As a call, in model scale: draws, noised to t0 and refined, the best of `candidates`.
+        """As a call, in model scale: draws, noised to t0 and refined, the best of `candidates`;
+        with a coarse network both networks go down from noise instead.
 
         The same as `fedpdm.diffusion.from_gaussians.sample_from_gaussians` for one batch: labels of
         `own_classes` from the fine model alone, then the others.
@@ -120,16 +122,16 @@ class TwoStageSampling:
         count = self.config["candidates"] if method == "pfdm" else 1
         wanted = asked.repeat_interleave(count)
         shape = (len(wanted), *shape[1:])
-        x_0 = self.gaussians.draw(wanted, generator).view(shape)
-        if method == "coarse":
-            return x_0
-        t0 = self.config["t0"]
-        images = self.generate(
-            self._noised(x_0, self._noise(shape, generator), t0),
-            wanted,
-            start=t0,
-            **options,
-        )
+        if self.coarse_unet is not None:
+            x_T = self._noise(shape, generator)
+            images = self.generate(x_T, wanted, method=method, **options)
+        else:
+            x_0: torch.Tensor = self.gaussians.draw(wanted, generator).view(shape)
+            if method == "coarse":
+                return x_0
+            t0 = self.config["t0"]
+            x_t0 = self._noised(x_0, self._noise(shape, generator), t0)
+            images = self.generate(x_t0, wanted, start=t0, **options)
         abar = float(self._alphas_cumprod[max(1, round(READ_AT * len(self.betas)))])
         found = self.gaussians.log_posterior(images.flatten(1), wanted, abar).view(-1, count)
         best = torch.where(found.isnan().any(dim=1), 0, found.argmax(dim=1))
@@ -193,7 +195,7 @@ class TwoStageSampling:
                 )
             return [(first, num_steps, T)] if first else []
         fine_only = start is not None and method == "pfdm" and start <= t0
-        if self.gaussians is not None and not fine_only:
+        if self.coarse_unet is None and not fine_only:
             raise ValueError(
                 f"with class Gaussians given images and noise are refined by the fine model alone: "
                 f"method pfdm and at most t0 = {t0} of {T} steps of noise, got {method} and {first}"
@@ -278,6 +280,11 @@ class TwoStageSampling:
         self, x_t: torch.Tensor, t: int, index: torch.Tensor, *, use_coarse: bool
     ) -> torch.Tensor:
         """x0_hat float32 (N, C, H, W); `index` int64 (N,) into the class embeddings."""
+        lowest = self.config["coarse_lowest"]
+        if use_coarse and lowest is not None and t < lowest:
+            abar = float(self._alphas_cumprod[t])
+            expected: torch.Tensor = self.gaussians.expected(x_t.flatten(1), index, abar)
+            return expected.view(x_t.shape)
         role = "coarse" if use_coarse else "fine"
         unet, prediction = getattr(self, f"{role}_unet"), self.config[f"{role}_prediction"]
         patch = self.config[f"{role}_patch"]

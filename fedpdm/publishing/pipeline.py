@@ -2,6 +2,8 @@
 
 The coarse one is a U-Net, or Gaussians of classes (`gaussians`): then an image begins with a draw,
 noised to t0, and of several candidates the one is kept whose class the Gaussians find likeliest.
+Or it is both: then the U-Net answers from the level `coarse_lowest` on, the Gaussians below it, and
+images begin with pure noise; candidates are chosen as before.
 
 An export (`fedpdm.publishing.export`) carries a copy of this file as `pipeline.py` and one of
 `pfdm_sampling.py`, which has the sampler, so that whoever has diffusers can load the models without
@@ -40,7 +42,7 @@ class PFDMPipeline(TwoStageSampling, DiffusionPipeline):
 
     Args:
         coarse_unet: shared denoiser, K + 1 class embeddings (the last means "no label"); None with
-            `gaussians`.
+            `gaussians` alone.
         fine_unet: one client's denoiser, at least K + 1 class embeddings in the same order.
         scheduler: any diffusers scheduler on betas; its `trained_betas` are the chain that the
             models were trained on. To swap another in, give its class this one's config:
@@ -60,11 +62,12 @@ class PFDMPipeline(TwoStageSampling, DiffusionPipeline):
             answer is this share of the coarse model's and the rest of the fine model's. Default:
             the coarse model's alone. "truncated" only, with a fine model for every t.
         id2label: class names by label (as text: JSON has no other keys), if they are known.
-        gaussians: the shared model where it is Gaussians of classes (`GaussianClasses`). Then the
-            chain is "truncated", without `coarse_share`.
+        gaussians: the shared model where it is Gaussians of classes (`GaussianClasses`), or has
+            them. Then the chain is "truncated", without `coarse_share` if there is no coarse U-Net.
         fine_labels: whether the fine model is told the labels at and below t0.
         candidates: with `gaussians`, images that are drawn for each one that is kept.
         own_classes: with `gaussians`, labels that the fine model draws alone, from pure noise.
+        coarse_lowest: with `gaussians` and `coarse_unet`, the least t that the latter is asked at.
 
     `betas` is the models' chain, float64 (T,).
 
@@ -96,6 +99,7 @@ class PFDMPipeline(TwoStageSampling, DiffusionPipeline):
         fine_labels: bool = True,
         candidates: int = 1,
         own_classes: list[int] | None = None,
+        coarse_lowest: int | None = None,
     ) -> None:
         super().__init__()
         betas = scheduler.config.get("trained_betas")
@@ -115,9 +119,16 @@ class PFDMPipeline(TwoStageSampling, DiffusionPipeline):
         ):
             if value not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-        if (coarse_unet is None) == (gaussians is None):
-            raise ValueError("give coarse_unet or gaussians, one of them")
-        if gaussians is not None and (chain != "truncated" or coarse_share is not None):
+        both = coarse_unet is not None and gaussians is not None
+        if (coarse_unet is None and gaussians is None) or both != (coarse_lowest is not None):
+            raise ValueError(
+                f"give coarse_unet or gaussians, or both with coarse_lowest, got {coarse_lowest}"
+            )
+        if coarse_lowest is not None and not 1 <= coarse_lowest <= len(self.betas):
+            raise ValueError(
+                f"coarse_lowest must be in [1, {len(self.betas)}], got {coarse_lowest}"
+            )
+        if gaussians is not None and (chain != "truncated" or (coarse_share and not both)):
             raise ValueError(
                 "gaussians need the chain truncated and no coarse_share, "
                 f"got {chain!r} and {coarse_share}"
@@ -164,6 +175,7 @@ class PFDMPipeline(TwoStageSampling, DiffusionPipeline):
             fine_labels=fine_labels,
             candidates=candidates,
             own_classes=own_classes,
+            coarse_lowest=coarse_lowest,
         )
 
     @torch.no_grad()

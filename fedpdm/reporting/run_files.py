@@ -195,7 +195,9 @@ def _recipe(config: RunConfig) -> list[str]:
     """What `both` is, in the words of `fedpdm experiment`; nothing for a baseline."""
     if not config.kind.releases:
         return []
-    if config.has_statistics:
+    if config.has_network:
+        what = "from a private network on, 'network' in fedpdm experiment"
+    elif config.has_statistics:
         what = "from class Gaussians on, 'statistics' in fedpdm experiment"
     elif config.coarse.objective == "truncated":
         what = "trained as 'ours' in fedpdm experiment (not as 'PFDM', which is the paper's recipe)"
@@ -225,6 +227,9 @@ def privacy_lines(privacy: Mapping[str, Any]) -> list[str]:
     if {"clip_norm", "shift"} <= privacy.keys():
         t0 = f"t0 = {privacy['t0']}, " if "t0" in privacy else ""
         what = f"{t0}clip norm {privacy['clip_norm']:g} around {privacy['shift']:g}"
+    if "network_rounds" in privacy:
+        rounds, noise = privacy["network_rounds"], privacy["gradient_noise_multiplier"]
+        what += f", {rounds} rounds of gradients under noise of {noise:.4g} clip norms"
     how, bound = "exact accounting (analytic Gaussian)", privacy["epsilon_paper_bound"]
     compared = "" if bound is None else f"; the paper's bound would say {bound:.4g}"
     if bound is None:

@@ -183,8 +183,8 @@ def test_a_pipeline_has_one_shared_model() -> None:
     schedule, coarse, fine = make_pair()
     g = gaussian_component(gaussians())
     for given, options, words in (
-        (coarse, {"gaussians": g}, "give coarse_unet or gaussians, one of them"),
-        (None, {}, "give coarse_unet or gaussians, one of them"),
+        (coarse, {"gaussians": g}, "give coarse_unet or gaussians, or both"),
+        (None, {}, "give coarse_unet or gaussians, or both"),
         (None, {"gaussians": g, "chain": "noise_to_noise"}, "gaussians need the chain truncated"),
         (None, {"gaussians": g, "coarse_share": [0.5] * 4}, "and no coarse_share"),
         (coarse, {"candidates": 2}, "candidates must be at least 1, and 1 without gaussians"),

@@ -10,6 +10,7 @@ import torch
 from fedpdm.attacks.denoising import Reconstructor
 from fedpdm.attacks.membership import AttackTarget
 from fedpdm.data import normalize
+from fedpdm.diffusion.above_gaussians import NetworkAboveGaussians
 from fedpdm.diffusion.combined import ImagesFromReleases
 from fedpdm.diffusion.denoisers import Denoiser, DenoisingFunction
 from fedpdm.diffusion.gaussian import GaussianDenoiser
@@ -45,11 +46,13 @@ def run_targets(opened: Synthesizer) -> dict[str, ModelTarget]:
     schedule, t0, T = settings.schedule, settings.t0, settings.schedule.num_steps
     clip_norm, two_chains = config.privacy.clip_norm, settings.chain == "noise_to_noise"
     found: dict[str, ModelTarget] = {}
+    network = opened.coarse if isinstance(opened.coarse, NetworkAboveGaussians) else None
+    shared = opened.coarse if network is None else network.network
 
     def add(
         name: str, denoiser: DenoisingFunction, t_range: tuple[int, int], **extra: float
     ) -> None:
-        models = (opened.coarse, opened.fine) if name == "combined" else (denoiser,)
+        models = (shared, opened.fine) if name == "combined" else (denoiser,)
         parameters = [p for m in models if isinstance(m, Denoiser) for p in m.network.parameters()]
         target = AttackTarget(
             denoiser=denoiser,
@@ -66,6 +69,8 @@ def run_targets(opened: Synthesizer) -> dict[str, ModelTarget]:
     if opened.coarse is not None and two_chains:
         scale = schedule.alpha_bar(t0) ** 0.5
         add("coarse", opened.coarse, (1, T), clip_norm=clip_norm, scale=scale)
+    elif network is not None:  # trained on whole images
+        add("coarse", network.network, (network.lowest, T))
     elif opened.coarse is not None:
         lowest = 1 if isinstance(opened.coarse, GaussianDenoiser) else t0 + 1  # it answers anywhere
         add("coarse", opened.coarse, (lowest, T), clip_norm=clip_norm)

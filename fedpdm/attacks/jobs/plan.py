@@ -167,6 +167,8 @@ def plan_run(
         wanted = []
     if config.has_statistics and wanted and public is not None:
         say("--public is left out: class statistics have no network for an attacker to train")
+    if config.has_network and {"linkage", "reconstruction"} & {*wanted}:
+        say("linkage and reconstruction are of class statistics alone: gradients are not kept")
     if wanted and config.kind.has_shared_model:
         lengths = _public(run)
         for client, one in opened.items():

@@ -33,6 +33,7 @@ from fedpdm.deployment.node.statement import (
 )
 from fedpdm.deployment.policy import NodePolicy, check_code, check_config
 from fedpdm.privacy.accountant import delta_warning
+from fedpdm.privacy.mechanism import mechanism_of
 from fedpdm.privacy.releases import ReleaseStore
 from fedpdm.privacy.statement import baseline_statement
 from fedpdm.setup.build import model_sizes
@@ -249,14 +250,19 @@ class _Checking:
             policy, config, plan, self._given(self.report.store), images, client_id=self._client
         )
         channels, height, width = images.images.shape[1:]
-        size = sum(
-            plan.mechanism.num_bytes(each, len(images), (channels, height, width))
-            for each in plan.rounds
-        )
+        described, size = [], 0
+        for each in plan.rounds:
+            mechanism = mechanism_of(each)
+            described.append(mechanism.describe(each))
+            if each is not plan.gradients:
+                size += mechanism.num_bytes(each, len(images), (channels, height, width))
+        if plan.gradients is not None:  # its rounds are as large as the network
+            size += plan.gradients.rounds * (4 * self._sizes["coarse"] + 8)
         sent = f", {size / 1e6:.1f} MB sent" if config.coarse.training == "server" else ""
+        few = plan.sample_warning(len(images))
         return (
-            f"{'; '.join(map(plan.mechanism.describe, plan.rounds))}{sent}, epsilon {total:.4g} in "
-            f"all at delta {policy.delta:g}: within bounds{self._warning(policy.delta)}"
+            f"{'; '.join(described)}{sent}, epsilon {total:.4g} in all at delta {policy.delta:g}: "
+            f"within bounds{self._warning(policy.delta)}{f'; WARNING: {few}' if few else ''}"
         )
 
     def statement(self) -> str:

@@ -71,7 +71,7 @@ def near_copy_ratio(
 
     `l2(gen, x) / (a * mean l2(gen, y) over the n nearest training images y)`, where x is the
     nearest and a is `threshold_ratio` (Carlini et al. 2023, "Extracting training data from
-    diffusion models", section 5.1; docs/method.md section 6). At most 1: memorised.
+    diffusion models", section 5.1; docs/attacks.md). At most 1: memorised.
 
     Args:
         generated: (N, C, H, W) uint8.

@@ -82,6 +82,9 @@ def _shared_words(facts: RunFacts) -> str:
     if coarse.training == "none":
         return "none: every client alone"
     if facts.config.has_statistics:
+        if facts.config.has_network:
+            rounds = facts.config.network.rounds
+            return f"a network, of class Gaussians and {rounds} rounds of noised gradients"
         seen = "their total" if facts.config.aggregation.secure else "each client's"
         return f"class Gaussians, computed by the server from noised sums ({seen})"
     return f"{coarse.training}, on {coarse.images.replace('_', '-')} images"
