@@ -129,8 +129,8 @@ def _shared_part(coarse: Any) -> dict[str, Any]:
     """What the pipeline takes of the shared model: its U-Net, its Gaussians, or both."""
     if isinstance(coarse, NetworkAboveGaussians):
         gaussians = gaussian_component(coarse.gaussians)
-        lowest = {"gaussians": gaussians, "coarse_lowest": coarse.lowest}
-        return {**_shared_part(coarse.network), **lowest}
+        levels = {"gaussians": gaussians, "coarse_levels": [coarse.lowest, coarse.highest]}
+        return {**_shared_part(coarse.network), **levels}
     if isinstance(coarse, GaussianDenoiser):
         return {"coarse_unet": None, "gaussians": gaussian_component(coarse.gaussians)}
     return {

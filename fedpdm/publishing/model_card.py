@@ -139,9 +139,10 @@ Two U-Nets for {resolution}x{resolution} images of {num_classes} classes, and {m
 from federated training with a private network above the hand-over. `coarse_unet` and `gaussians`
 are shared by all clients. `gaussians` is computed from noised sums over their images. `coarse_unet`
 began with draws of these Gaussians and went on with {network_rounds} rounds of noised sums of
-gradients; it takes pure noise down to t0 = {t0} of {num_steps}. `fine_unet`, client {client_id}'s,
-goes on to a clean image, {told} the class.{best} Without `fine_unet`, `coarse_unet` goes on to
-t = {coarse_lowest}, and `gaussians` answers below it."""
+gradients. An image begins with a draw of its class's {one}, noised to t = {coarse_levels[1]} of
+{num_steps}, which `coarse_unet` takes down to t0 = {t0}. `fine_unet`, client {client_id}'s, goes on
+to a clean image, {told} the class.{best} Without `fine_unet`, `coarse_unet` goes on to
+t = {coarse_levels[0]}, and `gaussians` answers below it."""
 
 ABOVE_GUARANTEE = """\
 What clients sent in training, and so `gaussians` and `coarse_unet`, is locally differentially

@@ -98,7 +98,7 @@ class TwoStageSampling:
         method: str,
     ) -> torch.Tensor:
         """As a call, in model scale: draws, noised to t0 and refined, the best of `candidates`;
-        with a coarse network both networks go down from noise instead.
+        with a coarse network noised to its highest level, from which both go down.
 
         The same as `fedpdm.diffusion.from_gaussians.sample_from_gaussians` for one batch: labels of
         `own_classes` from the fine model alone, then the others.
@@ -122,16 +122,12 @@ class TwoStageSampling:
         count = self.config["candidates"] if method == "pfdm" else 1
         wanted = asked.repeat_interleave(count)
         shape = (len(wanted), *shape[1:])
-        if self.coarse_unet is not None:
-            x_T = self._noise(shape, generator)
-            images = self.generate(x_T, wanted, method=method, **options)
-        else:
-            x_0: torch.Tensor = self.gaussians.draw(wanted, generator).view(shape)
-            if method == "coarse":
-                return x_0
-            t0 = self.config["t0"]
-            x_t0 = self._noised(x_0, self._noise(shape, generator), t0)
-            images = self.generate(x_t0, wanted, start=t0, **options)
+        x_0: torch.Tensor = self.gaussians.draw(wanted, generator).view(shape)
+        if method == "coarse" and self.coarse_unet is None:
+            return x_0
+        first = self.config["t0"] if self.coarse_unet is None else self.config["coarse_levels"][1]
+        x = self._noised(x_0, self._noise(shape, generator), first)
+        images = self.generate(x, wanted, start=first, method=method, **options)
         abar = float(self._alphas_cumprod[max(1, round(READ_AT * len(self.betas)))])
         found = self.gaussians.log_posterior(images.flatten(1), wanted, abar).view(-1, count)
         best = torch.where(found.isnan().any(dim=1), 0, found.argmax(dim=1))
@@ -280,8 +276,8 @@ class TwoStageSampling:
         self, x_t: torch.Tensor, t: int, index: torch.Tensor, *, use_coarse: bool
     ) -> torch.Tensor:
         """x0_hat float32 (N, C, H, W); `index` int64 (N,) into the class embeddings."""
-        lowest = self.config["coarse_lowest"]
-        if use_coarse and lowest is not None and t < lowest:
+        low, high = self.config["coarse_levels"] or (1, len(self.betas))
+        if use_coarse and not low <= t <= high:
             abar = float(self._alphas_cumprod[t])
             expected: torch.Tensor = self.gaussians.expected(x_t.flatten(1), index, abar)
             return expected.view(x_t.shape)

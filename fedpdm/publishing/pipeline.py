@@ -2,8 +2,8 @@
 
 The coarse one is a U-Net, or Gaussians of classes (`gaussians`): then an image begins with a draw,
 noised to t0, and of several candidates the one is kept whose class the Gaussians find likeliest.
-Or it is both: then the U-Net answers from the level `coarse_lowest` on, the Gaussians below it, and
-images begin with pure noise; candidates are chosen as before.
+Or it is both: then the draw is noised to the highest of `coarse_levels`, the levels at which the
+U-Net answers, and goes down from there; candidates are chosen as before.
 
 An export (`fedpdm.publishing.export`) carries a copy of this file as `pipeline.py` and one of
 `pfdm_sampling.py`, which has the sampler, so that whoever has diffusers can load the models without
@@ -67,7 +67,8 @@ class PFDMPipeline(TwoStageSampling, DiffusionPipeline):
         fine_labels: whether the fine model is told the labels at and below t0.
         candidates: with `gaussians`, images that are drawn for each one that is kept.
         own_classes: with `gaussians`, labels that the fine model draws alone, from pure noise.
-        coarse_lowest: with `gaussians` and `coarse_unet`, the least t that the latter is asked at.
+        coarse_levels: with `gaussians` and `coarse_unet`, the least and the greatest t that the
+            latter is asked at; the former answer at others.
 
     `betas` is the models' chain, float64 (T,).
 
@@ -99,7 +100,7 @@ class PFDMPipeline(TwoStageSampling, DiffusionPipeline):
         fine_labels: bool = True,
         candidates: int = 1,
         own_classes: list[int] | None = None,
-        coarse_lowest: int | None = None,
+        coarse_levels: list[int] | None = None,
     ) -> None:
         super().__init__()
         betas = scheduler.config.get("trained_betas")
@@ -120,13 +121,14 @@ class PFDMPipeline(TwoStageSampling, DiffusionPipeline):
             if value not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
         both = coarse_unet is not None and gaussians is not None
-        if (coarse_unet is None and gaussians is None) or both != (coarse_lowest is not None):
+        if (coarse_unet is None and gaussians is None) or both != (coarse_levels is not None):
             raise ValueError(
-                f"give coarse_unet or gaussians, or both with coarse_lowest, got {coarse_lowest}"
+                f"give coarse_unet or gaussians, or both with coarse_levels, got {coarse_levels}"
             )
-        if coarse_lowest is not None and not 1 <= coarse_lowest <= len(self.betas):
+        low, high = coarse_levels or (1, len(self.betas))
+        if not 1 <= low <= high <= len(self.betas):
             raise ValueError(
-                f"coarse_lowest must be in [1, {len(self.betas)}], got {coarse_lowest}"
+                f"coarse_levels must be in [1, {len(self.betas)}] in this order, got {low}, {high}"
             )
         if gaussians is not None and (chain != "truncated" or (coarse_share and not both)):
             raise ValueError(
@@ -175,7 +177,7 @@ class PFDMPipeline(TwoStageSampling, DiffusionPipeline):
             fine_labels=fine_labels,
             candidates=candidates,
             own_classes=own_classes,
-            coarse_lowest=coarse_lowest,
+            coarse_levels=coarse_levels,
         )
 
     @torch.no_grad()

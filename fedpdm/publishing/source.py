@@ -39,8 +39,8 @@ class Source:
     def digest(self) -> str:
         """SHA-256 of the models' weights and of how they sample together."""
         settings = {name: self.pipeline.config[name] for name in SAMPLES_BY}
-        if (lowest := self.pipeline.config["coarse_lowest"]) is not None:  # exports before had none
-            settings |= {"coarse_lowest": lowest}
+        if (levels := self.pipeline.config["coarse_levels"]) is not None:  # exports before had none
+            settings |= {"coarse_levels": levels}
         settings |= {"scheduler": type(self.pipeline.scheduler).__name__}
         found = hashlib.sha256(json_text(settings, indent=None).encode())
         found.update(self.pipeline.betas.tobytes())

@@ -139,7 +139,10 @@ def test_what_does_not_go_with_a_network_is_refused() -> None:
     for sections, words in (
         ({"aggregation": {"secure": True, "max_examples": 100}}, "aggregation.secure: must be "),
         ({"privacy": {"accounting": "paper"}}, "privacy.accounting: must be exact"),
-        ({"network": {"lowest_t": 200}, "sampling": {"handover": 150}}, "network.lowest_t: "),
+        ({"network": {"lowest_t": 200}, "sampling": {"handover": 150}}, "sampling.handover: "),
+        ({"network": {"highest_t": 100}, "sampling": {"handover": 150}}, "sampling.handover: "),
+        ({"network": {"lowest_t": 200, "highest_t": 100}}, "network.lowest_t: "),
+        ({"network": {"highest_t": 1001}}, "network.highest_t: must be at most"),
         ({"coarse": {"training": "federated"}}, "coarse.training: must be server with"),
     ):
         with pytest.raises(ConfigError, match=words):

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
 )
 
-LOWEST = 16  # below T0
+LEVELS = (16, 34)  # around T0
 
 
 def models(**options: Any) -> tuple[PFDMPipeline, NetworkAboveGaussians, Denoiser]:
@@ -40,9 +40,9 @@ def models(**options: Any) -> tuple[PFDMPipeline, NetworkAboveGaussians, Denoise
     g = gaussians()
     made = wrap(
         schedule, coarse, fine, gaussians=gaussian_component(g),
-        **{"coarse_lowest": LOWEST, **options},
+        **{"coarse_levels": list(LEVELS), **options},
     )  # fmt: skip
-    return made, NetworkAboveGaussians(coarse, g, schedule, lowest=LOWEST), fine
+    return made, NetworkAboveGaussians(coarse, g, schedule, levels=LEVELS), fine
 
 
 @pytest.mark.slow
@@ -98,10 +98,16 @@ def test_both_parts_belong_together() -> None:
     schedule, coarse, fine = make_pair()
     both: dict[str, Any] = {"gaussians": gaussian_component(gaussians())}
     for given, options, words in (
-        (coarse, {"coarse_lowest": 4}, "both with coarse_lowest, got 4"),
-        (None, {**both, "coarse_lowest": 4}, "both with coarse_lowest, got 4"),
-        (coarse, {**both, "coarse_lowest": 0}, r"coarse_lowest must be in \[1, 40\], got 0"),
-        (coarse, {**both, "coarse_lowest": 4, "chain": "noise_to_noise"}, "the chain truncated"),
+        (coarse, {"coarse_levels": [4, 9]}, r"both with coarse_levels, got \[4, 9\]"),
+        (None, {**both, "coarse_levels": [4, 9]}, "both with coarse_levels"),
+        (coarse, {**both, "coarse_levels": [0, 9]}, r"in \[1, 40\] in this order, got 0, 9"),
+        (coarse, {**both, "coarse_levels": [9, 4]}, r"in \[1, 40\] in this order, got 9, 4"),
+        (coarse, {**both, "coarse_levels": [4, 41]}, r"in \[1, 40\] in this order, got 4, 41"),
+        (
+            coarse,
+            {**both, "coarse_levels": [4, 9], "chain": "noise_to_noise"},
+            "the chain truncated",
+        ),
     ):
         with pytest.raises(ValueError, match=words):
             wrap(schedule, given, fine, **options)
@@ -130,8 +136,8 @@ def test_an_export_samples_as_its_client(finished: Path, exported: Path) -> None
     expected = one.draw_pixels(labels, generator=seeded(2))
     pipeline = load_pipeline(exported)
     pipeline.set_progress_bar_config(disable=True)
-    names = ("t0", "coarse_lowest", "candidates", "fine_labels")
-    assert [pipeline.config[name] for name in names] == [150, 100, 4, False]
+    names = ("t0", "coarse_levels", "candidates", "fine_labels")
+    assert [pipeline.config[name] for name in names] == [150, [100, 300], 4, False]
     options: dict[str, Any] = {"num_inference_steps": 3, "output_type": "pt"}
     found: Any = pipeline(labels.tolist(), generator=seeded(2), **options).images
     difference = np.abs((found * 255.0).round().numpy() - expected)
@@ -144,7 +150,7 @@ def test_an_export_holds_the_network_and_its_gaussians(finished: Path, exported:
         "README.md", "coarse_unet", "fine_unet", "gaussians", "model_index.json",
         "pfdm_sampling.py", "pipeline.py", "privacy.json", "scheduler",
     ]  # fmt: skip
-    assert json.loads((exported / "model_index.json").read_text())["coarse_lowest"] == 100
+    assert json.loads((exported / "model_index.json").read_text())["coarse_levels"] == [100, 300]
     at_home, away = open_source(finished, client=1), open_source(exported)
     assert at_home.digest() == away.digest()
 
@@ -153,7 +159,7 @@ def test_the_card_says_what_this_mechanism_sends(finished: Path, exported: Path)
     card = " ".join((exported / "README.md").read_text().split())
     privacy = RunDirectory(finished).read_json("privacy.json")
     assert "went on with 2 rounds of noised sums of gradients" in card
-    assert "pure noise down to t0 = 150 of 1000" in card
+    assert "noised to t = 300 of 1000, which `coarse_unet` takes down to t0 = 150" in card
     assert "Of 4 candidates the one is kept" in card
     noise = privacy["gradient_noise_multiplier"]
     assert f"| {privacy['epsilon']:.4g} | 1e-05 | 6 around -1 | 1 | {noise:.4g} |" in card

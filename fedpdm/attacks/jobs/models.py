@@ -70,7 +70,7 @@ def run_targets(opened: Synthesizer) -> dict[str, ModelTarget]:
         scale = schedule.alpha_bar(t0) ** 0.5
         add("coarse", opened.coarse, (1, T), clip_norm=clip_norm, scale=scale)
     elif network is not None:  # trained on whole images
-        add("coarse", network.network, (network.lowest, T))
+        add("coarse", network.network, (network.lowest, network.highest))
     elif opened.coarse is not None:
         lowest = 1 if isinstance(opened.coarse, GaussianDenoiser) else t0 + 1  # it answers anywhere
         add("coarse", opened.coarse, (lowest, T), clip_norm=clip_norm)
