@@ -75,10 +75,10 @@ def check_network_run(
         raise ConfigError(
             f"network.highest_t: must be at most schedule.num_steps = {num_steps}, got {highest}"
         )
-    if not lowest <= (handover or lowest) <= highest:
+    if lowest > highest:
+        raise ConfigError(f"network.lowest_t: must be at most highest_t = {highest}, got {lowest}")
+    if handover is not None and not lowest <= handover <= highest:
         raise ConfigError(
             "sampling.handover: must be from network.lowest_t to network.highest_t, "
             f"{lowest} to {highest}, got {handover}"
         )
-    if lowest > highest:
-        raise ConfigError(f"network.lowest_t: must be at most highest_t = {highest}, got {lowest}")
