@@ -32,7 +32,7 @@ class NetworkConfig:
         above=0.0,
         high=1.0,
     )
-    clip_norm: float = key(0.2, "L2 bound on an image's gradient", above=0.0, high=1e6)
+    clip_norm: float = key(0.2, "L2 bound on an image's gradient", low=1e-6, high=1e6)
     draws: int = key(
         4, "draws of t and noise for each drawn image; its gradient is their mean", low=1, high=1024
     )

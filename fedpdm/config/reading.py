@@ -273,8 +273,9 @@ def config_to_json(config: RunConfig) -> str:
     for section, key, default in YOUNGER_KEYS:
         if plain[section][key] == default:
             del plain[section][key]
-    if not plain["statistics"]:
-        del plain["statistics"]
+    for section in ("statistics", "network"):
+        if not plain[section]:
+            del plain[section]
     return json.dumps(plain, sort_keys=True, allow_nan=False)
 
 

@@ -7,6 +7,9 @@ by the joint convexity of hockey-stick divergences it may be fixed, and the two 
 
     P = (1 - q) N(0, s^2 I) + q N(g, s^2 I),   Q = (1 - q) N(0, s^2 I) + q N(g', s^2 I).
 
+That needs the other images' vectors to have one law whether this one is drawn or not. Draws that
+follow one another in a stream that somebody knows would not do: they tell who was drawn before.
+
 **The worst pair** is g = C e, g' = -C e: on a line, in units of C,
 
     P* = (1 - q) N(0, s^2) + q N(1, s^2),      Q* = (1 - q) N(0, s^2) + q N(-1, s^2).

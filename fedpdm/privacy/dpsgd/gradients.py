@@ -178,8 +178,11 @@ def gradient_rows(
     """Gradients of `examples`, int64 (B,), in pieces float32 (n, d): all parameters in a row.
 
     Each is that of the mean of an example's `multiplicity` losses, which may depend on no other
-    example. At most `max_rows` rows go through the network at a time.
+    example. At most `max_rows` rows go through the network at a time. No piece where there are no
+    examples.
     """
+    if not len(examples):
+        return
     with ExampleGradients(network, multiplicity=multiplicity) as gradients:
         for part in examples.split(max(1, max_rows // multiplicity)):
             found = gradients.backward(losses(part))

@@ -67,6 +67,7 @@ __all__ = [
 ]
 
 MOST_ROUNDS = 100_000
+CLIP_NORMS = (1e-6, 1e6)  # of which whole steps of float32 gradients stay finite
 LEAST_NOISE = 1e-3  # over C: sums of squares of whole steps stay exact
 
 
@@ -132,13 +133,19 @@ class NoisedGradients(ReleaseMechanism[GradientParameters]):
         epsilon, delta = privacy.epsilon, privacy.delta
         mu = math.sqrt(1.0 - section.share) / multiplier_for(epsilon=epsilon, delta=delta)
         sums = ClassStatistics().sums(config, mu=mu, shift=shift, num_classes=num_classes)
-        noise = calibrate_rounds(
-            epsilon=epsilon,
-            delta=delta,
-            sample_rate=section.sample_rate,
-            rounds=section.rounds,
-            share=1.0 - section.share,
-        )
+        try:
+            noise = calibrate_rounds(
+                epsilon=epsilon,
+                delta=delta,
+                sample_rate=section.sample_rate,
+                rounds=section.rounds,
+                share=1.0 - section.share,
+            )
+        except ValueError as error:
+            raise ConfigError(
+                f"network.share: {section.share:g} of privacy.epsilon {epsilon:g}, at delta "
+                f"{delta:g} for network.rounds = {section.rounds}: {error}"
+            ) from None
         while True:  # rounding errs high
             last = GradientParameters(
                 noise_multiplier=noise,
@@ -176,8 +183,11 @@ class NoisedGradients(ReleaseMechanism[GradientParameters]):
             raise ValueError(f"sample_rate must be in (0, 1], got {rate}")
         if not 1 <= parameters.rounds <= MOST_ROUNDS:
             raise ValueError(f"rounds must be in [1, {MOST_ROUNDS}], got {parameters.rounds}")
-        if not 0.0 < parameters.clip_norm < math.inf:
-            raise ValueError(f"clip_norm must be positive and finite, got {parameters.clip_norm}")
+        if not CLIP_NORMS[0] <= parameters.clip_norm <= CLIP_NORMS[1]:
+            raise ValueError(
+                f"clip_norm must be in [{CLIP_NORMS[0]:g}, {CLIP_NORMS[1]:g}], got "
+                f"{parameters.clip_norm}"
+            )
         if parameters.draws < 1:
             raise ValueError(f"draws must be at least 1, got {parameters.draws}")
         if parameters.grid != GRID:
@@ -262,9 +272,8 @@ class NoisedGradients(ReleaseMechanism[GradientParameters]):
         """The message of round `number`: an exact sum in whole steps, int64 (d,), and noise."""
         drawn = np.empty(exact.shape, dtype=np.float32)
         noise.fill(drawn)
-        total = exact + drawn.astype(np.int64)
-        if len(total) and max(int(total.max()), -int(total.min())) >= 2**31:
-            raise ArithmeticError("a sum of so many gradients does not fit into 32 bits")
+        # Cut to 32 bits after the noise: an error would tell of the sum that it is large.
+        total = np.clip(exact + drawn.astype(np.int64), 1 - 2**31, 2**31 - 1)
         return self._released(parameters, noise, number=number, total=total.astype(np.int32))
 
     def _released(
