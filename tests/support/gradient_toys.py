@@ -1,4 +1,4 @@
-"""Plans of noised gradients, canaries in them, and what a plan's rounds must look like from outside."""
+"""Plans of noised gradients, canaries in them, and what rounds must look like from outside."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fedpdm.privacy.mechanism import (
 )
 from fedpdm.privacy.noise import GRID, NoiseSource
 from fedpdm.privacy.planning import ReleasePlan, plan_release
-from fedpdm.privacy.releases import ReleaseRequest
+from fedpdm.privacy.releases import ReleaseRequest, ReleaseStore
 from fedpdm.setup.build import build_denoiser
 from fedpdm.setup.run_setup import RunSetup, build_schedule
 from tests.support.federations import small_config
@@ -100,15 +100,28 @@ def canaries(
 
 
 def canary_rounds(
-    clients: Sequence[LocalTraining], rounds: int, *, rows: Callable[..., Any] = canaries
+    clients: Sequence[LocalTraining],
+    plan: GradientParameters,
+    *,
+    rows: Callable[..., Any] = canaries,
 ) -> np.ndarray:
-    """What clients send in the first rounds of a plan of canaries, int64 (clients, rounds, d)."""
+    """What clients send in all rounds of a plan of canaries, int64 (clients, rounds, d).
+
+    The store is left out: a plan with little noise takes its accountant long.
+    """
     found = []
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("clients.training.gradient_rows", rows)
+        patched.setattr(
+            LocalTraining, "_obtain", lambda _, images, *, obtain, **__: obtain(images, None)
+        )
+        patched.setattr(ReleaseStore, "round", lambda _, *asked: asked[-1]())
         for client in clients:
+            whole = client.setup.release_plan
+            shown = dataclasses.replace(whole, rounds=(*whole.rounds[:-1], plan))
+            patched.setattr(client, "setup", dataclasses.replace(client.setup, plan=shown))
             weights = first_weights(client.setup)
-            sent = [client.gradient(number + 1, weights) for number in range(rounds)]
+            sent = [client.gradient(number + 1, weights) for number in range(plan.rounds)]
             found.append([one.tensors()["total"].long().numpy() for one in sent])
     return np.array(found)
 
@@ -120,7 +133,7 @@ def canary_fault(
 
     For plans with so little noise that every canary is seen for certain.
     """
-    clients, rounds, size = sent.shape
+    clients, rounds, _ = sent.shape
     step = math.sqrt(plan.limit)  # one canary
     assert step > 12 * GRID
     level = np.rint(sent[..., :images] / step).astype(int)
@@ -153,8 +166,7 @@ def canary_fault(
     if not low <= spread <= high:
         return "which images are drawn depends on earlier rounds"
     drawn = level.reshape(clients * rounds, images).astype(float)
-    shared = np.corrcoef(drawn) - np.eye(len(drawn))
-    if np.abs(shared).max() > stats.norm.isf(1e-5 / len(drawn) ** 2) / math.sqrt(images) + 0.1:
+    if (np.corrcoef(drawn) - np.eye(len(drawn))).max() > 0.9:
         return "two rounds draw the same images"
     return None
 
