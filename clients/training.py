@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -109,12 +109,19 @@ class LocalTraining:
         held = self.local.held
         return self._obtain(held.images.subset(held.train), stage=stage, public=public)
 
-    def gradient(self, number: int, weights: Mapping[str, torch.Tensor]) -> Release:
+    def gradient(
+        self,
+        number: int,
+        weights: Mapping[str, torch.Tensor],
+        *,
+        rows: Callable[[torch.Tensor], Iterator[torch.Tensor]] | None = None,
+    ) -> Release:
         """The noised sum of gradients of round `number` of the network's plan, from 1, at these
         weights, by name.
 
         The images are drawn and their gradients computed the first time that this round is asked
-        for alone.
+        for alone. An auditor may give gradients: `rows` of the drawn images, int64 (B,), as
+        `gradient_rows` makes them.
         """
         held, plan = self.local.held, self.setup.release_plan.gradients
         assert plan is not None  # or the phase is refused
@@ -133,15 +140,20 @@ class LocalTraining:
                     stream=functools.partial(self._draws_of, number),
                 )
                 drawn = build_samples(self.config, client=self.local.client_id, number=number)
-                rows = gradient_rows(
-                    trainer.model.network,
-                    losses,
-                    drawn.poisson_batch(len(held.train), rate=plan.sample_rate),
-                    multiplicity=plan.draws,
-                    max_rows=plan.draws if self.deployed else MAX_ROWS,
+                batch = drawn.poisson_batch(len(held.train), rate=plan.sample_rate)
+                found = (
+                    rows(batch)
+                    if rows is not None
+                    else gradient_rows(
+                        trainer.model.network,
+                        losses,
+                        batch,
+                        multiplicity=plan.draws,
+                        max_rows=plan.draws if self.deployed else MAX_ROWS,
+                    )
                 )
                 return noised_round(
-                    rows,
+                    found,
                     plan,
                     number=number,
                     size=sum(w.numel() for w in trainer.weights().values()),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpdm.commands.attack_controls import add_controls
+from fedpdm.commands.attack_gradients import run_gradient_audit
 from fedpdm.commands.attack_models import add_model_attacks
 from fedpdm.commands.attack_options import (
     add_release_options,
@@ -33,6 +34,7 @@ examples:
   fedpdm attack audit --epsilon 10 --clip-norm 10 --seeded 0 --known-seed 0     (must fail)
   fedpdm attack audit --release statistics --epsilon 10
   fedpdm attack linkage --release statistics --epsilon 3
+  fedpdm attack audit --release network --epsilon 10 --rounds 100
 """
 LINKAGE = """\
 The server's best test: from which of two known images was an upload made? Images of a data set go
@@ -48,6 +50,8 @@ guesses prove about epsilon, and checks of the noise itself, are held against th
 Exit code 1 if the release leaks more than the ledger says.
 With --release statistics: everything it uploads in the rounds of a run and of another run
 with the same releases; the auditor plays the server as well.
+With --release network: canaries are gradients, each along a direction of its own, and everything
+it uploads in all rounds of a plan is used; who is drawn is checked as well.
 """
 
 
@@ -116,6 +120,8 @@ def run_linkage(options: argparse.Namespace) -> int:
     from fedpdm.attacks.jobs.release_report import draw_linkage, linkage_text
     from fedpdm.engines.one_client import upload_releases
 
+    if options.release == "network":
+        raise ValueError("--release: network is for fedpdm attack audit, got it for linkage")
     if options.release == "statistics":
         return run_sum_linkage(options)
     config, images = release_config(options), public_images(options)
@@ -154,6 +160,8 @@ def run_audit(options: argparse.Namespace) -> int:
     from fedpdm.engines.one_client import upload_releases
     from fedpdm.privacy.planning import build_noise
 
+    if options.release == "network":
+        return run_gradient_audit(options)
     if options.release == "statistics":
         return run_sum_audit(options)
     config = release_config(options)

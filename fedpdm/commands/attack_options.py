@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +23,19 @@ def add_release_options(parser: argparse.ArgumentParser) -> None:
     """Options that say how a client releases, and where results go."""
     kind = next(f for f in dataclasses.fields(ScheduleConfig) if f.name == "kind")
     parser.add_argument(
-        "--release", choices=("images", "statistics"), default="images",
+        "--release", choices=("images", "statistics", "network"), default="images",
         help="what clients release, as privacy.release; default: %(default)s",
     )  # fmt: skip
     parser.add_argument(
         "--components", type=int, default=1,
         help="statistics: Gaussians of a class, as statistics.components; default: %(default)s",
+    )  # fmt: skip
+    parser.add_argument(
+        "--rounds", type=int, default=50, help="network: rounds of gradients; default: %(default)s"
+    )
+    parser.add_argument(
+        "--sample-rate", type=float, default=0.1,
+        help="network: share of the images that a round draws; default: %(default)s",
     )  # fmt: skip
     parser.add_argument("--epsilon", type=float, help="give it or --t0; default: 10")
     parser.add_argument("--t0", type=int, help="noising steps")
@@ -44,8 +52,14 @@ def add_release_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
-def release_config(options: argparse.Namespace, *, statistics_of: int | None = None) -> RunConfig:
-    """The client's run; checks every option of the release. `statistics_of` as `attack_config`."""
+def release_config(
+    options: argparse.Namespace,
+    *,
+    statistics_of: int | None = None,
+    network: Mapping[str, Any] | None = None,
+) -> RunConfig:
+    """The client's run; checks every option of the release. `statistics_of` and `network` as
+    `attack_config`."""
     from fedpdm.engines.one_client import attack_config
 
     if options.epsilon is not None and options.t0 is not None:
@@ -71,6 +85,7 @@ def release_config(options: argparse.Namespace, *, statistics_of: int | None = N
         seed=options.seeded,
         statistics_of=statistics_of,
         components=options.components,
+        network=network,
     )
 
 

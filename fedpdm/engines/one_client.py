@@ -6,7 +6,7 @@ uploads its release, through the client's store and ledger, and out through the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from fedpdm import wire
 from fedpdm.config import RunConfig, config_from_mapping
 from fedpdm.data import ImageSet
 from fedpdm.data.client_images import own_images
-from fedpdm.privacy.mechanism import ReleasedStatistics, released_images
+from fedpdm.privacy.mechanism import ReleasedGradient, ReleasedStatistics, released_images
 from fedpdm.privacy.releases import ReleaseStore
 from fedpdm.privacy.types import Release, ReleasedDataset
 from fedpdm.setup.build import build_denoiser
@@ -27,7 +27,7 @@ from fedpdm.setup.run_setup import set_up
 from fedpdm.storage.client_store import ClientStore
 from fedpdm.storage.files import StoreError
 
-__all__ = ["attack_config", "release_sums", "upload_releases", "upload_sums"]
+__all__ = ["attack_config", "release_sums", "upload_gradients", "upload_releases", "upload_sums"]
 
 
 def attack_config(
@@ -42,25 +42,36 @@ def attack_config(
     seed: int | None,
     statistics_of: int | None = None,
     components: int = 1,
+    network: Mapping[str, Any] | None = None,
 ) -> RunConfig:
     """A run that releases and trains nothing. A `seed` makes it a simulation with seeded noise.
 
     It releases class statistics of all directions, and of so many components, where
     `statistics_of` says how many values an image has, else images.
+    With `network`, keys of that section, it releases class statistics and noised gradients.
     """
     nothing = {"preset": "micro", "steps_per_round": 0}
     sums: dict[str, Any] = {}
     if statistics_of is not None:
         all_of_it = {"dimensions": statistics_of, "directions": statistics_of}
         sums = {"statistics": {**all_of_it, "components": components}}
+    run: dict[str, Any] = {"simulation": seed is not None, "seed": seed or 0, "device": "cpu"}
+    release = "images" if statistics_of is None else "statistics"
+    if network is not None:
+        release, sums, nothing = (
+            "network",
+            {"network": dict(network)},
+            {**nothing, "preset": "nano"},
+        )
+        run["rounds"] = int(network["rounds"]) + 3
     return config_from_mapping(
         {
             **sums,
             "name": "attack",
-            "run": {"simulation": seed is not None, "seed": seed or 0, "device": "cpu"},
+            "run": run,
             "data": {"holdout_fraction": 0.0},
             "privacy": {
-                "release": "images" if statistics_of is None else "statistics",
+                "release": release,
                 "epsilon": epsilon,
                 "t0": t0,
                 "delta": delta,
@@ -125,6 +136,32 @@ def release_sums(
         assert isinstance(sent, ReleasedStatistics)  # the config's mechanism
         sums.append(sent)
     return sums
+
+
+def upload_gradients(
+    config: RunConfig,
+    images: ImageSet,
+    folder: Path,
+    *,
+    rows: Callable[[torch.Tensor], Iterator[torch.Tensor]],
+) -> tuple[list[ReleasedGradient], ReleaseStore]:
+    """What a new client in `folder` uploads in all rounds of noised gradients, each asked for twice
+    with a restart between, and its releases.
+
+    `rows` are the gradients of drawn images, in place of a network's.
+    """
+    one = _OneClient(config, images, folder)
+    plan, uploads = one.setup.release_plan.gradients, []
+    assert plan is not None  # the config's mechanism
+    network = build_denoiser(one.setup, "coarse").network
+    weights = {name: p.detach() for name, p in network.named_parameters()}
+    for number in range(1, plan.rounds + 1):
+        for _ in range(2):
+            sent = LocalTraining(one.local(folder)).gradient(number, weights, rows=rows)
+            read = one.decoded(wire.encode_release(sent, client_id=0))
+            assert isinstance(read, ReleasedGradient)
+            uploads.append(read)
+    return uploads, one.releases
 
 
 class _OneClient:

@@ -129,7 +129,7 @@ def test_the_run_says_what_was_sent_and_what_it_cost(finished: Path) -> None:
 def test_the_shared_model_is_a_network_above_class_gaussians(finished: Path) -> None:
     one = open_synthesizer(RunDirectory(finished), 0)
     assert isinstance(one.coarse, NetworkAboveGaussians)
-    assert one.coarse.lowest == 100
+    assert (one.coarse.lowest, one.coarse.highest) == (100, 300)
     assert one.settings.t0 == 150
     images = one.sample(np.array([3, 7]), seed=1)
     assert images.shape == (2, 3, 8, 8)
@@ -137,7 +137,7 @@ def test_the_shared_model_is_a_network_above_class_gaussians(finished: Path) -> 
     np.testing.assert_array_equal(images, again)
     gaussians = build_gaussians(set_up(config_of()), named_part(final(finished), GAUSSIANS))
     x, labels = torch.ones(4, 3, 8, 8), torch.tensor([0, 1, 2, 3])
-    t = torch.tensor([99, 100, 5, 900])
+    t = torch.tensor([99, 100, 301, 300])
     with torch.no_grad():
         answer = one.coarse(x, t, labels=labels)
         below = gaussians(x, t, labels=labels)

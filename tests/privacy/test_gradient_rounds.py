@@ -17,9 +17,9 @@ from fedpdm.privacy.mechanism import (
     noised_round,
 )
 from fedpdm.privacy.noise import GRID, SystemNoise
-from fedpdm.privacy.planning import build_draws, build_gradient_noise, build_samples
+from fedpdm.privacy.planning import build_gradient_noise, build_samples
 from fedpdm.setup.build import build_denoiser
-from fedpdm.setup.losses import network_batch_loss
+from fedpdm.setup.losses import network_losses
 from fedpdm.setup.run_setup import set_up
 from tests.support.dpsgd_toys import K, denoiser, drawn, rows_loss
 from tests.support.federations import client_of
@@ -41,30 +41,26 @@ from tests.support.oracles import moments_fault, normal_fault
 
 def given_draws(
     model: Any, indices: torch.Tensor, draws: tuple[torch.Tensor, torch.Tensor]
-) -> Callable[..., torch.Tensor]:
-    """A loss whose k-th row of example i has draw i K + k, in whatever pieces it is asked for."""
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Losses whose k-th row of the i-th example has draw i K + k, whoever else is asked for."""
     at = {int(example): i for i, example in enumerate(indices)}
-    seen = dict.fromkeys(at, 0)
 
-    def loss(rows: torch.Tensor, _: torch.Generator) -> torch.Tensor:
-        place = []
-        for example in rows.tolist():
-            place.append(at[example] * K + seen[example])
-            seen[example] += 1
+    def losses(examples: torch.Tensor) -> torch.Tensor:
+        place = [at[example] * K + k for example in examples.tolist() for k in range(K)]
         t, noises = (each[place] for each in draws)
-        return rows_loss(model, rows, t, noises)
+        return rows_loss(model, examples.repeat_interleave(K), t, noises)
 
-    return loss
+    return losses
 
 
 @pytest.mark.parametrize("max_rows", [1, 6, 64])
 def test_rows_are_the_mean_of_autograd_on_each_draw_of_an_image(max_rows: int) -> None:
     model, chosen = denoiser(), torch.tensor([3, 0, 4])
     draws = drawn(3 * K)
-    ours = np.concatenate(
-        list(gradient_rows(model.network, given_draws(model, chosen, draws), chosen,
-                           multiplicity=K, generator=torch.Generator(), max_rows=max_rows))
-    )  # fmt: skip
+    losses = given_draws(model, chosen, draws)
+    pieces = list(gradient_rows(model.network, losses, chosen, multiplicity=K, max_rows=max_rows))
+    assert len(pieces) == {1: 3, 6: 2, 64: 1}[max_rows]
+    ours = torch.cat(pieces).numpy()
     weights = list(model.network.parameters())
     for row, example in enumerate(chosen.tolist()):
         singles = []
@@ -86,21 +82,22 @@ def test_an_empty_sample_has_no_gradients() -> None:
     model = denoiser()
     loss = given_draws(model, torch.tensor([0]), drawn(K))
     nobody = torch.zeros(0, dtype=torch.int64)
-    found = gradient_rows(model.network, loss, nobody, multiplicity=K, generator=torch.Generator())
+    found = gradient_rows(model.network, loss, nobody, multiplicity=K)
     sent = noised_round(found, parameters(), number=2, size=9, noise=noise())
     assert sent.total.shape == (9,)
     assert int(sent.round) == 2
 
 
-def test_a_network_is_trained_above_its_lowest_t_on_the_clients_images() -> None:
-    config = network_config(network={"lowest_t": 400}, sampling={"handover": 500})
+def test_a_network_is_trained_at_its_levels_on_the_clients_images() -> None:
+    config = network_config(network={"lowest_t": 400, "highest_t": 900}, sampling={"handover": 500})
     setup = set_up(config)
-    model = build_denoiser(setup, "coarse")
+    model = build_denoiser(setup, "coarse").eval()
     images = np.full((2, 3, 8, 8), 255, dtype=np.uint8)
     images[1] = 0
-    loss = network_batch_loss(
-        setup, model, images=images, labels=np.array([4, 9]), device=torch.device("cpu")
-    )
+    losses = network_losses(
+        setup, model, images=images, labels=np.array([4, 9]), draws=200,
+        device=torch.device("cpu"), stream=lambda index: torch.Generator().manual_seed(index),
+    )  # fmt: skip
     asked: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def watch(_: Any, inputs: Any, given: dict[str, Any]) -> None:
@@ -108,17 +105,20 @@ def test_a_network_is_trained_above_its_lowest_t_on_the_clients_images() -> None
 
     with torch.no_grad():
         model.register_forward_pre_hook(watch, with_kwargs=True)
-        values = loss(torch.tensor([0, 1] * 200), torch.Generator().manual_seed(1))
-    x_t, t = asked[0]
+        values, alone = losses(torch.tensor([0, 1])), losses(torch.tensor([1]))
+    (x_t, t), (x_alone, t_alone) = asked
     assert values.shape == (400,)
-    assert (int(t.min()), int(t.max())) >= (400, 950)
-    assert int(t.max()) <= 1000
-    assert int(t.min()) < 420
+    assert 400 <= int(t.min()) < 420
+    assert 880 < int(t.max()) <= 900
     # At a t below 500 something of the picture is left: white, or the shift, which is black.
-    even = torch.arange(400) % 2 == 0
-    white, black = (float(x_t[chosen & (t < 500)].mean()) for chosen in (even, ~even))
+    first = torch.arange(400) < 200
+    white, black = (float(x_t[chosen & (t < 500)].mean()) for chosen in (first, ~first))
     assert white > 0.3
     assert abs(black) < 0.05
+    # What an image is noised with says nothing of who else is drawn.
+    assert torch.equal(t[200:], t_alone)
+    assert torch.equal(x_t[200:], x_alone)
+    assert torch.allclose(values[200:], alone, rtol=1e-4)
 
 
 # --- Noise -------------------------------------------------------------------------------------
@@ -143,23 +143,12 @@ def noised(plan: gradients.GradientParameters, size: int, source: Any) -> np.nda
     return sent.total.numpy().astype(np.float64)
 
 
-def test_outside_simulation_all_chance_is_the_operating_systems() -> None:
-    """Of noise, of who is drawn, and of the draws of t: those of an image move when another is
-    drawn before it, so known ones would tell who was."""
+def test_outside_simulation_noise_and_samples_are_the_operating_systems() -> None:
     config = network_config(run={"simulation": False}, partition={"kind": "iid"})
     own = {"client": 0, "number": 1}
     assert isinstance(build_gradient_noise(config, **own), SystemNoise)
     assert isinstance(build_samples(config, **own), SystemDraws)
-    cpu = torch.device("cpu")
-    first, second = (build_draws(config, **own, device=cpu).initial_seed() for _ in range(2))
-    assert first != second
-    simulated = network_config()
-    assert isinstance(build_samples(simulated, **own), SeededDraws)
-    seeds = {
-        build_draws(simulated, client=client, number=number, device=cpu).initial_seed()
-        for client in (0, 1) for number in (1, 2) for _ in range(2)
-    }  # fmt: skip
-    assert len(seeds) == 4  # which can be drawn again
+    assert isinstance(build_samples(network_config(), **own), SeededDraws)
 
 
 # --- Rounds of canaries, from outside ----------------------------------------------------------
@@ -180,13 +169,13 @@ def fault_of(clients: list[LocalTraining], **options: Any) -> str | None:
     return canary_fault(sent, CANARIES, images=images)
 
 
-def unclipped(x: np.ndarray, *, steps: float, limit: int) -> np.ndarray:
-    return np.rint(np.minimum(x, 9.0) * steps).astype(np.int64)
+def unclipped(rows: torch.Tensor, *, steps: float, limit: int) -> torch.Tensor:
+    return (rows.clamp(max=9.0).double() * steps).round().sum(dim=0)
 
 
-def apart(*given: Any, multiplicity: int, **options: Any) -> Iterator[np.ndarray]:
+def apart(*given: Any, multiplicity: int, **options: Any) -> Iterator[torch.Tensor]:
     for rows in canaries(*given, multiplicity=1, **options):
-        yield np.repeat(rows, multiplicity, axis=0)
+        yield rows.repeat_interleave(multiplicity, dim=0)
 
 
 class Drawing:
@@ -205,7 +194,7 @@ def drawing(rule: Callable[..., Any]) -> Callable[..., Drawing]:
 
 FAULTS: dict[str, tuple[str, Any, str]] = {
     "no clipping": (
-        "fedpdm.privacy.mechanism.gradients.whole_vectors", unclipped, "times the clip norm"
+        "fedpdm.privacy.mechanism.gradients.sum_of_whole", unclipped, "times the clip norm"
     ),
     "half the noise": (
         "build_gradient_noise",

@@ -48,10 +48,10 @@ class Watched:
 
         rows_of, noised = training.gradient_rows, NoisedGradients.noised
 
-        def watch_rows(*given: Any, **options: Any) -> Iterator[np.ndarray]:
+        def watch_rows(*given: Any, **options: Any) -> Iterator[torch.Tensor]:
             for rows in rows_of(*given, **options):
                 for row in rows:
-                    self.keep(row)
+                    self.keep(row.numpy())
                 yield rows
 
         def watch_sum(mechanism: Any, exact: np.ndarray, parameters: Any, **options: Any) -> Any:
