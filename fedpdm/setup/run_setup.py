@@ -60,7 +60,7 @@ class RunSetup:
         section, T = self.config.network, self.schedule.num_steps
         low = section.lowest_t or min(self.handover, max(1, round(LOWEST * T)))
         high = max(1, round(HIGHEST * T))
-        return low, section.highest_t or (high if high > self.handover else T)
+        return low, section.highest_t or (high if high > max(low, self.handover) else T)
 
     @property
     def handover(self) -> int:

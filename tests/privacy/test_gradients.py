@@ -21,6 +21,7 @@ from fedpdm.privacy.mechanism import (
 )
 from fedpdm.privacy.noise import GRID, LARGEST
 from fedpdm.privacy.types import Parameters
+from fedpdm.setup.run_setup import check_rounds
 from tests.privacy.test_subsampled import both, density
 from tests.support.gradient_toys import (
     MECHANISM,
@@ -90,12 +91,11 @@ def test_more_rounds_or_images_cost_more_noise() -> None:
         ({"privacy": {"epsilon": 1e-5}}, r"^privacy\.epsilon: 1e-05 for class statistics"),
         ({"privacy": {"delta": 1e-14}}, r"^network\.share: .* delta must be at least"),
         ({"network": {"clip_norm": 1e-7}}, r"^network\.clip_norm: must be at least 1e-06, got"),
-        ({"network": {"rounds": 5}}, r"^run\.rounds: must be at least 8 .* network\.rounds = 5"),
         ({"network": {"sample_rate": 0.0}}, r"^network\.sample_rate: must be .*, got 0"),
         ({"network": {"draws": 0}}, r"^network\.draws: must be at least 1, got 0"),
         ({"network": {"lowest_t": 151}, "sampling": {"handover": 150}},
-         r"^network\.lowest_t: must be at most sampling\.handover = 150, got 151"),
-        ({"network": {"lowest_t": 1001}}, r"^network\.lowest_t: must be at most schedule\.num"),
+         r"^sampling\.handover: must be from network\.lowest_t to .*, 151 to 1000, got 150"),
+        ({"network": {"lowest_t": 1001}}, r"^network\.lowest_t: must be at most .* 1000, got 1001"),
         ({"privacy": {"accounting": "paper"}}, r"^privacy\.accounting: must be exact with privacy"),
         ({"aggregation": {"secure": True, "max_examples": 99}, "partition": {"num_clients": 3}},
          r"^aggregation\.secure: must be false with privacy\.release: network"),
@@ -108,6 +108,13 @@ def test_plans_that_cannot_be_kept_are_refused_by_name(
     with pytest.raises(ConfigError, match=words) as caught:
         plan_of(network_config(**sections))
     assert "\n" not in str(caught.value)
+
+
+def test_a_run_with_too_few_rounds_is_refused_before_anything_is_released() -> None:
+    words = r"^run\.rounds: must be at least 8 .* network\.rounds = 5\), got 7$"
+    with pytest.raises(ConfigError, match=words):
+        check_rounds(network_config(network={"rounds": 5}))
+    check_rounds(network_config())
 
 
 @pytest.mark.parametrize(
