@@ -118,7 +118,7 @@ def test_what_cannot_be_audited_is_one_line() -> None:
         ValueError, match=r"^canaries must be in \[1, 250\] for 500 weights, got 60"
     ):
         canary_gradients(GAME, PLAN, size=500)
-    with pytest.raises(ValueError, match="^uploads must be of one plan, and at least one"):
+    with pytest.raises(ValueError, match=r"^uploads must be of one plan, and at least one"):
         audit_gradients(GAME, [], delta=1e-5, recorded=1)
 
 
