@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fedpdm import wire
+from fedpdm.privacy.dpsgd import gradient_rows
 from fedpdm.privacy.mechanism import NoisedGradients, ReleasedGradient, SystemNoise
 from fedpdm.setup.flower_config import run_config_of
 from fedpdm.storage.files import read_tensors
@@ -44,9 +45,7 @@ class Watched:
 
     def __init__(self, patched: pytest.MonkeyPatch) -> None:
         self.pieces: set[bytes] = set()
-        import clients.training as training
-
-        rows_of, noised = training.gradient_rows, NoisedGradients.noised
+        rows_of, noised = gradient_rows, NoisedGradients.noised
 
         def watch_rows(*given: Any, **options: Any) -> Iterator[torch.Tensor]:
             for rows in rows_of(*given, **options):
@@ -60,7 +59,7 @@ class Watched:
             self.keep((exact / parameters.steps).astype(np.float32))
             return noised(mechanism, exact, parameters, **options)
 
-        patched.setattr(training, "gradient_rows", watch_rows)
+        patched.setattr("clients.training.gradient_rows", watch_rows)
         patched.setattr(NoisedGradients, "noised", watch_sum)
 
     def keep(self, values: np.ndarray) -> None:
