@@ -21,6 +21,7 @@ from flwr.common import NDArrays, Scalar
 
 from clients.diary import round_words, tell_owner
 from clients.failures import EXPECTED, failure_line, kept_at_home
+from clients.gradients import noised_gradient
 from clients.keeping import keep_end, keep_round
 from clients.local import LocalClient
 from clients.samples import measure_images
@@ -178,7 +179,7 @@ class PFDMClient(NumPyClient):
             self.work.record_members("coarse", "released")
             return self._upload(train), metrics
         if phase == Phase.GRADIENT and self.local.setup.has_network:
-            sent = self.work.gradient(round - sums, wire.decode_model(parameters))
+            sent = noised_gradient(self.work, round - sums, wire.decode_model(parameters))
             self.work.record_members("coarse", "released")
             return self._upload(sent), metrics
         if phase == Phase.COARSE:

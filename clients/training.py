@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -27,9 +27,7 @@ from fedpdm.diffusion.denoisers import Denoiser
 from fedpdm.diffusion.knowledge import Knowledge
 from fedpdm.diffusion.training import BatchLoss, Progress, Trainer, class_weights, select_device
 from fedpdm.jobs.progress import count_progress, work_progress
-from fedpdm.privacy.dpsgd import gradient_rows
-from fedpdm.privacy.mechanism import ReleasedGradient, noised_round, released_images
-from fedpdm.privacy.planning import build_gradient_noise, build_samples
+from fedpdm.privacy.mechanism import released_images
 from fedpdm.privacy.releases import ReleaseRequest
 from fedpdm.privacy.statement import baseline_statement, client_statement, plain_text
 from fedpdm.privacy.types import Release, ReleasedDataset
@@ -38,14 +36,11 @@ from fedpdm.setup.losses import (
     coarse_batch_loss,
     coarse_knowledge,
     fine_batch_loss,
-    network_losses,
     raw_coarse_batch_loss,
 )
 from fedpdm.wire.types import CoarseUpdate
 
 __all__ = ["LocalTraining"]
-
-MAX_ROWS = 64  # of gradients that are computed together, in simulation
 
 
 def _show_from(show: Progress, start: int, total: int, done: int, _: int, loss: float) -> None:
@@ -99,7 +94,7 @@ class LocalTraining:
         """The release of all local images; those never released before are noised now."""
         local = self.local
         assert self.setup.release_plan.images  # else `ConfigError`, before anything is released
-        return released_images(self._obtain(local.held.images))
+        return released_images(self.obtain(local.held.images))
 
     def statistics(self, stage: int, public: Mapping[str, torch.Tensor]) -> Release:
         """Noised sums of the local training images in a round of the plan, counted from 0.
@@ -107,78 +102,9 @@ class LocalTraining:
         Images that are held out are in no sum. `public` is what the server made of earlier rounds.
         """
         held = self.local.held
-        return self._obtain(held.images.subset(held.train), stage=stage, public=public)
+        return self.obtain(held.images.subset(held.train), stage=stage, public=public)
 
-    def gradient(
-        self,
-        number: int,
-        weights: Mapping[str, torch.Tensor],
-        *,
-        rows: Callable[[torch.Tensor], Iterator[torch.Tensor]] | None = None,
-    ) -> Release:
-        """The noised sum of gradients of round `number` of the network's plan, from 1, at these
-        weights, by name.
-
-        The images are drawn and their gradients computed the first time that this round is asked
-        for alone. An auditor may give gradients: `rows` of the drawn images, int64 (B,), as
-        `gradient_rows` makes them.
-        """
-        held, plan = self.local.held, self.setup.release_plan.gradients
-        assert plan is not None  # or the phase is refused
-
-        def make() -> ReleasedGradient:
-            with self.borrowed("coarse") as trainer:
-                trainer.load_weights(weights, what="network weights from the server")
-                trainer.model.eval()  # no dropout, whose draws would depend on who else is drawn
-                losses = network_losses(
-                    self.setup,
-                    trainer.model,
-                    images=held.images.images[held.train],
-                    labels=held.train_labels,
-                    draws=plan.draws,
-                    device=self.device,
-                    stream=functools.partial(self._draws_of, number),
-                )
-                drawn = build_samples(self.config, client=self.local.client_id, number=number)
-                batch = drawn.poisson_batch(len(held.train), rate=plan.sample_rate)
-                found = (
-                    rows(batch)
-                    if rows is not None
-                    else gradient_rows(
-                        trainer.model.network,
-                        losses,
-                        batch,
-                        multiplicity=plan.draws,
-                        max_rows=plan.draws if self.deployed else MAX_ROWS,
-                    )
-                )
-                return noised_round(
-                    found,
-                    plan,
-                    number=number,
-                    size=sum(w.numel() for w in trainer.weights().values()),
-                    noise=build_gradient_noise(
-                        self.config, client=self.local.client_id, number=number
-                    ),
-                )
-
-        def obtain(images: ImageSet, request: ReleaseRequest) -> Release:
-            return self.local.releases.round(images, request, number, make)
-
-        last = len(self.setup.release_plan.rounds) - 1
-        return self._obtain(held.images.subset(held.train), obtain=obtain, stage=last)
-
-    def _draws_of(self, number: int, index: int) -> torch.Generator:
-        """Levels and noise at which the image at `index` is looked at in this round."""
-        return torch_generator(
-            self.config.run.seed,
-            Purpose.GRADIENT_DRAWS,
-            client=self.local.client_id,
-            round=number,
-            chunk=index,
-        )
-
-    def _obtain(
+    def obtain(
         self,
         images: ImageSet,
         *,

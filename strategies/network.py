@@ -19,6 +19,7 @@ import torch
 from flwr.common import NDArrays, Parameters
 
 from fedpdm import wire
+from fedpdm.diffusion.following import FollowingTrainer
 from fedpdm.diffusion.training import Trainer, select_device
 from fedpdm.jobs.progress import work_progress
 from fedpdm.privacy.mechanism import ReleasedGradient, largest_total, mechanism_of
@@ -55,7 +56,9 @@ class CoarseNetwork(CoarseGaussians):
         self._plan, self._config = plan, setup.config
         self._device = select_device(setup.config.run.device)
         settings = build_network_settings(setup.config, warm_up=False)
-        self._trainer = Trainer(build_denoiser(setup, "coarse"), settings, device=self._device)
+        self._trainer = FollowingTrainer(
+            build_denoiser(setup, "coarse"), settings, device=self._device
+        )
         self._size = sum(w.numel() for w in self._trainer.weights().values())
         self._total = torch.zeros(0, dtype=torch.int64)
         self._images = 0

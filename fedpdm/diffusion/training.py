@@ -231,21 +231,6 @@ class Trainer(Generic[Model]):
         with torch.no_grad():
             torch._foreach_lerp_(self._ema, self._parameters, 1.0 - decay)
 
-    def follow(self, gradients: Mapping[str, torch.Tensor], *, what: str) -> None:
-        """One step with gradients by name that were computed elsewhere; they are not clipped.
-
-        `FloatingPointError` for one that is not finite, `ValueError` for other names or shapes.
-        """
-        for p in self._parameters:
-            p.grad = torch.empty_like(p)
-        grads = {name: p.grad for name, p in self._named.items() if p.grad is not None}
-        load_named(grads, gradients, what=what)
-        for name, gradient in grads.items():
-            if not bool(gradient.isfinite().all()):
-                raise FloatingPointError(f"{what}: {name} is not finite at step {self.step + 1}")
-        self._descend()
-        self._optimizer.zero_grad(set_to_none=True)
-
     def train(
         self,
         batch_loss: BatchLoss,

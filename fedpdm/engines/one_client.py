@@ -6,12 +6,13 @@ uploads its release, through the client's store and ledger, and out through the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from clients.gradients import Rows, noised_gradient
 from clients.local import LocalClient
 from clients.pfdm_client import PFDMClient
 from clients.training import LocalTraining
@@ -143,7 +144,7 @@ def upload_gradients(
     images: ImageSet,
     folder: Path,
     *,
-    rows: Callable[[torch.Tensor], Iterator[torch.Tensor]],
+    rows: Rows,
 ) -> tuple[list[ReleasedGradient], ReleaseStore]:
     """What a new client in `folder` uploads in all rounds of noised gradients, each asked for twice
     with a restart between, and its releases.
@@ -157,7 +158,7 @@ def upload_gradients(
     weights = {name: p.detach() for name, p in network.named_parameters()}
     for number in range(1, plan.rounds + 1):
         for _ in range(2):
-            sent = LocalTraining(one.local(folder)).gradient(number, weights, rows=rows)
+            sent = noised_gradient(LocalTraining(one.local(folder)), number, weights, rows=rows)
             read = one.decoded(wire.encode_release(sent, client_id=0))
             assert isinstance(read, ReleasedGradient)
             uploads.append(read)

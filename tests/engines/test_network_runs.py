@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from clients.gradients import noised_gradient
 from clients.training import LocalTraining
 from fedpdm.config import RunConfig
 from fedpdm.diffusion.above_gaussians import NetworkAboveGaussians
@@ -30,6 +31,8 @@ from tests.support.gradient_toys import first_weights, network_config
 from tests.support.release_toys import DELTA
 
 SUMS = ("means", "pooled", "classes")
+
+ASKED = "clients.pfdm_client.noised_gradient"
 
 
 def config_of(**sections: dict[str, Any]) -> RunConfig:
@@ -191,7 +194,7 @@ def test_a_run_that_the_server_left_in_mid_plan_ends_as_if_it_had_not(
         broken.setattr(CoarseNetwork, "merge", die)
         with pytest.raises(KeyboardInterrupt):
             run_in_process(config_of(), tmp_path / "run")
-    monkeypatch.setattr(LocalTraining, "gradient", once_a_round(LocalTraining.gradient))
+    monkeypatch.setattr(ASKED, once_a_round(noised_gradient))
     run_in_process(config_of(), tmp_path / "run", resume=True)
     assert same(finished, tmp_path / "run")
     for client in range(2):
@@ -217,7 +220,7 @@ def test_a_client_that_dies_in_a_round_ends_as_if_it_had_not(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its message is noised and kept, and it dies before it answers, or in its fine steps."""
-    gradient, sent = LocalTraining.gradient, []
+    gradient, sent = noised_gradient, []
 
     def die(self: LocalTraining, number: int, weights: Any) -> Any:
         found = gradient(self, number, weights)
@@ -227,7 +230,7 @@ def test_a_client_that_dies_in_a_round_ends_as_if_it_had_not(
         return found
 
     with monkeypatch.context() as broken:
-        broken.setattr(LocalTraining, "gradient", die)
+        broken.setattr(ASKED, die)
         with pytest.raises(KeyboardInterrupt):
             run_in_process(config_of(), tmp_path / "run")
         run_in_process(config_of(), tmp_path / "run", resume=True)
@@ -240,14 +243,12 @@ def test_a_client_that_dies_in_a_round_ends_as_if_it_had_not(
 def test_a_client_that_misses_a_round_has_paid_and_goes_on(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gradient = LocalTraining.gradient
-
     def miss(self: LocalTraining, number: int, weights: Any) -> ReleasedGradient:
         if self.local.client_id == 1 and number == 1:
             raise ValueError("away")
-        return gradient(self, number, weights)  # type: ignore[return-value]
+        return noised_gradient(self, number, weights)  # type: ignore[return-value]
 
-    monkeypatch.setattr(LocalTraining, "gradient", miss)
+    monkeypatch.setattr(ASKED, miss)
     run_in_process(config_of(aggregation={"on_failure": "skip"}), tmp_path / "run")
     rounds = json.loads((tmp_path / "run" / "metrics.json").read_text())["rounds"]
     assert [each.get("network_steps") for each in rounds] == [None] * 3 + [1, 2, None]
@@ -260,7 +261,7 @@ def test_a_client_that_misses_a_round_has_paid_and_goes_on(
         assert 9.99 < store.spent(delta=DELTA).largest <= 10.0
     work = client_of(config_of(aggregation={"on_failure": "skip"}), tmp_path / "run", 1).work
     with pytest.raises(StoreError, match="round 1 of the plan is over, the last was 2"):
-        gradient(work, 1, first_weights(work.setup))
+        noised_gradient(work, 1, first_weights(work.setup))
 
 
 @pytest.mark.slow
@@ -269,7 +270,7 @@ def test_a_coordinator_that_asks_for_more_than_the_plan_gets_nothing(finished: P
     weights, head = first_weights(work.setup), work.local.releases.ledger().head
     for number in (0, 3, 99):
         with pytest.raises(StoreError, match="all images have paid for these and no more"):
-            work.gradient(number, weights)
+            noised_gradient(work, number, weights)
     assert work.local.releases.ledger().head == head
     assert last_round(work.local.releases) == 2
 

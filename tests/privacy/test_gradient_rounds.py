@@ -241,7 +241,7 @@ def test_faults_in_rounds_are_seen(
     two_clients: list[LocalTraining], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     where, planted, words = FAULTS[name]
-    monkeypatch.setattr(where if "." in where else f"clients.training.{where}", planted)
+    monkeypatch.setattr(where if "." in where else f"clients.gradients.{where}", planted)
     found = fault_of(two_clients)
     assert found is not None
     assert re.search(words, found), found

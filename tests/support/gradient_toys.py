@@ -12,6 +12,7 @@ import pytest
 import torch
 from scipy import stats
 
+from clients.gradients import noised_gradient
 from clients.training import LocalTraining
 from fedpdm.config import RunConfig
 from fedpdm.privacy.mechanism import (
@@ -111,9 +112,9 @@ def canary_rounds(
     """
     found = []
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("clients.training.gradient_rows", rows)
+        patched.setattr("clients.gradients.gradient_rows", rows)
         patched.setattr(
-            LocalTraining, "_obtain", lambda _, images, *, obtain, **__: obtain(images, None)
+            LocalTraining, "obtain", lambda _, images, *, obtain, **__: obtain(images, None)
         )
         patched.setattr(ReleaseStore, "round", lambda _, *asked: asked[-1]())
         for client in clients:
@@ -121,7 +122,7 @@ def canary_rounds(
             shown = dataclasses.replace(whole, rounds=(*whole.rounds[:-1], plan))
             patched.setattr(client, "setup", dataclasses.replace(client.setup, plan=shown))
             weights = first_weights(client.setup)
-            sent = [client.gradient(number + 1, weights) for number in range(plan.rounds)]
+            sent = [noised_gradient(client, number + 1, weights) for number in range(plan.rounds)]
             found.append([one.tensors()["total"].long().numpy() for one in sent])
     return np.array(found)
 

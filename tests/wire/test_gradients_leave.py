@@ -59,7 +59,7 @@ class Watched:
             self.keep((exact / parameters.steps).astype(np.float32))
             return noised(mechanism, exact, parameters, **options)
 
-        patched.setattr("clients.training.gradient_rows", watch_rows)
+        patched.setattr("clients.gradients.gradient_rows", watch_rows)
         patched.setattr(NoisedGradients, "noised", watch_sum)
 
     def keep(self, values: np.ndarray) -> None:
@@ -206,9 +206,9 @@ def test_no_answer_depends_on_images_but_through_the_noised_sum(
 ) -> None:
     """With nobody drawn and the same noise, answers to any weights are the same to the bit; with
     everybody drawn all but the sum is: lengths, metrics, and the text of errors."""
-    monkeypatch.setattr("clients.training.build_samples", lambda *_, **__: draws())
+    monkeypatch.setattr("clients.gradients.build_samples", lambda *_, **__: draws())
     monkeypatch.setattr(
-        "clients.training.build_gradient_noise", lambda *_, number, **__: Planted(number)
+        "clients.gradients.build_gradient_noise", lambda *_, number, **__: Planted(number)
     )
     weights = wire.decode_model(initial_message(run_config_of(pair[0].run_config)))
     first = 4 if draws is Nobody else 4 + len(WEIGHTS)
