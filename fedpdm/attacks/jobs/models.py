@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -91,6 +91,9 @@ def reconstructor_of(
     know the uploads' `t0` takes over from the coarse one, as its client samples."""
     targets = run_targets(opened)
     target = targets[role].target
+    if role == "coarse" and isinstance(opened.coarse, NetworkAboveGaussians):
+        levels = (1, target.schedule.num_steps)  # beside its network the Gaussians answer
+        target = replace(target, denoiser=opened.coarse, t_range=levels)
     if t0 is not None and target.t_range[1] < t0:
         return Reconstructor(name=name, target=targets["combined"].target, answers_clipped=False)
     if role == "coarse":
