@@ -186,3 +186,14 @@ def test_rounds_beside_the_ledger_count_too(tmp_path: Path) -> None:
         store.obtain(image_set(9), request(seed=5))
     told = json.loads((store.root / "rounds" / "000001" / "reply.json").read_text())
     assert len(told["ledger"]) == 64
+
+
+def test_a_file_that_is_no_acceptance_is_no_trace(store: ReleaseStore) -> None:
+    released(store)
+    for name in ("0.txt", "1x.txt"):
+        (store.root / "accepted").mkdir(exist_ok=True)
+        (store.root / "accepted" / name).write_text("notes")
+    store.check_traces()
+    (store.root / "accepted" / "2.txt").write_text("accepted what the ledger does not know")
+    with pytest.raises(StoreError, match="was accepted in record 2, which"):
+        store.check_traces()

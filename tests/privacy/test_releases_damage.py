@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fedpdm.privacy.ledger import append, read_ledger, release_fields
-from fedpdm.privacy.mechanism import SystemNoise
+from fedpdm.privacy.mechanism import ImageMechanism, SystemNoise
 from fedpdm.privacy.releases import ReleaseStore
 from fedpdm.storage.files import StoreError, read_tensors
 from fedpdm.storage.tensorfile import write_file
@@ -200,6 +200,33 @@ def test_files_that_were_changed_are_refused(
     ):
         with pytest.raises(StoreError, match=DAMAGES[damage]):
             read()
+
+
+def test_a_file_that_does_not_say_what_it_cost_is_not_recorded(store: ReleaseStore) -> None:
+    """Complete, and left by a crash before the ledger knew it."""
+    store.obtain(IMAGES, request())
+    tensors, metadata = read_tensors(store.root / FIRST)
+    for lost in ("delta", "noise_multiplier"):
+        known = {name: value for name, value in metadata.items() if name != lost}
+        write_file(store.root / "releases" / "000002.ready", tensors, known)
+        before = tree(store.root)
+        with pytest.raises(StoreError, match=rf"000002\.ready: .*{lost}") as caught:
+            store.obtain(image_set(20), request())
+        assert "\n" not in str(caught.value)
+        assert tree(store.root) == before
+
+
+def test_what_cannot_be_put_together_is_one_line(
+    store: ReleaseStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.obtain(IMAGES, request())
+
+    def gather(*_: Any) -> Any:
+        raise ValueError("rows of two kinds")
+
+    monkeypatch.setattr(ImageMechanism, "gather", gather)
+    with pytest.raises(StoreError, match="releases: rows of two kinds"):
+        store.obtain(IMAGES, request())
 
 
 def test_a_reader_beside_a_writer_takes_no_release_for_a_stranger(
