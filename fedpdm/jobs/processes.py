@@ -78,7 +78,8 @@ def in_pool(
     """
 
     def way(jobs: Sequence[Job]) -> Generator[tuple[Job, Any], None, None]:
-        running = {pool.submit(work, job): job for job in sorted(jobs, key=cost, reverse=True)}
+        with interruptions_blocked():  # the first starts the processes: all of them, or none
+            running = {pool.submit(work, job): job for job in sorted(jobs, key=cost, reverse=True)}
         for future in futures.as_completed(running):
             yield running[future], future.result()
 

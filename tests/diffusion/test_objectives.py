@@ -283,10 +283,11 @@ def test_labels_are_dropped_at_the_given_rate() -> None:
 def test_bad_ranges_are_refused() -> None:
     probe, x, labels = Probe(lambda x_t, t: x_t), torch.zeros(1, 1, 1, 1), torch.zeros(1)
     schedule: NoiseSchedule = SCHEDULE
-    for t_max in (0, 201):
-        with pytest.raises(ValueError, match=re.escape(f"t_max must be in [1, 200], got {t_max}")):
+    for t_min, t_max in ((1, 0), (1, 201), (0, 9), (9, 8)):
+        words = f"must be in [1, 200], in this order, got {t_min} and {t_max}"
+        with pytest.raises(ValueError, match=re.escape(words)):
             denoising_loss(
-                probe, schedule, x, labels=labels, t_max=t_max, weighting="v",
+                probe, schedule, x, labels=labels, t_min=t_min, t_max=t_max, weighting="v",
                 generator=generator(0),
             )  # fmt: skip
     for t0 in (0, 200, -3):

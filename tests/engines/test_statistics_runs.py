@@ -306,8 +306,8 @@ def test_what_the_server_says_to_clients_is_checked_by_them(finished: Path, tmp_
         ({"sampling": {"candidates": 65}}, r"^sampling\.candidates: must be at most 64, got 65"),
         (
             {"privacy": {"release": "images"}, "sampling": {"candidates": 4}},
-            r"^sampling\.candidates: must be 1 without privacy\.release: statistics, .* got 4 with "
-            "images$",
+            r"^sampling\.candidates: must be 1 without privacy\.release: statistics or network, "
+            r".* got 4 with images$",
         ),
         (
             {"aggregation": {"secure": True}},

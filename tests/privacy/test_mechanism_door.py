@@ -164,8 +164,8 @@ def test_a_registered_name_is_found_and_no_other() -> None:
     with pytest.raises(ConfigError) as error:
         mechanism_named("image")
     assert str(error.value) == (
-        "privacy.release: must be one of images, statistics or package.module:NAME, got 'image'; "
-        "did you mean images?"
+        "privacy.release: must be one of images, network, statistics or package.module:NAME, "
+        "got 'image'; did you mean images?"
     )
     register(Half)
     assert type(mechanism_named("half")) is Half
