@@ -104,9 +104,10 @@ def test_every_picture_takes_names_in_any_script(fonts: str, tmp_path: Path) -> 
         assert pixels(tmp_path / name).shape > (50, 50)
     if fonts == "no other font":
         assert [lettering.written(name) for name in CHINESE] == [
-            r"\u732b\u54aa\u52a8\u7269", r"\u72d7", "caf\u00e9",
+            "MaoMiDongWu", "Gou", "caf\u00e9",
         ]  # fmt: skip
-        assert lettering.written("\u306d\u3053 \uace0\uc591\uc774") == "neko goyangi"
+        assert lettering.written("\u306d\u3053 \uace0\uc591\uc774") == "neko GoYangI"
+        assert lettering.written("\ue123") == r"\ue123"  # of private use: nobody knows its sound
         assert lettering.fallback_fonts(CHINESE) == [""] or not lettering.fallback_fonts(CHINESE)
 
 

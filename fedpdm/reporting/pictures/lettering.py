@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import math
 import re
-import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Final
+
+from anyascii import anyascii
 
 from fedpdm.text import visible
 
@@ -21,14 +22,11 @@ _PREFERRED: Final = re.compile(
     r"Noto Sans (Mono )?CJK|Source Han Sans|PingFang|Hiragino|Microsoft YaHei|Yu Gothic|Malgun|"
     r"WenQuanYi|Droid Sans Fallback|Arial Unicode|Noto Sans|Liberation Sans|Unifont"
 )
-_SPELLED: Final = re.compile(
-    r"(?:HIRAGANA LETTER|KATAKANA LETTER|HANGUL SYLLABLE) (?:SMALL )?([A-Z]+)$"
-)
 
 
 def written(text: str) -> str:
     """`text` as a picture can show it: letters that no installed font has are spelled by their
-    sound (Japanese kana, Korean) or are escapes such as `\\u732b`."""
+    sound (FeiYan), where `anyascii` knows one, or are escapes such as `\\u732b`."""
     if text.isascii():
         return visible(text)
     return "".join(
@@ -70,9 +68,8 @@ def text_width(texts: Sequence[str], *, size: float, dpi: float, bold: bool = Fa
 
 
 def _spelled(character: str) -> str:
-    name = unicodedata.name(character, "")
-    if found := _SPELLED.match(name):
-        return found[1].lower()
+    if sound := anyascii(character):
+        return sound
     code = ord(character)
     return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
