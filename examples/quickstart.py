@@ -2,7 +2,7 @@
 
     python examples/quickstart.py [FOLDER]
 
-Under a minute on one core; samples.png and the clients' stores are left in FOLDER (default:
+About a minute on one core; samples.png and the clients' stores are left in FOLDER (default:
 quickstart). It shows the steps, not quality: the models are tiny and hardly trained.
 """
 
