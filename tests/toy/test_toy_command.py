@@ -199,7 +199,8 @@ def test_an_interruption_ends_it_and_loses_nothing(tmp_path: Path, moment: str) 
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 130
-    assert "interrupted" in printed.splitlines()[-1]
+    # A process that had hardly begun may complain after it.
+    assert any("interrupted" in line for line in printed.splitlines()), printed
     assert "Traceback" not in printed
     assert not (tmp_path / "results.json").exists()
 
