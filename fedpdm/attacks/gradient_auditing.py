@@ -16,6 +16,7 @@ q, and sums over images, over rounds and of squares spread as independent draws 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -38,8 +39,9 @@ from fedpdm.attacks.noisechecks import (
     check_suspects,
 )
 from fedpdm.privacy.accountant import delta_spent, epsilon_spent
-from fedpdm.privacy.mechanism import GradientParameters, ReleasedGradient, event_of
+from fedpdm.privacy.mechanism import GradientParameters, NoisedGradients, ReleasedGradient
 from fedpdm.privacy.noise import GRID, NoiseSource
+from fedpdm.privacy.subsampled import round_loss
 
 __all__ = ["audit_gradients", "canary_gradients"]
 
@@ -97,9 +99,11 @@ def audit_gradients(
     sums = _distinct(uploads)
     every = np.stack([total for totals in sums.values() for total in totals])
     x = every[:, :count] / math.sqrt(plan.limit) * _signs(game)
-    event = event_of(plan)
+    event = NoisedGradients().event(plan)
     accuracy = 0.5 + delta_spent([event], epsilon=0.0) / 2.0
-    scores = _log_ratio(x, plan).sum(axis=0) * _signs(game)
+    # The noise as it is: whole steps make it a little more than the plan's.
+    noised = dataclasses.replace(event, noise_multiplier=GRID / math.sqrt(plan.limit))
+    scores = round_loss(x, noised).sum(axis=0) * _signs(game)
     played = GameScores(
         scores=scores,
         mu=np.full(count, 2.0 * float(special.ndtri(accuracy))),
@@ -144,16 +148,6 @@ def _distinct(uploads: Sequence[ReleasedGradient]) -> dict[int, list[Array]]:
         if not any(np.array_equal(total, other) for other in known):
             known.append(total)
     return found
-
-
-def _log_ratio(x: Array, plan: GradientParameters) -> Array:
-    """See the module, for x in the direction of each canary's own sign."""
-    variance = GRID**2 / plan.limit
-    rate = plan.sample_rate
-    rest = math.log1p(-rate) if rate < 1.0 else -math.inf
-    up, down = (math.log(rate) + (sign * x - 0.5) / variance for sign in (1.0, -1.0))
-    ratio: Array = np.logaddexp(rest, up) - np.logaddexp(rest, down)
-    return ratio
 
 
 def _stretches(rows: Array) -> Rows:

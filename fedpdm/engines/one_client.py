@@ -59,11 +59,8 @@ def attack_config(
     run: dict[str, Any] = {"simulation": seed is not None, "seed": seed or 0, "device": "cpu"}
     release = "images" if statistics_of is None else "statistics"
     if network is not None:
-        release, sums, nothing = (
-            "network",
-            {"network": dict(network)},
-            {**nothing, "preset": "nano"},
-        )
+        release, sums = "network", {"network": dict(network)}
+        nothing = {**nothing, "preset": "nano"}
         run["rounds"] = int(network["rounds"]) + 3
     return config_from_mapping(
         {

@@ -75,11 +75,12 @@ class RunModels:
             warnings.append(f"WARNING: network.sample_rate: {few}")
         if plan is not None and plan.gradients is not None:
             first, last = len(plan.sums), plan.gradients.rounds
+            low, high = self.setup.network_levels
             return [
                 _what_leaves(self.setup),
                 *warnings,
-                f"models: coarse network {coarse.preset} {self.sizes['coarse'] / 1e6:.2f} M above "
-                f"t = {self.setup.handover}, fine {fine.preset} {self.sizes['fine'] / 1e6:.2f} M "
+                f"models: coarse network {coarse.preset} {self.sizes['coarse'] / 1e6:.2f} M for "
+                f"t = {low} to {high}, fine {fine.preset} {self.sizes['fine'] / 1e6:.2f} M "
                 f"parameters{where}; {config.run.rounds} rounds of {fine.steps_per_round} fine "
                 f"steps: {first} of class statistics, then {config.network.warmup_steps} steps of "
                 f"warm-up, {last} of gradients, {config.run.rounds - first - last} of fine "

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fedpdm.config import ConfigError, RunConfig
+from fedpdm.config import ConfigError, RunConfig, run_digest
 from fedpdm.data.loading import preparation_of
 from fedpdm.data.spec import ImageSpec
 from fedpdm.diffusion.schedule import NoiseSchedule
@@ -165,26 +165,25 @@ def build_noise(config: RunConfig, *, client: int, release: int) -> NoiseSource:
 
 
 def build_gradient_noise(config: RunConfig, *, client: int, number: int) -> NoiseSource:
-    """The noise of round `number` of a network's plan; seeded streams of their own in simulation,
-    as of `build_noise`."""
+    """The noise of round `number` of a network's plan. In simulation its seeded stream is the
+    client's, the round's and the run's own: no two plans share noise."""
     if config.run.simulation:
-        stream = seed_sequence(
-            config.run.seed, Purpose.GRADIENT_NOISE, client=client,
-            round=number, chunk=config.privacy.noise_draw,
-        )  # fmt: skip
-        return SeededNoise(stream)
+        key = _of_round(config, client=client, number=number)
+        return SeededNoise(seed_sequence(config.run.seed, Purpose.GRADIENT_NOISE, **key))
     return SystemNoise()
 
 
 def build_samples(config: RunConfig, *, client: int, number: int) -> Draws:
     """Who is drawn in this round: the operating system's secret outside simulation."""
     if config.run.simulation:
-        generator = torch_generator(
-            config.run.seed, Purpose.GRADIENT_SAMPLES, client=client,
-            round=number, chunk=config.privacy.noise_draw,
-        )  # fmt: skip
-        return SeededDraws(generator)
+        key = _of_round(config, client=client, number=number)
+        return SeededDraws(torch_generator(config.run.seed, Purpose.GRADIENT_SAMPLES, **key))
     return SystemDraws(torch.device("cpu"))
+
+
+def _of_round(config: RunConfig, *, client: int, number: int) -> dict[str, Any]:
+    """What tells a round's streams from those of others, of other plans and draws too."""
+    return {"client": client, "round": number, "chunk": int(run_digest(config), 16)}
 
 
 def build_release_request(

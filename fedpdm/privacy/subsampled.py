@@ -58,6 +58,7 @@ __all__ = [
     "composed_delta",
     "composed_epsilon",
     "hockey_sticks",
+    "round_loss",
     "subsampled_mu",
     "subsampled_multiplier",
 ]
@@ -248,8 +249,8 @@ def _logs(sample_rate: float) -> tuple[float, float]:
     return math.log(sample_rate), math.log1p(-sample_rate) if sample_rate < 1.0 else -math.inf
 
 
-def _loss(x: Array, part: SubsampledGaussianEvent) -> Array:
-    """ln P*(x) / Q*(x), rising in x."""
+def round_loss(x: Array, part: SubsampledGaussianEvent) -> Array:
+    """ln P*(x) / Q*(x) of one round, at x of any shape in units of C; it rises in x."""
     log_q, log_rest = _logs(part.sample_rate)
     variance = part.noise_multiplier**2
     up, down = (log_q + (sign * x - 0.5) / variance for sign in (1.0, -1.0))
@@ -259,7 +260,7 @@ def _loss(x: Array, part: SubsampledGaussianEvent) -> Array:
 def _largest(part: SubsampledGaussianEvent) -> float:
     """The loss of a round beyond which is e^-_TAIL of the probability at most."""
     reach = -float(special.ndtri(math.exp(-_TAIL)))
-    return float(_loss(np.array([1.0 + reach * part.noise_multiplier]), part)[0])
+    return float(round_loss(np.array([1.0 + reach * part.noise_multiplier]), part)[0])
 
 
 def _variance(part: SubsampledGaussianEvent) -> float:
@@ -268,7 +269,7 @@ def _variance(part: SubsampledGaussianEvent) -> float:
     density = np.exp(-z * z / 2.0)
     density /= density.sum()
     q = part.sample_rate
-    drawn, not_drawn = (_loss(c + part.noise_multiplier * z, part) for c in (1.0, 0.0))
+    drawn, not_drawn = (round_loss(c + part.noise_multiplier * z, part) for c in (1.0, 0.0))
     mean, square = (
         float(density @ (q * drawn**power + (1.0 - q) * not_drawn**power)) for power in (1, 2)
     )

@@ -47,7 +47,7 @@ def test_the_first_lines_say_what_is_trained_and_on_how_much() -> None:
     setup = set_up(network_run(run={"rounds": 6}))
     size = f"{model_sizes(setup)['coarse'] / 1e6:.2f} M"
     *_, line = check_models(setup).lines(images=100)
-    assert line.startswith(f"models: coarse network nano {size} above t = 150, fine nano ")
+    assert line.startswith(f"models: coarse network nano {size} for t = 100 to 300, fine nano ")
     assert "6 rounds of 4 fine steps: 3 of class statistics, then 3 steps of warm-up, " in line
     assert "2 of gradients, 1 of fine training alone" in line
     assert "Gaussians" not in line

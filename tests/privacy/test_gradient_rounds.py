@@ -151,6 +151,30 @@ def test_outside_simulation_noise_and_samples_are_the_operating_systems() -> Non
     assert isinstance(build_samples(network_config(), **own), SeededDraws)
 
 
+def test_no_two_plans_rounds_or_clients_share_noise_or_samples() -> None:
+    """In simulation, where both come from the seed."""
+    config = network_config()
+    others = [
+        (config, {"client": 0, "number": 2}),
+        (config, {"client": 1, "number": 1}),
+        (network_config(fine={"lr": 0.5}), {"client": 0, "number": 1}),
+        (network_config(privacy={"noise_draw": 1}), {"client": 0, "number": 1}),
+    ]
+
+    def drawn(config: Any, key: dict[str, int]) -> tuple[np.ndarray, list[int]]:
+        values = np.empty(500, dtype=np.float32)
+        build_gradient_noise(config, **key).fill(values)
+        return values, build_samples(config, **key).poisson_batch(500, rate=0.5).tolist()
+
+    first, again = (drawn(config, {"client": 0, "number": 1}) for _ in range(2))
+    assert np.array_equal(first[0], again[0])
+    assert first[1] == again[1]
+    for other in others:
+        values, chosen = drawn(*other)
+        assert abs(float(np.corrcoef(first[0], values)[0, 1])) < 0.3
+        assert chosen != first[1]
+
+
 # --- Rounds of canaries, from outside ----------------------------------------------------------
 
 CANARIES = parameters(noise_multiplier=0.05, rounds=12)
@@ -216,7 +240,8 @@ FAULTS: dict[str, tuple[str, Any, str]] = {
     ),
     "the same sample in all rounds": (
         "build_samples", lambda config, *, client, number:
-        build_samples(config, client=client, number=1), "depends on earlier rounds"
+        build_samples(config, client=client, number=1),
+        "depends on earlier rounds|not Poisson samples",  # twelve equal sizes are none either
     ),
     "the same sample at two clients": (
         "build_samples", lambda config, *, client, number:
